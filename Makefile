@@ -1,0 +1,56 @@
+# On a fresh machine: `make demo` shows what the library does, `make test` checks that it does.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
+	setup.cfg pyproject.toml entry_points.txt README.md
+
+# A Java that set-up found or fetched; empty where the one on PATH will do.
+RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
+
+.PHONY: setup demo test test-unit lint format benchmark clean
+
+setup: .venv/library
+
+# Everything but the library itself; made again when the requirements change.
+.venv/dependencies: setup.cfg pyproject.toml tools/java.py
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and \
+		"Python 3.10 to 3.13 is needed, this is " + sys.version + "; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --group dev --group demo '.[spark]'
+	$(BIN)/python tools/java.py > .venv/java-home
+	touch $@
+
+# The built wheel is what tests, demo and benchmarks run, not the checkout.
+.venv/library: .venv/dependencies $(SOURCES)
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	rm -rf build
+	touch $@
+
+demo: setup
+	@$(RUN) $(BIN)/python demo/run.py $(DOCUMENTS)
+
+# Not run from the root of the checkout, where Python would find the sources before the wheel.
+test: setup
+	@$(RUN) cd tests && ../$(BIN)/coverage run -m pytest . $(ARGS)
+	@cd tests && ../$(BIN)/coverage report
+
+test-unit: setup
+	@$(RUN) cd tests && ../$(BIN)/pytest unit $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: setup
+	@$(RUN) $(BIN)/python benchmarks/one_trace.py
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info

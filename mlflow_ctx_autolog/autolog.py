@@ -1,0 +1,97 @@
+"""``enable`` and ``disable``: introduces the other modules to one another."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any
+
+from mlflow_ctx_autolog import tracing, versions
+from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.driver import driver
+from mlflow_ctx_autolog.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.spark import Handovers
+
+__all__ = ["Handle", "disable", "enable"]
+
+_lock = threading.Lock()
+_openai_calls = OpenAICalls(only_in_tasks=False)
+_handovers = Handovers(driver.carry)
+
+
+class Handle:
+    """What :func:`enable` returns. As a context manager, it undoes that call on leaving."""
+
+    def __init__(self, before: Config | None) -> None:
+        self._before = before
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._before is None:
+            disable()
+        else:
+            enable(self._before)
+
+
+def enable(config: Config | None = None, **settings: Any) -> Handle:
+    """Trace the OpenAI calls of Spark workers under the driver's trace. Call it on the driver.
+
+    From then on:
+
+    - MLflow's OpenAI autolog is on, on the driver and, while they run a function handed to
+      Spark, on the workers.
+    - A function handed to Spark carries the trace context of that moment. Each attempt of a task
+      that runs it is a span below the driver's active span, and each call a span below that.
+    - At the end of each task, its spans are in the tracking store.
+
+    Calling it again changes the settings and nothing else. It may be used as a context manager
+    that restores what was before.
+
+    Args:
+        config: All settings at once; by default, those of the environment.
+        **settings: Single settings, by the names of :class:`Config`'s fields; they win.
+
+    Raises:
+        ValueError: A setting is unknown or out of range.
+        TypeError: A setting is of the wrong type.
+        UnsupportedVersionError: mlflow, openai or pyspark is too old or too new.
+        UnsupportedStoreError: The tracking store cannot take spans from workers.
+    """
+    resolved = (config or Config.from_env()).updated(settings)
+    versions.check()
+    tracing.portable_tracking_uri()
+    with _lock:
+        before = driver.config
+        if before is None:
+            driver.warned_of_no_span = False
+        driver.config = resolved
+        try:
+            _openai_calls.install()
+            _handovers.install()
+        except BaseException:
+            _uninstall()
+            raise
+    return Handle(before)
+
+
+def disable() -> None:
+    """Undo :func:`enable`, at once and without residue. Idempotent.
+
+    Functions that Spark was given meanwhile keep their context. MLflow's own OpenAI autolog stays
+    on if you turned it on yourself.
+    """
+    with _lock:
+        _uninstall()
+
+
+def _uninstall() -> None:
+    driver.config = None
+    _handovers.uninstall()
+    _openai_calls.uninstall()

@@ -1,0 +1,113 @@
+"""Settings: one frozen object, from keywords, from the environment, and inside the carrier."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+__all__ = ["ENV_PREFIX", "Config"]
+
+ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How spans travel from a worker to the store.
+
+    Every field can be given to :func:`~mlflow_ctx_autolog.enable` as a keyword, or set by an
+    environment variable of the driver: ``MLFLOW_CTX_AUTOLOG_`` and the field's name in capitals.
+
+    Args:
+        flush_timeout: Seconds that the end of a task waits at most for its spans to be stored.
+            More than 0, at most 3600.
+        batch_size: Spans sent in one request at most. 1 to 10,000.
+        send_interval: Seconds that a finished span waits at most for company before it is sent
+            while its task still runs. More than 0, at most 3600.
+        max_waiting: Finished spans that one worker process keeps at most while the store does
+            not take them; beyond it, new ones are counted as lost. At least ``batch_size``.
+
+    Raises:
+        ValueError: A value is outside its range; the message names it and the range.
+        TypeError: A value is not a number.
+    """
+
+    flush_timeout: float = 30.0
+    batch_size: int = 200
+    send_interval: float = 1.0
+    max_waiting: int = 10_000
+
+    def __post_init__(self) -> None:
+        _check("flush_timeout", self.flush_timeout, above=0, at_most=3600)
+        _check("batch_size", self.batch_size, at_least=1, at_most=10_000, whole=True)
+        _check("send_interval", self.send_interval, above=0, at_most=3600)
+        _check("max_waiting", self.max_waiting, at_least=self.batch_size, whole=True)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Config:
+        """Read ``MLFLOW_CTX_AUTOLOG_*``; fields without a variable keep their default.
+
+        Raises:
+            ValueError: A variable is unknown, not a number, or out of range.
+        """
+        return cls().updated(_settings_from_env(environ))
+
+    def updated(self, settings: Mapping[str, Any]) -> Config:
+        """Return a copy with ``settings`` in place.
+
+        Raises:
+            ValueError: A name is unknown or a value out of range.
+            TypeError: A value is not a number.
+        """
+        known = [field.name for field in fields(self)]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"unknown setting {name!r}; the settings are: {', '.join(known)}")
+        return replace(self, **settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+
+def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
+    whole = {"batch_size", "max_waiting"}
+    settings: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        name = variable[len(ENV_PREFIX) :].lower()
+        try:
+            settings[name] = int(text) if name in whole else float(text)
+        except ValueError:
+            raise ValueError(f"{variable}={text!r} is not a number") from None
+    return settings
+
+
+def _check(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    whole: bool = False,
+) -> None:
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise TypeError(f"{name}={value!r} is not {kind}")
+    limits = [
+        f"{words} {limit:g}"
+        for words, limit in (("more than", above), ("at least", at_least), ("at most", at_most))
+        if limit is not None
+    ]
+    inside = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        raise ValueError(f"{name}={value!r} is out of range; it must be {' and '.join(limits)}")

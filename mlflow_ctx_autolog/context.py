@@ -1,0 +1,97 @@
+"""What travels from the driver to the workers: a small, versioned JSON text."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.exceptions import CarrierError
+
+__all__ = ["CARRIER_VERSION", "DriverContext"]
+
+CARRIER_VERSION = 1
+
+# https://www.w3.org/TR/trace-context/#traceparent-header
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True)
+class DriverContext:
+    """The driver's trace context and its destination, as captured at one moment.
+
+    Args:
+        tracking_uri: Where spans are stored, without any user name or password.
+        experiment_id: The experiment of the driver's trace.
+        traceparent: W3C ``traceparent`` of the span active on the driver; None if there was none.
+        tracestate: W3C ``tracestate`` of that span, if any.
+        session_id: Groups the traces of one job where there is no ``traceparent`` to join them.
+        application_id: Spark's application id, if known.
+        process_id: Names the driver's process, so that it can recognise its own context.
+        config: The settings in force on the driver.
+    """
+
+    tracking_uri: str
+    experiment_id: str
+    traceparent: str | None = None
+    tracestate: str | None = None
+    session_id: str | None = None
+    application_id: str | None = None
+    process_id: str | None = None
+    config: Config = field(default_factory=Config)
+
+    def to_json(self) -> str:
+        """Serialise to one JSON object, with the format's version in ``version``."""
+        return json.dumps({"version": CARRIER_VERSION, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> DriverContext:
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+            CarrierError: The text is damaged, or written by a newer, incompatible version.
+        """
+        try:
+            document = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise CarrierError(f"the carrier is not JSON ({error}): {_excerpt(text)}") from None
+        if not isinstance(document, dict):
+            raise CarrierError(f"the carrier is not a JSON object: {_excerpt(text)}")
+        version = document.pop("version", None)
+        if version != CARRIER_VERSION:
+            raise CarrierError(
+                f"the carrier has version {version!r}, this worker reads version "
+                f"{CARRIER_VERSION}; install the same mlflow-ctx-autolog on driver and workers"
+            )
+        return cls(config=_parse_config(document.pop("config", {})), **_parse_fields(document))
+
+
+_REQUIRED = ("tracking_uri", "experiment_id")
+_OPTIONAL = ("traceparent", "tracestate", "session_id", "application_id", "process_id")
+
+
+def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
+    # Unknown fields are ignored: a later release may add some without a new version.
+    parsed = {name: document.get(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    for name, value in parsed.items():
+        if not isinstance(value, str) and not (value is None and name in _OPTIONAL):
+            raise CarrierError(f"the carrier's {name} is {value!r}, not a text")
+    traceparent = parsed["traceparent"]
+    if traceparent is not None and not _TRACEPARENT.fullmatch(traceparent):
+        raise CarrierError(f"the carrier's traceparent {traceparent!r} is not a W3C traceparent")
+    return parsed
+
+
+def _parse_config(settings: Any) -> Config:
+    try:
+        known = Config().to_dict().keys()
+        return Config().updated({name: settings[name] for name in settings if name in known})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CarrierError(f"the carrier's config cannot be used: {error}") from None
+
+
+def _excerpt(text: object) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,0 +1,41 @@
+"""What MLflow loads by itself. Imported while MLflow is: light, and never raising."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow_ctx_autolog.spark_task import in_spark_task, task_attributes
+from mlflow_ctx_autolog.task import current_task
+
+__all__ = ["DriverExperimentProvider", "SparkRunContextProvider"]
+
+# Not derived from MLflow's abstract classes: MLflow is only half imported when it imports this.
+
+
+class SparkRunContextProvider:
+    """Tags a run that is started inside a Spark task with the application, stage and task."""
+
+    def in_context(self) -> bool:
+        """Whether this process is running a Spark task."""
+        return in_spark_task()
+
+    def tags(self) -> dict[str, str]:
+        """Return the task's facts as tags, by the names of the task span's attributes."""
+        facts: dict[str, Any] = task_attributes()
+        task = current_task()
+        if task is not None and task.context.application_id is not None:
+            facts["spark.application.id"] = task.context.application_id
+        return {name: str(value) for name, value in facts.items()}
+
+
+class DriverExperimentProvider:
+    """Gives code in a worker the experiment of the driver, where it has set none itself."""
+
+    def in_context(self) -> bool:
+        """Whether this process is running a function that carries a driver's context."""
+        return current_task() is not None
+
+    def get_experiment_id(self) -> str | None:
+        """Return the experiment of the driver's trace."""
+        task = current_task()
+        return None if task is None else task.context.experiment_id

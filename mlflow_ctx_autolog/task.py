@@ -1,0 +1,110 @@
+"""The Spark tasks that this process is running, and which one a call belongs to."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery import Destination
+
+__all__ = ["Task", "current_task", "open_tasks"]
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Task:
+    """One attempt of one function handed to Spark, while it runs in this process.
+
+    Args:
+        context: What came from the driver.
+        span: The task's span, an ``mlflow.entities.Span``; parent of calls that have no other.
+        calls: Model calls made so far.
+        rows_in: Rows that the function has taken from Spark so far.
+        rows_out: Rows that it has handed back so far.
+    """
+
+    context: DriverContext
+    span: Any = None
+    calls: int = 0
+    rows_in: int = 0
+    rows_out: int = 0
+    # Holds the function's context variables from one step to the next, apart from Spark's own.
+    _variables: contextvars.Context = field(default_factory=contextvars.copy_context)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def destination(self) -> Destination:
+        """Where this task's spans are stored."""
+        return Destination(self.context.tracking_uri, self.context.experiment_id)
+
+    def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run one step of the task's function with the context variables of its last step."""
+        with self._marked_running():
+            return self._variables.run(function, *args, **kwargs)
+
+    @contextmanager
+    def _marked_running(self) -> Iterator[None]:
+        _running.append(self)
+        try:
+            yield
+        finally:
+            _running.remove(self)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make this the task of the code in a block, in the context that is current there."""
+        token = _owner.set(self)
+        try:
+            with self._marked_running():
+                yield
+        finally:
+            # A block inside a generator may be left in another context than it was entered in.
+            with suppress(ValueError):
+                _owner.reset(token)
+
+    def open(self) -> None:
+        """Enter the task into this process's book."""
+        _open.append(self)
+        self._variables.run(_owner.set, self)
+
+    def close(self) -> None:
+        """Strike the task off. Idempotent."""
+        if self in _open:
+            _open.remove(self)
+
+    def count_call(self) -> None:
+        """Count one model call, from any thread."""
+        with self._lock:
+            self.calls += 1
+
+
+# A worker process runs its tasks on one thread; calls may come from any.
+_open: list[Task] = []
+_running: list[Task] = []
+_owner: contextvars.ContextVar[Task | None] = contextvars.ContextVar("ctx_autolog_task")
+
+
+def open_tasks() -> tuple[Task, ...]:
+    """The tasks that have begun and not ended, oldest first."""
+    return tuple(_open)
+
+
+def current_task() -> Task | None:
+    """The task that a call made here and now belongs to.
+
+    That is the task whose function made the call or started the thread of its context; for any
+    other thread, the task whose function is being executed, else the one opened last. More than
+    one is open only where Spark pipelines several functions into one process.
+    """
+    owner = _owner.get(None)
+    if owner in _open:
+        return owner
+    # Slices, since another thread may empty the lists between a look and a take.
+    latest = _running[-1:] or _open[-1:]
+    return latest[0] if latest else None
