@@ -6,7 +6,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from mlflow_ctx_autolog import tracing, versions
+from mlflow_ctx_autolog import tracing, versions, worker
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.driver import driver
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
@@ -64,7 +64,7 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
         UnsupportedVersionError: mlflow, openai or pyspark is too old or too new.
         UnsupportedStoreError: The tracking store cannot take spans from workers.
     """
-    resolved = (config or Config.from_env()).updated(settings)
+    resolved = Config.from_env(**settings) if config is None else config.updated(settings)
     versions.check()
     tracing.portable_tracking_uri()
     with _lock:
@@ -95,3 +95,4 @@ def _uninstall() -> None:
     driver.config = None
     _handovers.uninstall()
     _openai_calls.uninstall()
+    worker.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -46,13 +45,18 @@ class Config:
         _check("max_waiting", self.max_waiting, at_least=self.batch_size, whole=True)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Config:
+    def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> Config:
         """Read ``MLFLOW_CTX_AUTOLOG_*``; fields without a variable keep their default.
 
+        Args:
+            environ: The environment variables.
+            **settings: Fields that win over their variables.
+
         Raises:
-            ValueError: A variable is unknown, not a number, or out of range.
+            ValueError: A variable or setting is unknown, not a number, or out of range.
+            TypeError: A setting is not a number.
         """
-        return cls().updated(_settings_from_env(environ))
+        return cls().updated({**_settings_from_env(environ), **settings})
 
     def updated(self, settings: Mapping[str, Any]) -> Config:
         """Return a copy with ``settings`` in place.
@@ -61,10 +65,8 @@ class Config:
             ValueError: A name is unknown or a value out of range.
             TypeError: A value is not a number.
         """
-        known = [field.name for field in fields(self)]
         for name in settings:
-            if name not in known:
-                raise ValueError(f"unknown setting {name!r}; the settings are: {', '.join(known)}")
+            _check_known(name, f"setting {name!r}")
         return replace(self, **settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,11 +81,18 @@ def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
         if not variable.startswith(ENV_PREFIX):
             continue
         name = variable[len(ENV_PREFIX) :].lower()
+        _check_known(name, f"environment variable {variable}")
         try:
             settings[name] = int(text) if name in whole else float(text)
         except ValueError:
             raise ValueError(f"{variable}={text!r} is not a number") from None
     return settings
+
+
+def _check_known(name: str, shown: str) -> None:
+    known = [field.name for field in fields(Config)]
+    if name not in known:
+        raise ValueError(f"unknown {shown}; the settings are: {', '.join(known)}")
 
 
 def _check(
@@ -103,9 +112,10 @@ def _check(
         for words, limit in (("more than", above), ("at least", at_least), ("at most", at_most))
         if limit is not None
     ]
+    # Comparisons with nan are false, so nan is outside every range; inf is outside those with an
+    # upper limit, and no field of floats lacks one.
     inside = (
-        math.isfinite(value)
-        and (above is None or value > above)
+        (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)
     )

@@ -15,7 +15,9 @@ __all__ = ["CARRIER_VERSION", "DriverContext"]
 CARRIER_VERSION = 1
 
 # https://www.w3.org/TR/trace-context/#traceparent-header
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class DriverContext:
         """
         try:
             document = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (RecursionError, TypeError, ValueError) as error:
             raise CarrierError(f"the carrier is not JSON ({error}): {_excerpt(text)}") from None
         if not isinstance(document, dict):
             raise CarrierError(f"the carrier is not a JSON object: {_excerpt(text)}")
         version = document.pop("version", None)
-        if version != CARRIER_VERSION:
+        if version != CARRIER_VERSION or isinstance(version, bool):
             raise CarrierError(
-                f"the carrier has version {version!r}, this worker reads version "
+                f"the carrier has version {_excerpt(version)}, this worker reads version "
                 f"{CARRIER_VERSION}; install the same mlflow-ctx-autolog on driver and workers"
             )
         return cls(config=_parse_config(document.pop("config", {})), **_parse_fields(document))
@@ -77,21 +79,30 @@ def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
     parsed = {name: document.get(name) for name in (*_REQUIRED, *_OPTIONAL)}
     for name, value in parsed.items():
         if not isinstance(value, str) and not (value is None and name in _OPTIONAL):
-            raise CarrierError(f"the carrier's {name} is {value!r}, not a text")
+            raise CarrierError(f"the carrier's {name} is {_excerpt(value)}, not a text")
     traceparent = parsed["traceparent"]
     if traceparent is not None and not _TRACEPARENT.fullmatch(traceparent):
-        raise CarrierError(f"the carrier's traceparent {traceparent!r} is not a W3C traceparent")
+        raise CarrierError(
+            f"the carrier's traceparent {_excerpt(traceparent)} is not a W3C traceparent"
+        )
     return parsed
 
 
 def _parse_config(settings: Any) -> Config:
+    if not isinstance(settings, dict):
+        raise CarrierError(f"the carrier's config cannot be used: {_excerpt(settings)}")
+    known = Config().to_dict().keys()
     try:
-        known = Config().to_dict().keys()
         return Config().updated({name: settings[name] for name in settings if name in known})
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CarrierError(f"the carrier's config cannot be used: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CarrierError(
+            f"the carrier's config cannot be used: {_shortened(str(error))}"
+        ) from None
 
 
-def _excerpt(text: object) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def _excerpt(value: object) -> str:
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,4 +1,4 @@
-"""From a finished span to the store: a bounded buffer, batches, one sender thread a process."""
+"""From a finished span to the store: a bounded buffer, batches, a sender thread of its own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 from mlflow_ctx_autolog.config import Config
 
@@ -18,7 +20,6 @@ __all__ = ["Delivery", "Destination"]
 _logger = logging.getLogger(__name__)
 
 SpanT = TypeVar("SpanT")
-_SentT = TypeVar("_SentT", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,6 @@ class Destination:
 
     tracking_uri: str
     experiment_id: str
-
-
-class Send(Protocol[_SentT]):
-    """Stores spans, or raises. Storing a span again must leave one."""
-
-    def __call__(self, destination: Destination, spans: Sequence[_SentT], /) -> None: ...
 
 
 class Delivery(Generic[SpanT]):
@@ -47,10 +42,11 @@ class Delivery(Generic[SpanT]):
     - A forked child starts with an empty buffer: the parent still has, and sends, what it held.
 
     Args:
-        send: Stores one batch, or raises.
-        accompany: Called before each batch is sent; the spans it returns for the batch's
-            destination go along, and are not counted. For spans that are still open, so that
-            what lies beneath them is never an orphan in the store.
+        destination: Where all spans of this delivery go; another one needs another delivery, so
+            that a store that is down holds up nobody else's spans.
+        send: Stores a batch there, or raises. Storing a span again must leave one.
+        accompany: Returns spans that go along with each batch and are not counted: those that
+            are still open, so that what lies beneath them is never an orphan in the store.
         config: Sizes and times; may be replaced at any time through :attr:`config`.
     """
 
@@ -59,27 +55,32 @@ class Delivery(Generic[SpanT]):
     _longest_pause = 30.0
     # How long a flush waits, in seconds, while the store is known to be down.
     _patience = 1.0
+    # How long the thread stays, in seconds, when there is nothing to send.
+    _idle_time = 60.0
 
     def __init__(
         self,
-        send: Send[SpanT],
+        destination: Destination,
+        send: Callable[[Destination, Sequence[SpanT]], None],
         accompany: Callable[[Destination], Sequence[SpanT]] = lambda _: (),
         config: Config | None = None,
     ) -> None:
+        self.destination = destination
+        self.config = config or Config()
         self._send = send
         self._accompany = accompany
-        self.config = config or Config()
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        _deliveries.add(self)
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[Destination, SpanT]] = deque()
+        self._waiting: deque[SpanT] = deque()
         self._oldest_since = 0.0
         self._flushes = 0
         self._failures = 0
         self._retry_at = 0.0
         self._store_is_down = False
+        self._is_full = False
         self._thread: threading.Thread | None = None
         self.lost = 0
         self.delivered = 0
@@ -89,23 +90,15 @@ class Delivery(Generic[SpanT]):
         """Finished spans that are not stored yet."""
         return len(self._waiting)
 
-    def submit(self, destination: Destination, span: SpanT) -> None:
+    def submit(self, span: SpanT) -> None:
         """Take a finished span. Returns at once."""
         with self._changed:
             if len(self._waiting) >= self.config.max_waiting:
-                self.lost += 1
-                if self.lost == 1:
-                    _logger.warning(
-                        "%d finished spans wait for the tracking store, the most that "
-                        "max_waiting allows; further spans of this worker are lost until it "
-                        "takes some. Raise max_waiting, or see the earlier warning for why the "
-                        "store does not take them.",
-                        len(self._waiting),
-                    )
+                self._lose()
                 return
             if not self._waiting:
                 self._oldest_since = time.monotonic()
-            self._waiting.append((destination, span))
+            self._waiting.append(span)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="mlflow-ctx-autolog-delivery", daemon=True
@@ -119,85 +112,97 @@ class Delivery(Generic[SpanT]):
         """Send all that waits now; return whether it was stored within ``timeout`` seconds.
 
         The full timeout is given to a store once. While it is known not to answer, a flush waits
-        ``_patience`` at most: a store that is down must not hold up the end of every task.
+        a second at most: a store that is down must not hold up the end of every task.
         """
         with self._changed:
+            goal = self.delivered + len(self._waiting)
             if self._store_is_down:
                 timeout = min(timeout, self._patience)
             self._flushes += 1
             self._retry_at = 0.0
             self._changed.notify_all()
-            stored = self._changed.wait_for(lambda: not self._waiting, timeout)
+            stored = self._changed.wait_for(lambda: self.delivered >= goal, timeout)
             self._flushes -= 1
             self._store_is_down = not stored
             return stored
 
+    def _lose(self) -> None:
+        self.lost += 1
+        if not self._is_full:
+            self._is_full = True
+            _logger.warning(
+                "%d finished spans wait for the tracking store %s, the most that max_waiting "
+                "allows; further spans of this worker are lost until it takes some. An earlier "
+                "warning says why it does not; max_waiting can be raised.",
+                len(self._waiting),
+                self.destination.tracking_uri,
+            )
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                while (pause := self._seconds_until_due()) is None or pause > 0:
+                if not self._changed.wait_for(lambda: self._waiting, self._idle_time):
+                    self._thread = None
+                    return
+                while (pause := self._due_at() - time.monotonic()) > 0:
                     self._changed.wait(pause)
-                destination, spans = self._next_batch()
-            self._attempt(destination, spans)
+                spans = list(islice(self._waiting, self.config.batch_size))
+            try:
+                self._send(self.destination, [*spans, *self._accompany(self.destination)])
+            except Exception as error:
+                self._failed(error)
+            else:
+                self._stored(len(spans))
 
-    def _seconds_until_due(self) -> float | None:
-        """Seconds until the next batch is to be sent; None where nothing waits."""
-        if not self._waiting:
-            return None
-        now = time.monotonic()
-        due = self._retry_at
-        if not self._flushes and len(self._waiting) < self.config.batch_size:
-            due = max(due, self._oldest_since + self.config.send_interval)
-        return due - now
+    def _due_at(self) -> float:
+        """Return when the next batch is to be sent, on the monotonic clock."""
+        batch_is_full = len(self._waiting) >= self.config.batch_size
+        if self._failures or self._flushes or batch_is_full:
+            return self._retry_at
+        return self._oldest_since + self.config.send_interval
 
-    def _next_batch(self) -> tuple[Destination, list[SpanT]]:
-        destination = self._waiting[0][0]
-        spans: list[SpanT] = []
-        for other, span in self._waiting:
-            if other != destination or len(spans) == self.config.batch_size:
-                break
-            spans.append(span)
-        return destination, spans
-
-    def _attempt(self, destination: Destination, spans: list[SpanT]) -> None:
-        try:
-            self._send(destination, [*spans, *self._accompany(destination)])
-        except Exception as error:
-            self._failed(destination, error)
-        else:
-            self._stored(destination, len(spans))
-
-    def _failed(self, destination: Destination, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         with self._changed:
             self._failures += 1
             pause = min(self._first_pause * 2 ** (self._failures - 1), self._longest_pause)
             self._retry_at = time.monotonic() + pause
-            self._changed.notify_all()
         if self._failures == 1:
             _logger.warning(
                 "The tracking store %s did not take %d finished spans: %s: %s. They are kept and "
                 "sent again; check that this worker can reach the store and may write to "
                 "experiment %s.",
-                destination.tracking_uri,
+                self.destination.tracking_uri,
                 len(self._waiting),
                 type(error).__name__,
                 error,
-                destination.experiment_id,
+                self.destination.experiment_id,
             )
 
-    def _stored(self, destination: Destination, count: int) -> None:
+    def _stored(self, count: int) -> None:
+        if self._failures:
+            _logger.warning(
+                "The tracking store %s takes spans again after %d failed attempts.",
+                self.destination.tracking_uri,
+                self._failures,
+            )
         with self._changed:
-            if self._failures:
-                _logger.warning(
-                    "The tracking store %s takes spans again after %d failed attempts.",
-                    destination.tracking_uri,
-                    self._failures,
-                )
             for _ in range(count):
                 self._waiting.popleft()
             self.delivered += count
             self._failures = 0
             self._retry_at = 0.0
             self._store_is_down = False
+            self._is_full = False
             self._oldest_since = time.monotonic()
             self._changed.notify_all()
+
+
+_deliveries: weakref.WeakSet[Delivery[Any]] = weakref.WeakSet()
+
+
+def _reset_all() -> None:
+    for delivery in _deliveries:
+        delivery._reset()
+
+
+os.register_at_fork(after_in_child=_reset_all)

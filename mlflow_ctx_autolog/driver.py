@@ -12,7 +12,7 @@ from mlflow_ctx_autolog import spark as spark_api
 from mlflow_ctx_autolog import tracing
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.exceptions import CtxAutologError, CtxAutologWarning
+from mlflow_ctx_autolog.exceptions import CtxAutologWarning, UnsupportedStoreError
 from mlflow_ctx_autolog.spark_task import in_spark_task
 from mlflow_ctx_autolog.worker import process_id
 
@@ -32,8 +32,14 @@ class Driver:
         """Return ``function`` with the context of this moment; itself if that cannot be had."""
         try:
             carrier = broadcast(spark_api.session_of(receiver))
-        except CtxAutologError as error:
+        except UnsupportedStoreError as error:
             _warn(f"The model calls of {_named(function)} will not be traced. {error}")
+            return function
+        except Exception as error:
+            _warn(
+                f"The model calls of {_named(function)} will not be traced, since the trace "
+                f"context could not be captured: {type(error).__name__}: {error}"
+            )
             return function
         return spark_api.carrying(function, carrier, required=False)
 
@@ -121,7 +127,7 @@ def _named(function: Callable[..., Any]) -> str:
 
 def _warn(message: str) -> None:
     """Warn at the line of the user's that led here."""
-    frame, depth = sys._getframe(1), 1
+    frame, depth = sys._getframe(1), 2
     ours = ("mlflow_ctx_autolog", "pyspark")
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, depth = frame.f_back, depth + 1

@@ -33,6 +33,7 @@ class Patch:
         self._replacement = replacement
         self._lock = threading.Lock()
         self._active = False
+        self._original: Any = None
         self._layer: Callable[..., Any] | None = None
         self._was_inherited = False
 
@@ -48,8 +49,7 @@ class Patch:
             UnsupportedVersionError: There is no such function to replace.
         """
         with self._lock:
-            if self._layer is None or not self._is_on_top():
-                # A layer buried earlier stays inert for good; this one replaces it.
+            if self._layer is None or not self._is_on_top(self._layer):
                 self._install()
             self._active = True
 
@@ -57,13 +57,12 @@ class Patch:
         """Stop replacing, and remove the layer unless somebody else's lies on top of it."""
         with self._lock:
             self._active = False
-            if self._layer is None or not self._is_on_top():
+            if self._layer is None or not self._is_on_top(self._layer):
                 return
             if self._was_inherited:
                 delattr(self.owner, self.name)
             else:
                 setattr(self.owner, self.name, self._original)
-            self._layer = None
 
     def _install(self) -> None:
         try:
@@ -74,17 +73,21 @@ class Patch:
                 f"{self.owner.__name__.partition('.')[0]} cannot be patched. "
                 "Install a release that mlflow-ctx-autolog supports."
             ) from None
-        self._original = original
+        if self._layer is None or original is not self._original:
+            # A layer that somebody has buried stays inert for good; a new one replaces it.
+            self._layer = self._layer_over(original)
+            self._original = original
         self._was_inherited = self.name not in vars(self.owner)
+        setattr(self.owner, self.name, self._layer)
 
+    def _layer_over(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def layer(*args: Any, **kwargs: Any) -> Any:
             if self._active and self._layer is layer:
                 return self._replacement(original, *args, **kwargs)
             return original(*args, **kwargs)
 
-        self._layer = layer
-        setattr(self.owner, self.name, layer)
+        return layer
 
-    def _is_on_top(self) -> bool:
-        return vars(self.owner).get(self.name) is self._layer
+    def _is_on_top(self, layer: Callable[..., Any]) -> bool:
+        return vars(self.owner).get(self.name) is layer

@@ -168,7 +168,8 @@ def active_session() -> Any:
 
 def session_of(receiver: Any) -> Any:
     """Return the session of a DataFrame, or the context of an RDD."""
-    return receiver.ctx if hasattr(receiver, "ctx") else receiver.sparkSession
+    # Asked of the class: a DataFrame has its columns as attributes.
+    return receiver.sparkSession if hasattr(type(receiver), "sparkSession") else receiver.ctx
 
 
 def application_id(spark: Any) -> str | None:

@@ -25,6 +25,7 @@ from mlflow.tracing.utils import (
     generate_mlflow_trace_id_from_otel_trace_id,
     get_experiment_id_for_trace,
 )
+from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as OTelSpan
@@ -94,7 +95,7 @@ def portable_tracking_uri(uri: str | None = None) -> str:
     """
     uri = uri or mlflow.get_tracking_uri()
     parts = urlsplit(uri)
-    if parts.scheme.startswith("databricks"):
+    if is_databricks_uri(uri):
         raise UnsupportedStoreError(
             f"The tracking URI is {uri!r}. MLflow does not store spans that arrive from another "
             "process in a Databricks workspace's experiments, so the calls of Spark workers "

@@ -47,13 +47,15 @@ SUPPORTED = (
 def installed_version(package: str) -> str | None:
     """Return the version of an importable package, None where it is not installed."""
     try:
-        # Asked of the package itself: three distributions ship the package mlflow, and clusters
-        # ship a pyspark that no distribution owns.
-        return str(importlib.import_module(package).__version__)
+        module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name == package:
             return None
         raise
+    # Asked of the package itself: three distributions ship the package mlflow, and clusters ship
+    # a pyspark that no distribution owns. A mere folder of that name has no version.
+    version = getattr(module, "__version__", None)
+    return None if version is None else str(version)
 
 
 def check() -> None:

@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,14 +27,24 @@ from mlflow_ctx_autolog.tracing import (
     task_span_activated,
 )
 
-__all__ = ["attach", "flush", "process_id", "read_carrier", "run_traced"]
+__all__ = ["attach", "flush", "process_id", "read_carrier", "remove", "run_traced"]
 
 _logger = logging.getLogger(__name__)
 
-_TRACKING_URI = "MLFLOW_TRACKING_URI"
-# MLflow would take images and audio out of the messages and upload them with the trace's root,
-# which is in another process; here they stay in the messages.
-_EXTRACT_ATTACHMENTS = "MLFLOW_TRACE_EXTRACT_ATTACHMENTS"
+
+def _task_environment(context: DriverContext) -> dict[str, str | None]:
+    """Return the environment variables of a process while it runs a task; None removes one."""
+    return {
+        "MLFLOW_TRACKING_URI": context.tracking_uri,
+        # Left over from the driver when it started Spark; our default experiment provider gives
+        # the driver's experiment of today.
+        "MLFLOW_EXPERIMENT_ID": None,
+        "MLFLOW_EXPERIMENT_NAME": None,
+        # MLflow would take images and audio out of the messages and upload them with the trace's
+        # root, which is in another process; here they stay in the messages.
+        "MLFLOW_TRACE_EXTRACT_ATTACHMENTS": "false",
+    }
+
 
 _process_token = uuid.uuid4().hex
 
@@ -62,6 +73,8 @@ def read_carrier(carrier: object) -> DriverContext:
             raise CarrierError(
                 f"no driver context can be read from {type(carrier).__name__!r}: {error}"
             ) from error
+    if not isinstance(text, str):
+        raise CarrierError(f"the carrier holds {type(text).__name__!r}, not the JSON of a context")
     return _parse(text)
 
 
@@ -145,9 +158,8 @@ def run_traced(
             f"{type(error).__name__}: {error}",
         )
         return function(*args, **kwargs)
-    counted = [_counted_in(task, arg) if isinstance(arg, Iterator) else arg for arg in args]
     try:
-        result = task.run(function, *counted, **kwargs)
+        result = task.run(function, *(_counted(task, arg) for arg in args), **kwargs)
     except BaseException as error:
         _finish(task, error)
         raise
@@ -168,36 +180,65 @@ def flush(timeout: float = 30.0) -> bool:
     Returns:
         Whether everything that had finished is stored.
     """
-    return _worker().delivery.flush(timeout) if _worker.cache_info().currsize else True
+    return _worker().flush(timeout) if _is_set_up() else True
+
+
+def remove() -> None:
+    """Take back what running tasks has set up in this process, if anything. Idempotent."""
+    if _is_set_up() and not open_tasks():
+        _worker().remove()
 
 
 class _Worker:
     """What a worker process sets up once, and switches on while tasks are open."""
 
     def __init__(self) -> None:
-        self.delivery: Delivery[Any] = Delivery(send_spans, _open_task_spans)
-        self.tracing = WorkerTracing(self.delivery.submit, _current_destination)
+        self._deliveries: dict[Destination, Delivery[Any]] = {}
+        self.tracing = WorkerTracing(self._submit, _current_destination)
         self._openai_calls = OpenAICalls(only_in_tasks=True)
-        self._openai_calls.install()
         self._environment: dict[str, str | None] = {}
 
-    def switch_on(self, context: DriverContext) -> None:
-        self.delivery.config = context.config
+    def delivery(self, destination: Destination) -> Delivery[Any]:
+        # setdefault, since two threads may ask for the first time at once.
+        return self._deliveries.get(destination) or self._deliveries.setdefault(
+            destination, Delivery(destination, send_spans, _open_task_spans)
+        )
+
+    def _submit(self, destination: Destination, span: Any) -> None:
+        self.delivery(destination).submit(span)
+
+    def flush(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        deliveries = list(self._deliveries.values())
+        flushed = [d.flush(max(0.0, deadline - time.monotonic())) for d in deliveries]
+        return all(flushed)
+
+    def switch_on(self, task: Task) -> None:
+        self.delivery(task.destination).config = task.context.config
         if not open_tasks():
-            self._environment = _set_environment(
-                {_TRACKING_URI: context.tracking_uri, _EXTRACT_ATTACHMENTS: "false"}
-            )
+            self._environment = _set_environment(_task_environment(task.context))
         self.tracing.install()
+        self._openai_calls.install()
 
     def switch_off(self) -> None:
         if not open_tasks():
+            # The patches of autolog stay, asleep: to make them anew for each task costs more.
             _set_environment(self._environment)
+            self._environment = {}
             self.tracing.uninstall()
+
+    def remove(self) -> None:
+        self._openai_calls.uninstall()
+        self.switch_off()
 
 
 @functools.lru_cache(maxsize=1)
 def _worker() -> _Worker:
     return _Worker()
+
+
+def _is_set_up() -> bool:
+    return _worker.cache_info().currsize > 0
 
 
 def _current_destination() -> Destination | None:
@@ -233,7 +274,7 @@ def _begin(context: DriverContext, name: str) -> Task:
     if context.application_id is not None:
         attributes["spark.application.id"] = context.application_id
     attributes["spark.task.outcome"] = "running"
-    worker.switch_on(context)
+    worker.switch_on(task)
     task.open()
     try:
         task.span = task.run(worker.tracing.start_task_span, name, context, attributes)
@@ -265,10 +306,11 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     finally:
         task.close()
         worker.switch_off()
-    if not worker.delivery.flush(task.context.config.flush_timeout):
+    delivery = worker.delivery(task.destination)
+    if not delivery.flush(task.context.config.flush_timeout):
         _warn_once(
             "flush",
-            f"{worker.delivery.waiting} finished spans of this worker are not stored yet; the "
+            f"{delivery.waiting} finished spans of this worker are not stored yet; the "
             "tracking store did not take them before the end of the task. They are sent when it "
             "does, and lost if Spark ends this worker first.",
         )
@@ -310,7 +352,15 @@ def _close(iterator: Iterator[Any]) -> None:
         close()
 
 
-def _counted_in(task: Task, items: Iterable[Any]) -> Iterator[Any]:
+def _counted(task: Task, argument: Any) -> Any:
+    """Return an argument so that the rows which the function takes from it are counted."""
+    if isinstance(argument, range):
+        # A partition of parallelize(range(n)) is no iterator but a range.
+        task.rows_in += len(argument)
+    return _counted_items(task, argument) if isinstance(argument, Iterator) else argument
+
+
+def _counted_items(task: Task, items: Iterator[Any]) -> Iterator[Any]:
     for item in items:
         task.rows_in += rows_in(item)
         yield item

@@ -1,0 +1,33 @@
+"""Spark with real worker processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import workload
+from pyspark import cloudpickle
+from pyspark.sql import SparkSession
+
+# Workers cannot import the tests' modules.
+cloudpickle.register_pickle_by_value(workload)
+
+
+@pytest.fixture(scope="module")
+def spark(request: pytest.FixtureRequest) -> Iterator[SparkSession]:
+    """A classic Spark session; its master is the module's MASTER, ``local[2]`` by default."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    session = (
+        SparkSession.builder.master(getattr(request.module, "MASTER", "local[2]"))
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.sql.shuffle.partitions", "2")
+        # Several batches a partition, so that a function is suspended between them.
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "3")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("OFF")
+    yield session
+    session.stop()

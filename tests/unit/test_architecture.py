@@ -1,0 +1,129 @@
+"""Which module may import which, and which foreign library each may touch."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mlflow_ctx_autolog
+
+NAME = "mlflow_ctx_autolog"
+PACKAGE = Path(mlflow_ctx_autolog.__file__).parent
+
+# The same table as in docs/architecture.md.
+MAY_IMPORT: dict[str, set[str]] = {
+    "autolog": {"config", "driver", "openai_calls", "spark", "tracing", "versions", "worker"},
+    "cli": {"versions"},
+    "config": set(),
+    "context": {"config", "exceptions"},
+    "delivery": {"config"},
+    "driver": {"config", "context", "exceptions", "spark", "spark_task", "tracing", "worker"},
+    "exceptions": set(),
+    "openai_calls": {"patching", "task", "tracing"},
+    "patching": {"exceptions"},
+    "plugin": {"spark_task", "task"},
+    "spark": {"patching", "worker"},
+    "spark_task": set(),
+    "task": {"context", "delivery"},
+    "tracing": {"context", "delivery", "exceptions", "patching"},
+    "versions": {"exceptions"},
+    "worker": {
+        "context",
+        "delivery",
+        "exceptions",
+        "openai_calls",
+        "spark_task",
+        "task",
+        "tracing",
+    },
+}
+
+# Modules that are not named here need the standard library only.
+FOREIGN: dict[str, set[str]] = {
+    "openai_calls": {"mlflow"},
+    "spark": {"pyspark"},
+    "tracing": {"mlflow", "opentelemetry"},
+    "versions": {"packaging"},
+}
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+OURS = [name for name in MODULES if name != "__init__" and not name.startswith("testing.")]
+TESTING = [name for name in MODULES if name.startswith("testing.")]
+
+
+def imported(module: str) -> Iterator[str]:
+    """Yield the full names that a module imports, anywhere in it."""
+    package = [NAME, *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=origin, names=names, level=level):
+                above = package[: len(package) - level + 1] if level else []
+                prefix = ".".join([*above, *([origin] if origin else [])])
+                yield from (f"{prefix}.{alias.name}" for alias in names)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module")
+                | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield name
+
+
+def ours_imported(module: str) -> set[str]:
+    """Return the modules of this library that a module imports; `__init__` for the facade."""
+    found = set()
+    for name in imported(module):
+        if name.partition(".")[0] == NAME:
+            inner = name.split(".")[1:]
+            while inner and ".".join(inner) not in MODULES:
+                inner.pop()
+            found.add(".".join(inner) or "__init__")
+    return found
+
+
+def foreign_imported(module: str) -> set[str]:
+    """Return the libraries, other than Python's own, that a module imports."""
+    libraries = {name.partition(".")[0] for name in imported(module)}
+    return libraries - {NAME} - sys.stdlib_module_names
+
+
+def test_every_module_is_in_the_table() -> None:
+    """Each module has its place in the architecture, and the table names no others."""
+    assert set(OURS) == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_module_imports_what_the_table_says(module: str) -> None:
+    """Each module imports those modules of this library that the table gives it, and no others."""
+    assert ours_imported(module) == MAY_IMPORT[module]
+
+
+def test_imports_have_no_cycle() -> None:
+    """The modules can be put in an order in which each imports earlier ones only."""
+    graph = {module: ours_imported(module) for module in OURS}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+
+    for module, needed in graph.items():
+        assert all(order.index(name) < order.index(module) for name in needed)
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_foreign_library_is_touched_in_its_module_only(module: str) -> None:
+    """Each foreign library has its own module, so that a change of it is met in one place."""
+    assert foreign_imported(module) == FOREIGN.get(module, set())
+
+
+@pytest.mark.parametrize("module", TESTING)
+def test_testing_needs_the_standard_library_only(module: str) -> None:
+    """The servers for tests can be used without any other package, and without the library."""
+    assert foreign_imported(module) == set()
+    assert {name.partition(".")[0] for name in ours_imported(module)} <= {"testing"}

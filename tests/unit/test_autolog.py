@@ -1,0 +1,216 @@
+"""enable() and disable() behave as MLflow users expect of autolog."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlflow
+import openai
+import pytest
+from openai.resources.chat.completions import AsyncCompletions, Completions
+from pyspark import RDD
+from pyspark.sql.classic.dataframe import DataFrame
+from workload import ask, stored_traces
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog import autolog, driver, versions
+from mlflow_ctx_autolog.testing import OpenAIEndpoint
+
+mlflow.openai  # noqa: B018 - imported on first use; the places below look into it.
+
+
+def _places() -> dict[tuple[str, str], Any]:
+    """Every place that enabling touches, as it is now."""
+    owners: dict[Any, tuple[str, ...]] = {
+        Completions: ("create", "parse"),
+        AsyncCompletions: ("create", "parse"),
+        RDD: ("mapPartitions", "foreachPartition"),
+        DataFrame: ("mapInPandas", "mapInArrow", "foreachPartition"),
+        sys.modules["mlflow.openai.autolog"]: ("start_span_no_context",),
+        sys.modules["mlflow.tracing.provider"]: ("_get_span_processors",),
+    }
+    return {
+        (owner.__name__, name): inspect.getattr_static(owner, name)
+        for owner, names in owners.items()
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_disable_leaves_nothing_behind(experiment_id: str, times: int) -> None:
+    """However often it was enabled, after one disable() every function is the one it was."""
+    before = _places()
+    for _ in range(times):
+        ctx_autolog.enable()
+    enabled = _places()
+    assert {name for (_, name), function in enabled.items() if function not in before.values()} == {
+        "create",
+        "foreachPartition",
+        "mapInArrow",
+        "mapInPandas",
+        "mapPartitions",
+        "parse",
+        "start_span_no_context",
+    }
+    ctx_autolog.disable()
+    ctx_autolog.disable()
+    assert _places() == before
+
+
+def test_beneath_another_librarys_patch_we_go_inert(
+    experiment_id: str, endpoint: OpenAIEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody patched on top of us, theirs stays and ours passes every call through."""
+    ctx_autolog.enable()
+    ours: Callable[..., Any] = DataFrame.mapInPandas
+    seen = []
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(DataFrame, "mapInPandas", theirs)
+    ctx_autolog.disable()
+    assert DataFrame.mapInPandas is theirs
+
+    handed_over = []
+    monkeypatch.setattr(driver.driver, "carry", lambda *args: handed_over.append(args))
+    with pytest.raises((AssertionError, AttributeError)):
+        DataFrame.mapInPandas(None, print, "id long")  # type: ignore[arg-type]
+    assert len(seen) == 1
+    assert handed_over == []
+
+
+def test_the_handle_restores_what_was_before(experiment_id: str) -> None:
+    """As a context manager, enable() undoes itself, also where it only changed a setting."""
+    before = _places()
+    with ctx_autolog.enable(batch_size=7):
+        with ctx_autolog.enable(batch_size=9), mlflow.start_span("x"):
+            assert ctx_autolog.capture().config.batch_size == 9
+        with mlflow.start_span("x"):
+            assert ctx_autolog.capture().config.batch_size == 7
+    assert _places() == before
+
+
+def test_a_setting_takes_effect_at_once(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keywords win over Config, Config over nothing, and the environment fills in the rest."""
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_FLUSH_TIMEOUT", "5")
+    with mlflow.start_span("x"):
+        ctx_autolog.enable()
+        assert ctx_autolog.capture().config.flush_timeout == 5
+        ctx_autolog.enable(flush_timeout=6)
+        assert ctx_autolog.capture().config.flush_timeout == 6
+        ctx_autolog.enable(ctx_autolog.Config(flush_timeout=7), batch_size=3)
+        config = ctx_autolog.capture().config
+        assert (config.flush_timeout, config.batch_size) == (7, 3)
+
+
+def test_nonsense_is_refused_and_changes_nothing(experiment_id: str) -> None:
+    """A bad setting raises at enable(), with the value and the range, and nothing is patched."""
+    before = _places()
+    with pytest.raises(ValueError, match=r"batch_size=-1 .* at least 1"):
+        ctx_autolog.enable(batch_size=-1)
+    with pytest.raises(ValueError, match="unknown setting 'colour'"):
+        ctx_autolog.enable(colour="red")
+    assert _places() == before
+
+
+@pytest.mark.parametrize(
+    ("package", "version"), [("mlflow", "3.8.1"), ("openai", "4.0.0"), ("pyspark", "3.4.4")]
+)
+def test_versions_that_cannot_be_patched_are_refused(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch, package: str, version: str
+) -> None:
+    """enable() names the version found and those supported."""
+    installed = versions.installed_version
+    monkeypatch.setattr(
+        versions, "installed_version", lambda name: version if name == package else installed(name)
+    )
+    with pytest.raises(
+        ctx_autolog.UnsupportedVersionError, match=rf"{package} {version}.*from 3|1"
+    ):
+        ctx_autolog.enable()
+
+
+def test_a_release_without_what_we_patch_is_refused(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where MLflow has moved the function away, enable() says so and leaves nothing behind."""
+    before = _places()
+    module = sys.modules["mlflow.openai.autolog"]
+    with monkeypatch.context() as patched:
+        patched.delattr(module, "start_span_no_context")
+        patched.setattr(autolog, "_openai_calls", autolog.OpenAICalls(only_in_tasks=False))
+        with pytest.raises(ctx_autolog.UnsupportedVersionError, match="start_span_no_context"):
+            ctx_autolog.enable()
+    assert _places() == before
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("file:///tmp/runs", "folder of files"),
+        ("databricks", "Databricks"),
+        ("postgresql://user:planted-secret@host/db", "holds a password"),
+    ],
+)
+def test_a_store_that_cannot_take_spans_is_refused(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch, uri: str, reason: str
+) -> None:
+    """enable() raises for a store that would lose the spans, and never shows its password."""
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+    with pytest.raises(ctx_autolog.UnsupportedStoreError, match=reason) as caught:
+        ctx_autolog.enable()
+    assert "planted-secret" not in str(caught.value)
+
+
+def test_credentials_in_the_servers_address_do_not_travel(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """User name and password of an http address stay on the driver."""
+    with mlflow.start_span("x"):
+        uri = "https://me:planted-secret@host:1/x"
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+        text = ctx_autolog.capture().to_json()
+    assert "planted-secret" not in text
+    assert '"https://host:1/x"' in text
+
+
+def test_a_relative_database_is_the_same_for_workers(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """An SQLite file named relative to the driver's folder travels by its full path."""
+    monkeypatch.chdir(tmp_path)
+    with mlflow.start_span("x"):
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "sqlite:///runs.db")
+        assert ctx_autolog.capture().tracking_uri == f"sqlite:///{tmp_path}/runs.db"
+
+
+def test_in_the_drivers_own_process_attach_only_activates(
+    experiment_id: str, endpoint: OpenAIEndpoint
+) -> None:
+    """attach() where the context was captured, in any thread, makes the driver's span active."""
+    import threading
+
+    client = openai.OpenAI(base_url=endpoint.base_url, api_key="not-a-key")
+    ctx_autolog.enable()
+    with mlflow.start_span("driver"):
+        context = ctx_autolog.capture()
+
+        def work() -> None:
+            with ctx_autolog.attach(context):
+                ask(client, 1)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    (trace,) = stored_traces(experiment_id)
+    (call,) = trace.calls
+    assert call.parent_id == trace.root.span_id
+    assert trace.tasks == []

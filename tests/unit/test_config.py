@@ -1,0 +1,209 @@
+"""Settings: ranges, environment variables, and what may be done with a settings object."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+from typing import Any
+
+import pytest
+
+from mlflow_ctx_autolog import Config
+
+NAMES = [field.name for field in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"flush_timeout": 0.001},
+        {"flush_timeout": 3600},
+        {"batch_size": 1},
+        {"batch_size": 10_000},
+        {"send_interval": 0.001},
+        {"send_interval": 3600},
+        {"max_waiting": 200, "batch_size": 200},
+        {"max_waiting": 10_000_000},
+    ],
+)
+def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
+    """The limits that the documentation gives can be set themselves."""
+    config = Config(**settings)
+
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "limits"),
+    [
+        ({"flush_timeout": 0}, "0", "more than 0 and at most 3600"),
+        ({"flush_timeout": -1.5}, "-1.5", "more than 0 and at most 3600"),
+        ({"flush_timeout": 3600.5}, "3600.5", "more than 0 and at most 3600"),
+        ({"flush_timeout": float("inf")}, "inf", "more than 0 and at most 3600"),
+        ({"flush_timeout": float("nan")}, "nan", "more than 0 and at most 3600"),
+        ({"batch_size": 0}, "0", "at least 1 and at most 10000"),
+        ({"batch_size": 10_001}, "10001", "at least 1 and at most 10000"),
+        ({"send_interval": 0.0}, "0.0", "more than 0 and at most 3600"),
+        ({"send_interval": 3601}, "3601", "more than 0 and at most 3600"),
+        ({"max_waiting": 49, "batch_size": 50}, "49", "at least 50"),
+    ],
+)
+def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, limits: str) -> None:
+    """A value out of range is refused with a message that names setting, value and range."""
+    name = next(iter(settings))
+
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value} ")) as caught:
+        Config(**settings)
+
+    assert limits in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("flush_timeout", "30", "a number"),
+        ("flush_timeout", None, "a number"),
+        ("flush_timeout", True, "a number"),
+        ("send_interval", [1], "a number"),
+        ("batch_size", 1.0, "a whole number"),
+        ("batch_size", "200", "a whole number"),
+        ("batch_size", True, "a whole number"),
+        ("max_waiting", 1e4, "a whole number"),
+    ],
+)
+def test_value_of_wrong_type_is_refused(name: str, value: Any, kind: str) -> None:
+    """A value that is no number is refused with a message that names the setting and the value."""
+    with pytest.raises(TypeError, match=re.escape(f"{name}={value!r} is not {kind}")):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_number_beyond_floats_is_no_crash(name: str) -> None:
+    """A whole number too large for a float is taken or refused like any other number."""
+    if name == "max_waiting":
+        assert Config(max_waiting=10**400).max_waiting == 10**400
+    else:
+        with pytest.raises(ValueError, match=f"{name}=1000"):
+            Config(**{name: 10**400})
+
+
+def test_unknown_name_is_refused() -> None:
+    """A misspelt setting is refused with a message that names it and lists the settings."""
+    with pytest.raises(ValueError, match="'flush_time'") as caught:
+        Config().updated({"flush_time": 1.0})
+
+    for name in NAMES:
+        assert name in str(caught.value)
+
+
+def test_updated_changes_a_copy() -> None:
+    """Changing a setting gives new settings and leaves the old ones as they were."""
+    before = Config(batch_size=50)
+    after = before.updated({"send_interval": 2.0})
+
+    assert after == Config(batch_size=50, send_interval=2.0)
+    assert before == Config(batch_size=50)
+
+
+def test_updated_checks_ranges() -> None:
+    """A changed setting must lie in its range, too, also where two settings depend on another."""
+    with pytest.raises(ValueError, match="max_waiting=10 "):
+        Config(batch_size=50).updated({"max_waiting": 10})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("MLFLOW_CTX_AUTOLOG_FLUSH_TIMEOUT", "2.5", "flush_timeout", 2.5),
+        ("MLFLOW_CTX_AUTOLOG_BATCH_SIZE", "17", "batch_size", 17),
+        ("MLFLOW_CTX_AUTOLOG_SEND_INTERVAL", "3", "send_interval", 3),
+        ("MLFLOW_CTX_AUTOLOG_MAX_WAITING", "5000", "max_waiting", 5000),
+    ],
+)
+def test_environment_variable_sets_its_field(
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: float
+) -> None:
+    """Each setting has an environment variable, and the others keep their defaults."""
+    monkeypatch.setenv(variable, text)
+
+    assert Config.from_env() == dataclasses.replace(Config(), **{name: value})
+
+
+def test_other_environment_variables_are_ignored() -> None:
+    """Variables of MLflow and of others have no effect."""
+    environment = {"MLFLOW_TRACKING_URI": "http://host", "BATCH_SIZE": "7", "PATH": "/bin"}
+
+    assert Config.from_env(environment) == Config()
+
+
+@pytest.mark.parametrize("text", ["", "many", "1,5", "0x10"])
+@pytest.mark.parametrize("name", NAMES)
+def test_environment_variable_that_is_no_number_is_refused(name: str, text: str) -> None:
+    """A variable that holds no number is refused with a message that names it and its text."""
+    variable = f"MLFLOW_CTX_AUTOLOG_{name.upper()}"
+
+    with pytest.raises(ValueError, match=re.escape(f"{variable}={text!r} is not a number")):
+        Config.from_env({variable: text})
+
+
+def test_fraction_for_a_whole_number_is_refused() -> None:
+    """A fraction in the variable of a setting that counts spans is refused, not cut off."""
+    with pytest.raises(ValueError, match=re.escape("MLFLOW_CTX_AUTOLOG_BATCH_SIZE='2.5'")):
+        Config.from_env({"MLFLOW_CTX_AUTOLOG_BATCH_SIZE": "2.5"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("MLFLOW_CTX_AUTOLOG_FLUSH_TIMEOUT", "nan"),
+        ("MLFLOW_CTX_AUTOLOG_SEND_INTERVAL", "inf"),
+        ("MLFLOW_CTX_AUTOLOG_BATCH_SIZE", "0"),
+        ("MLFLOW_CTX_AUTOLOG_MAX_WAITING", "-1"),
+    ],
+)
+def test_environment_variable_out_of_range_is_refused(variable: str, text: str) -> None:
+    """Values from the environment have the same ranges as keywords."""
+    with pytest.raises(ValueError, match="out of range"):
+        Config.from_env({variable: text})
+
+
+def test_unknown_environment_variable_is_refused() -> None:
+    """A misspelt variable is refused rather than silently without effect."""
+    with pytest.raises(ValueError, match=r"(?i)flush_tiemout"):
+        Config.from_env({"MLFLOW_CTX_AUTOLOG_FLUSH_TIEMOUT": "3"})
+
+
+def test_keyword_wins_over_environment() -> None:
+    """A setting given as a keyword counts, and the environment counts for the others."""
+    environment = {"MLFLOW_CTX_AUTOLOG_BATCH_SIZE": "17", "MLFLOW_CTX_AUTOLOG_SEND_INTERVAL": "3"}
+
+    config = Config.from_env(environment).updated({"batch_size": 50})
+
+    assert config == Config(batch_size=50, send_interval=3.0)
+
+
+def test_settings_cannot_be_changed_in_place() -> None:
+    """Settings are fixed once made, so that they can be shared between threads."""
+    config = Config()
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.batch_size = 1  # type: ignore[misc]
+
+    assert config == Config()
+
+
+def test_settings_can_be_pickled_and_hashed() -> None:
+    """Settings survive pickling, and equal settings are one key of a dictionary."""
+    config = Config(flush_timeout=2.5, batch_size=7, send_interval=0.5, max_waiting=70)
+    copy = pickle.loads(pickle.dumps(config))
+
+    assert copy == config
+    assert {config: "found"}[copy] == "found"
+
+
+def test_settings_as_a_dictionary_make_the_same_settings() -> None:
+    """The dictionary of all settings is enough to make them again."""
+    config = Config(flush_timeout=2.5, batch_size=7, send_interval=0.5, max_waiting=70)
+
+    assert Config(**config.to_dict()) == config
