@@ -6,7 +6,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from mlflow_ctx_autolog import tracing, versions, worker
+from mlflow_ctx_autolog import process, tracing, versions
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.driver import driver
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
@@ -95,4 +95,4 @@ def _uninstall() -> None:
     driver.config = None
     _handovers.uninstall()
     _openai_calls.uninstall()
-    worker.remove()
+    process.remove()

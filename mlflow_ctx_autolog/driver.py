@@ -89,7 +89,7 @@ def traced(function: F, spark: Any = None) -> F:
     Raises:
         UnsupportedStoreError: The tracking store cannot take spans from workers.
     """
-    if in_spark_task():
+    if in_spark_task() or spark_api.carries(function):
         # A module that wraps at import is imported on the workers, too.
         return function
     return cast(F, spark_api.carrying(function, broadcast(spark), required=True))

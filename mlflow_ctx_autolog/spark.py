@@ -95,7 +95,7 @@ class Handovers:
         return hand_over
 
     def _prepared(self, function: Any, receiver: Any) -> Any:
-        if not callable(function) or hasattr(function, _CARRIES) or _is_pysparks(function):
+        if not callable(function) or carries(function) or _is_pysparks(function):
             return function
         return self._wrap(function, receiver)
 
@@ -115,6 +115,11 @@ def _find_owner(handover: _Handover) -> type | None:
 def _is_pysparks(function: Any) -> bool:
     # PySpark calls these methods itself, too: RDD.count() is a mapPartitions().
     return (getattr(function, "__module__", None) or "").partition(".")[0] == "pyspark"
+
+
+def carries(function: Any) -> bool:
+    """Whether a function carries a context already."""
+    return hasattr(function, _CARRIES)
 
 
 def carrying(

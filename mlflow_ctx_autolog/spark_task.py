@@ -7,7 +7,7 @@ import socket
 import sys
 from typing import Any
 
-__all__ = ["in_spark_task", "rows_in", "task_attributes"]
+__all__ = ["in_spark_task", "row_count", "task_attributes"]
 
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
@@ -42,7 +42,7 @@ def task_attributes() -> dict[str, Any]:
     return attributes
 
 
-def rows_in(item: object) -> int:
+def row_count(item: object) -> int:
     """Return how many rows one item of a partition holds: of a batch its length, else one."""
     library = type(item).__module__.partition(".")[0]
     if library == "pandas":

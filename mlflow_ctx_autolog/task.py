@@ -23,6 +23,7 @@ class Task:
 
     Args:
         context: What came from the driver.
+        attempt_id: Spark's id of the task attempt; None outside Spark.
         span: The task's span, an ``mlflow.entities.Span``; parent of calls that have no other.
         calls: Model calls made so far.
         rows_in: Rows that the function has taken from Spark so far.
@@ -30,6 +31,7 @@ class Task:
     """
 
     context: DriverContext
+    attempt_id: int | None = None
     span: Any = None
     calls: int = 0
     rows_in: int = 0
@@ -77,6 +79,15 @@ class Task:
         """Strike the task off. Idempotent."""
         if self in _open:
             _open.remove(self)
+
+    def record_counts(self) -> None:
+        """Write the counts so far on the span."""
+        counts = {
+            "llm.calls": self.calls,
+            "spark.rows.in": self.rows_in,
+            "spark.rows.out": self.rows_out,
+        }
+        self.span.set_attributes(counts)
 
     def count_call(self) -> None:
         """Count one model call, from any thread."""

@@ -7,43 +7,21 @@ import logging
 import os
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Delivery, Destination
 from mlflow_ctx_autolog.exceptions import CarrierError
-from mlflow_ctx_autolog.openai_calls import OpenAICalls
-from mlflow_ctx_autolog.spark_task import rows_in, task_attributes
+from mlflow_ctx_autolog.process import worker_process
+from mlflow_ctx_autolog.spark_task import row_count, task_attributes
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import (
-    WorkerTracing,
-    parent_activated,
-    send_spans,
-    snapshot,
-    task_span_activated,
-)
+from mlflow_ctx_autolog.tracing import parent_activated, task_span_activated
 
-__all__ = ["attach", "flush", "process_id", "read_carrier", "remove", "run_traced"]
+__all__ = ["attach", "process_id", "read_carrier", "run_traced"]
 
 _logger = logging.getLogger(__name__)
-
-
-def _task_environment(context: DriverContext) -> dict[str, str | None]:
-    """Return the environment variables of a process while it runs a task; None removes one."""
-    return {
-        "MLFLOW_TRACKING_URI": context.tracking_uri,
-        # Left over from the driver when it started Spark; our default experiment provider gives
-        # the driver's experiment of today.
-        "MLFLOW_EXPERIMENT_ID": None,
-        "MLFLOW_EXPERIMENT_NAME": None,
-        # MLflow would take images and audio out of the messages and upload them with the trace's
-        # root, which is in another process; here they stay in the messages.
-        "MLFLOW_TRACE_EXTRACT_ATTACHMENTS": "false",
-    }
 
 
 _process_token = uuid.uuid4().hex
@@ -167,92 +145,9 @@ def run_traced(
         return _steps(task, result)
     if _is_lazy(result):
         return _steps(task, iter(result))
+    task.rows_out += _rows_of(result)
     _finish(task)
     return result
-
-
-def flush(timeout: float = 30.0) -> bool:
-    """Send this process's finished spans now.
-
-    Args:
-        timeout: Seconds to wait at most.
-
-    Returns:
-        Whether everything that had finished is stored.
-    """
-    return _worker().flush(timeout) if _is_set_up() else True
-
-
-def remove() -> None:
-    """Take back what running tasks has set up in this process, if anything. Idempotent."""
-    if _is_set_up() and not open_tasks():
-        _worker().remove()
-
-
-class _Worker:
-    """What a worker process sets up once, and switches on while tasks are open."""
-
-    def __init__(self) -> None:
-        self._deliveries: dict[Destination, Delivery[Any]] = {}
-        self.tracing = WorkerTracing(self._submit, _current_destination)
-        self._openai_calls = OpenAICalls(only_in_tasks=True)
-        self._environment: dict[str, str | None] = {}
-
-    def delivery(self, destination: Destination) -> Delivery[Any]:
-        # setdefault, since two threads may ask for the first time at once.
-        return self._deliveries.get(destination) or self._deliveries.setdefault(
-            destination, Delivery(destination, send_spans, _open_task_spans)
-        )
-
-    def _submit(self, destination: Destination, span: Any) -> None:
-        self.delivery(destination).submit(span)
-
-    def flush(self, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        deliveries = list(self._deliveries.values())
-        flushed = [d.flush(max(0.0, deadline - time.monotonic())) for d in deliveries]
-        return all(flushed)
-
-    def switch_on(self, task: Task) -> None:
-        self.delivery(task.destination).config = task.context.config
-        if not open_tasks():
-            self._environment = _set_environment(_task_environment(task.context))
-        self.tracing.install()
-        self._openai_calls.install()
-
-    def switch_off(self) -> None:
-        if not open_tasks():
-            # The patches of autolog stay, asleep: to make them anew for each task costs more.
-            _set_environment(self._environment)
-            self._environment = {}
-            self.tracing.uninstall()
-
-    def remove(self) -> None:
-        self._openai_calls.uninstall()
-        self.switch_off()
-
-
-@functools.lru_cache(maxsize=1)
-def _worker() -> _Worker:
-    return _Worker()
-
-
-def _is_set_up() -> bool:
-    return _worker.cache_info().currsize > 0
-
-
-def _current_destination() -> Destination | None:
-    task = current_task()
-    return None if task is None else task.destination
-
-
-def _open_task_spans(destination: Destination) -> list[Any]:
-    spans = []
-    for task in open_tasks():
-        if task.destination == destination and task.span is not None:
-            _record_counts(task)
-            spans.append(snapshot(task.span))
-    return [span for span in spans if span is not None]
 
 
 @contextmanager
@@ -268,9 +163,13 @@ def _opened(context: DriverContext, name: str) -> Iterator[Task]:
 
 
 def _begin(context: DriverContext, name: str) -> Task:
-    worker = _worker()
-    task = Task(context)
+    worker = worker_process()
     attributes = task_attributes()
+    task = Task(context, attempt_id=attributes.get("spark.task.attempt_id"))
+    for other in open_tasks():
+        # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
+        if other.attempt_id != task.attempt_id:
+            _finish(other, GeneratorExit())
     if context.application_id is not None:
         attributes["spark.application.id"] = context.application_id
     attributes["spark.task.outcome"] = "running"
@@ -287,9 +186,9 @@ def _begin(context: DriverContext, name: str) -> Task:
 
 def _finish(task: Task, error: BaseException | None = None) -> None:
     """End the task's span and see its spans off. Never raises."""
-    worker = _worker()
+    worker = worker_process()
     try:
-        _record_counts(task)
+        task.record_counts()
         if error is None:
             task.span.set_attribute("spark.task.outcome", "completed")
             task.span.end()
@@ -316,23 +215,13 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
         )
 
 
-def _record_counts(task: Task) -> None:
-    task.span.set_attributes(
-        {
-            "llm.calls": task.calls,
-            "spark.rows.in": task.rows_in,
-            "spark.rows.out": task.rows_out,
-        }
-    )
-
-
 _END = object()
 
 
 def _steps(task: Task, iterator: Iterator[Any]) -> Iterator[Any]:
     try:
         while (item := task.run(next, iterator, _END)) is not _END:
-            task.rows_out += rows_in(item)
+            task.rows_out += row_count(item)
             yield item
     except GeneratorExit as closed:
         try:
@@ -362,23 +251,18 @@ def _counted(task: Task, argument: Any) -> Any:
 
 def _counted_items(task: Task, items: Iterator[Any]) -> Iterator[Any]:
     for item in items:
-        task.rows_in += rows_in(item)
+        task.rows_in += row_count(item)
         yield item
+
+
+def _rows_of(result: object) -> int:
+    if isinstance(result, (list, tuple)):
+        return sum(row_count(item) for item in result)
+    return 0 if result is None else row_count(result)
 
 
 def _is_lazy(result: object) -> bool:
     return hasattr(result, "__iter__") and not hasattr(result, "__len__")
-
-
-def _set_environment(variables: dict[str, str | None]) -> dict[str, str | None]:
-    """Set environment variables, None removing one; return what they were."""
-    before = {name: os.environ.get(name) for name in variables}
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    return before
 
 
 _warned: set[str] = set()

@@ -71,6 +71,8 @@ class TrackingServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # The store holds prompts.
+                umask=0o077,
             )
         atexit.register(self.close)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,41 +16,21 @@ import mlflow_ctx_autolog
 NAME = "mlflow_ctx_autolog"
 PACKAGE = Path(mlflow_ctx_autolog.__file__).parent
 
-# The same table as in docs/architecture.md.
-MAY_IMPORT: dict[str, set[str]] = {
-    "autolog": {"config", "driver", "openai_calls", "spark", "tracing", "versions", "worker"},
-    "cli": {"versions"},
-    "config": set(),
-    "context": {"config", "exceptions"},
-    "delivery": {"config"},
-    "driver": {"config", "context", "exceptions", "spark", "spark_task", "tracing", "worker"},
-    "exceptions": set(),
-    "openai_calls": {"patching", "task", "tracing"},
-    "patching": {"exceptions"},
-    "plugin": {"spark_task", "task"},
-    "spark": {"patching", "worker"},
-    "spark_task": set(),
-    "task": {"context", "delivery"},
-    "tracing": {"context", "delivery", "exceptions", "patching"},
-    "versions": {"exceptions"},
-    "worker": {
-        "context",
-        "delivery",
-        "exceptions",
-        "openai_calls",
-        "spark_task",
-        "task",
-        "tracing",
-    },
-}
+ROOT = Path(__file__).parents[2]
 
-# Modules that are not named here need the standard library only.
-FOREIGN: dict[str, set[str]] = {
-    "openai_calls": {"mlflow"},
-    "spark": {"pyspark"},
-    "tracing": {"mlflow", "opentelemetry"},
-    "versions": {"packaging"},
-}
+
+def documented() -> dict[str, tuple[set[str], set[str]]]:
+    """Read the table of modules: name to foreign libraries and imports."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", text, re.MULTILINE)
+    return {
+        name: (set(re.findall(r"`(\w+)`", foreign)), set(re.findall(r"`(\w+)`", ours)))
+        for name, foreign, ours in rows
+    }
+
+
+MAY_IMPORT = {name: ours for name, (_, ours) in documented().items()}
+FOREIGN = {name: foreign for name, (foreign, _) in documented().items() if foreign}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

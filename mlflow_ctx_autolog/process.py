@@ -1,0 +1,132 @@
+"""What a worker process sets up once, and switches on while it runs tasks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from typing import Any
+
+from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery import Delivery, Destination
+from mlflow_ctx_autolog.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.task import Task, current_task, open_tasks
+from mlflow_ctx_autolog.tracing import WorkerTracing, send_spans, snapshot
+
+__all__ = ["WorkerProcess", "flush", "remove", "worker_process"]
+
+
+class WorkerProcess:
+    """This process's tracing and its way to the stores, shared by all tasks that it runs."""
+
+    def __init__(self) -> None:
+        self._deliveries: dict[Destination, Delivery[Any]] = {}
+        self.tracing = WorkerTracing(self._submit, _current_destination)
+        self._openai_calls = OpenAICalls(only_in_tasks=True)
+        self._environment: dict[str, str | None] = {}
+
+    def delivery(self, destination: Destination) -> Delivery[Any]:
+        """Return the delivery to a destination, made on first use."""
+        # setdefault, since two threads may ask for the first time at once.
+        return self._deliveries.get(destination) or self._deliveries.setdefault(
+            destination, Delivery(destination, send_spans, _open_task_spans)
+        )
+
+    def _submit(self, destination: Destination, span: Any) -> None:
+        self.delivery(destination).submit(span)
+
+    def flush(self, timeout: float) -> bool:
+        """Send all finished spans now; return whether they were stored within the timeout."""
+        deadline = time.monotonic() + timeout
+        deliveries = list(self._deliveries.values())
+        flushed = [d.flush(max(0.0, deadline - time.monotonic())) for d in deliveries]
+        return all(flushed)
+
+    def switch_on(self, task: Task) -> None:
+        """Prepare for a task that is about to be opened."""
+        self.delivery(task.destination).config = task.context.config
+        if not open_tasks():
+            self._environment = _set_environment(_task_environment(task.context))
+        self.tracing.install()
+        self._openai_calls.install()
+
+    def switch_off(self) -> None:
+        """Give the process back as it was, unless a task is open."""
+        if not open_tasks():
+            # The patches of autolog stay, asleep: to make them anew for each task costs more.
+            _set_environment(self._environment)
+            self._environment = {}
+            self.tracing.uninstall()
+
+    def remove(self) -> None:
+        """Take back everything, unless a task is open."""
+        if not open_tasks():
+            self._openai_calls.uninstall()
+            self.switch_off()
+
+
+@functools.lru_cache(maxsize=1)
+def worker_process() -> WorkerProcess:
+    """Return this process's set-up, made on first use."""
+    return WorkerProcess()
+
+
+def flush(timeout: float = 30.0) -> bool:
+    """Send this process's finished spans now.
+
+    Args:
+        timeout: Seconds to wait at most.
+
+    Returns:
+        Whether everything that had finished is stored.
+    """
+    return worker_process().flush(timeout) if _is_set_up() else True
+
+
+def remove() -> None:
+    """Take back what running tasks has set up in this process, if anything. Idempotent."""
+    if _is_set_up():
+        worker_process().remove()
+
+
+def _is_set_up() -> bool:
+    return worker_process.cache_info().currsize > 0
+
+
+def _current_destination() -> Destination | None:
+    task = current_task()
+    return None if task is None else task.destination
+
+
+def _open_task_spans(destination: Destination) -> list[Any]:
+    spans = []
+    for task in open_tasks():
+        if task.destination == destination and task.span is not None:
+            task.record_counts()
+            spans.append(snapshot(task.span))
+    return [span for span in spans if span is not None]
+
+
+def _task_environment(context: DriverContext) -> dict[str, str | None]:
+    """Return the environment variables of a process while it runs a task; None removes one."""
+    return {
+        "MLFLOW_TRACKING_URI": context.tracking_uri,
+        # Left over from the driver when it started Spark; our default experiment provider gives
+        # the driver's experiment of today.
+        "MLFLOW_EXPERIMENT_ID": None,
+        "MLFLOW_EXPERIMENT_NAME": None,
+        # MLflow would take images and audio out of the messages and upload them with the trace's
+        # root, which is in another process; here they stay in the messages.
+        "MLFLOW_TRACE_EXTRACT_ATTACHMENTS": "false",
+    }
+
+
+def _set_environment(variables: dict[str, str | None]) -> dict[str, str | None]:
+    """Set environment variables, None removing one; return what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    return before
