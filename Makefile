@@ -34,8 +34,8 @@ demo: setup
 
 # Not run from the root of the checkout, where Python would find the sources before the wheel.
 test: setup
-	@$(RUN) cd tests && ../$(BIN)/coverage run -m pytest . $(ARGS)
-	@cd tests && ../$(BIN)/coverage report
+	@$(RUN) cd tests && ../$(BIN)/coverage run --rcfile=../pyproject.toml -m pytest . $(ARGS)
+	@cd tests && ../$(BIN)/coverage report --rcfile=../pyproject.toml
 
 test-unit: setup
 	@$(RUN) cd tests && ../$(BIN)/pytest unit $(ARGS)

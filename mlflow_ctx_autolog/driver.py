@@ -28,7 +28,9 @@ class Driver:
         self.config: Config | None = None
         self.warned_of_no_span = False
 
-    def carry(self, function: Callable[..., Any], receiver: Any) -> Callable[..., Any]:
+    def carry(
+        self, function: Callable[..., Any], receiver: Any, repeated: bool
+    ) -> Callable[..., Any]:
         """Return ``function`` with the context of this moment; itself if that cannot be had."""
         try:
             carrier = broadcast(spark_api.session_of(receiver))
@@ -41,7 +43,7 @@ class Driver:
                 f"context could not be captured: {type(error).__name__}: {error}"
             )
             return function
-        return spark_api.carrying(function, carrier, required=False)
+        return spark_api.carrying(function, carrier, required=False, repeated=repeated)
 
 
 driver = Driver()

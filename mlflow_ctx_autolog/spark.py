@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +34,17 @@ class _Handover:
         modules: Where the class lives, in the order to look: it moved between releases.
         owner: The class.
         method: Its method.
-        parameter: The name of the parameter that takes the function, the first after ``self``.
+        parameter: The parameter that takes the function, the first after ``self``; None where
+            the function is the ``func`` of the object itself.
+        repeated: Whether Spark calls the function many times in one task attempt, rather than
+            once with the partition.
     """
 
     modules: tuple[str, ...]
     owner: str
     method: str
-    parameter: str
+    parameter: str | None
+    repeated: bool = False
 
 
 _CLASSIC = ("pyspark.sql.classic.dataframe", "pyspark.sql.dataframe")
@@ -47,25 +54,42 @@ _RDD = ("pyspark.core.rdd", "pyspark.rdd")
 _HANDOVERS = (
     _Handover(_CLASSIC, "DataFrame", "mapInPandas", "func"),
     _Handover(_CLASSIC, "DataFrame", "mapInArrow", "func"),
+    _Handover(_CLASSIC, "DataFrame", "foreach", "f", repeated=True),
     _Handover(_CLASSIC, "DataFrame", "foreachPartition", "f"),
     _Handover(_CONNECT, "DataFrame", "mapInPandas", "func"),
     _Handover(_CONNECT, "DataFrame", "mapInArrow", "func"),
+    _Handover(_CONNECT, "DataFrame", "foreach", "f", repeated=True),
     _Handover(_CONNECT, "DataFrame", "foreachPartition", "f"),
+    _Handover(_RDD, "RDD", "map", "f", repeated=True),
+    _Handover(_RDD, "RDD", "foreach", "f", repeated=True),
     _Handover(_RDD, "RDD", "mapPartitions", "f"),
     _Handover(_RDD, "RDD", "foreachPartition", "f"),
+    # Where each use of a UDF becomes part of a plan, also of those that groupBy().applyInPandas()
+    # and its kin make: a UDF defined once carries the context of each use.
+    _Handover(("pyspark.sql.udf",), "UserDefinedFunction", "__call__", None, repeated=True),
+    _Handover(
+        ("pyspark.sql.connect.udf",),
+        "UserDefinedFunction",
+        "_build_common_inline_user_defined_function",
+        None,
+        repeated=True,
+    ),
 )
+
+# (function, what it was handed to, whether it is called repeatedly) -> what Spark gets instead
+Wrap = Callable[[Callable[..., Any], Any, bool], Callable[..., Any]]
 
 
 class Handovers:
     """Makes the functions that users hand to Spark carry the driver's context.
 
     Args:
-        wrap: Called with a user's function and the DataFrame or RDD it was handed to; returns
-            what Spark gets instead. Not called for PySpark's own functions, nor for one that
-            carries a context already.
+        wrap: Called with a user's function, the DataFrame, RDD or UDF it was handed to, and
+            whether Spark calls it many times in a task; returns what Spark gets instead. Not
+            called for PySpark's own functions, nor for one that carries a context already.
     """
 
-    def __init__(self, wrap: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> None:
+    def __init__(self, wrap: Wrap) -> None:
         self._wrap = wrap
         self._patches: list[Patch] = []
 
@@ -74,7 +98,7 @@ class Handovers:
         if not self._patches:
             for handover in _HANDOVERS:
                 if (owner := _find_owner(handover)) is not None:
-                    replacement = self._replacement(handover.parameter)
+                    replacement = self._replacement(handover)
                     self._patches.append(Patch(owner, handover.method, replacement))
         for patch in self._patches:
             patch.apply()
@@ -84,20 +108,40 @@ class Handovers:
         for patch in self._patches:
             patch.revert()
 
-    def _replacement(self, parameter: str) -> Callable[..., Any]:
+    def _replacement(self, handover: _Handover) -> Callable[..., Any]:
+        parameter, repeated = handover.parameter, handover.repeated
+
         def hand_over(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            receiver, *rest = args
             if parameter in kwargs:
-                kwargs[parameter] = self._prepared(kwargs[parameter], args[0])
-            elif len(args) > 1:
-                args = (args[0], self._prepared(args[1], args[0]), *args[2:])
-            return original(*args, **kwargs)
+                kwargs[parameter] = self._prepared(kwargs[parameter], receiver, repeated)
+            elif rest:
+                rest[0] = self._prepared(rest[0], receiver, repeated)
+            return original(receiver, *rest, **kwargs)
 
-        return hand_over
+        def use(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            udf, *columns = args
+            function = self._prepared(udf.func, udf, repeated)
+            if function is not udf.func:
+                udf = _with_function(udf, function)
+            return original(udf, *columns, **kwargs)
 
-    def _prepared(self, function: Any, receiver: Any) -> Any:
+        return use if parameter is None else hand_over
+
+    def _prepared(self, function: Any, receiver: Any, repeated: bool) -> Any:
         if not callable(function) or carries(function) or _is_pysparks(function):
             return function
-        return self._wrap(function, receiver)
+        return self._wrap(function, receiver, repeated)
+
+
+def _with_function(udf: Any, function: Callable[..., Any]) -> Any:
+    """Return a copy of a UDF with another function; the user's own stays as it is."""
+    changed = copy.copy(udf)
+    changed.func = function
+    # Where classic Spark keeps the JVM's side of the UDF once it has been used.
+    if hasattr(changed, "_judf_placeholder"):
+        changed._judf_placeholder = None
+    return changed
 
 
 def _find_owner(handover: _Handover) -> type | None:
@@ -123,7 +167,7 @@ def carries(function: Any) -> bool:
 
 
 def carrying(
-    function: Callable[..., Any], carrier: object, *, required: bool
+    function: Callable[..., Any], carrier: object, *, required: bool, repeated: bool = False
 ) -> Callable[..., Any]:
     """Return a function that runs ``function`` as a traced task attempt, wherever it is run.
 
@@ -134,26 +178,43 @@ def carrying(
         function: The user's function.
         carrier: A broadcast of a driver context's JSON, or that JSON.
         required: Raise on the worker where the carrier cannot be read, rather than run untraced.
+        repeated: Whether one task attempt calls the function many times.
     """
     name = _name_of(function)
+    run: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def run_as_task(*args: Any, **kwargs: Any) -> Any:
-        try:
-            from mlflow_ctx_autolog.worker import run_traced
-        except ImportError as error:
-            import socket
-            import sys
+        nonlocal run
+        if run is None:
+            try:
+                from mlflow_ctx_autolog.worker import task_runner
+            except ImportError as error:
+                import socket
+                import sys
 
-            raise ImportError(
-                f"mlflow-ctx-autolog cannot be imported on the Spark worker {socket.gethostname()} "
-                f"by {sys.executable}: {error}. Install it on every node of the cluster (pip "
-                "install mlflow-ctx-autolog), or call mlflow_ctx_autolog.disable() on the driver."
-            ) from error
-        return run_traced(function, name, carrier, required, args, kwargs)
+                raise ImportError(
+                    "mlflow-ctx-autolog cannot be imported on the Spark worker "
+                    f"{socket.gethostname()} by {sys.executable}: {error}. Install it on every "
+                    "node of the cluster (pip install mlflow-ctx-autolog), or call "
+                    "mlflow_ctx_autolog.disable() on the driver."
+                ) from error
+            run = task_runner(function, name, carrier, required=required, repeated=repeated)
+        return run(*args, **kwargs)
 
+    # Spark asks for the number of parameters without looking through wrappers.
+    with contextlib.suppress(TypeError, ValueError):
+        run_as_task.__signature__ = _bare_signature(function)  # type: ignore[attr-defined]
     setattr(run_as_task, _CARRIES, True)
     return run_as_task
+
+
+def _bare_signature(function: Callable[..., Any]) -> inspect.Signature:
+    # Without annotations, which need not pickle.
+    signature = inspect.signature(function)
+    empty = inspect.Parameter.empty
+    bare = [parameter.replace(annotation=empty) for parameter in signature.parameters.values()]
+    return inspect.Signature(bare)
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -172,9 +233,11 @@ def active_session() -> Any:
 
 
 def session_of(receiver: Any) -> Any:
-    """Return the session of a DataFrame, or the context of an RDD."""
+    """Return the session of a DataFrame, the context of an RDD; else the active session."""
     # Asked of the class: a DataFrame has its columns as attributes.
-    return receiver.sparkSession if hasattr(type(receiver), "sparkSession") else receiver.ctx
+    if hasattr(type(receiver), "sparkSession"):
+        return receiver.sparkSession
+    return vars(receiver).get("ctx") or active_session()
 
 
 def application_id(spark: Any) -> str | None:

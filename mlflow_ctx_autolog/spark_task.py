@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["in_spark_task", "row_count", "task_attributes"]
+from mlflow_ctx_autolog.patching import Patch
+
+__all__ = ["in_spark_task", "on_task_end", "row_count", "task_attributes"]
 
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
@@ -43,13 +46,61 @@ def task_attributes() -> dict[str, Any]:
 
 
 def row_count(item: object) -> int:
-    """Return how many rows one item of a partition holds: of a batch its length, else one."""
+    """Return how many rows one item holds: of a batch or column its length, else one."""
     library = type(item).__module__.partition(".")[0]
     if library == "pandas":
-        return len(item)  # type: ignore[arg-type]
+        return int((getattr(item, "shape", None) or (1,))[0])
     if library == "pyarrow":
-        return int(item.num_rows)  # type: ignore[attr-defined]
+        if hasattr(item, "num_rows"):
+            return int(item.num_rows)
+        return len(item) if hasattr(item, "null_count") else 1  # type: ignore[arg-type]
     return 1
+
+
+def on_task_end(callback: Callable[[bool], None]) -> None:
+    """Call back once, when Spark has taken the last row of the running task, or given it up.
+
+    For functions that Spark calls row by row or batch by batch: nothing tells them which call is
+    the last.
+
+    Args:
+        callback: Takes whether the task came to its regular end.
+
+    Raises:
+        RuntimeError: This release of Spark does not let itself be asked.
+    """
+    if _end_patches and _end_patches[0].active:
+        return
+    worker = _worker_module()
+    _end_patches[:] = [
+        Patch(worker, name, _ending(callback, regular)) for name, regular in _ENDS.items()
+    ]
+    for patch in _end_patches:
+        patch.apply()
+
+
+# What a Python worker calls at the end of a task, before it reports to Spark.
+_ENDS = {"report_times": True, "handle_worker_exception": False}
+_end_patches: list[Patch] = []
+
+
+def _ending(callback: Callable[[bool], None], regular: bool) -> Callable[..., Any]:
+    def end(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for patch in _end_patches:
+            patch.revert()
+        callback(regular)
+        return original(*args, **kwargs)
+
+    return end
+
+
+def _worker_module() -> Any:
+    # Without its daemon, Spark runs the worker as a script.
+    for name in ("pyspark.worker", "__main__"):
+        module = sys.modules.get(name)
+        if all(hasattr(module, end) for end in _ENDS):
+            return module
+    raise RuntimeError("this release of Spark does not say when a task ends")
 
 
 def _task_context() -> Any:

@@ -8,18 +8,18 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.exceptions import CarrierError
 from mlflow_ctx_autolog.process import worker_process
-from mlflow_ctx_autolog.spark_task import row_count, task_attributes
+from mlflow_ctx_autolog.spark_task import on_task_end, row_count, task_attributes
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 from mlflow_ctx_autolog.tracing import parent_activated, task_span_activated
 
-__all__ = ["attach", "process_id", "read_carrier", "run_traced"]
+__all__ = ["attach", "process_id", "read_carrier", "task_runner"]
 
 _logger = logging.getLogger(__name__)
 
@@ -96,15 +96,15 @@ def _attached(context: DriverContext, name: str) -> Iterator[DriverContext]:
             yield context
 
 
-def run_traced(
+def task_runner(
     function: Callable[..., Any],
     name: str,
     carrier: object,
+    *,
     required: bool,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Run a function handed to Spark as one task attempt, and return what it returns.
+    repeated: bool,
+) -> Callable[..., Any]:
+    """Return a callable that runs a function handed to Spark as one task attempt.
 
     Iterators among the arguments, and one that is returned, are passed on item by item, so that
     the task's span lasts as long as the function does. An exception of the function marks the
@@ -116,25 +116,40 @@ def run_traced(
         name: The name of the task's span.
         carrier: See :func:`read_carrier`.
         required: Raise where the carrier cannot be read, rather than run untraced.
-        args: The function's arguments.
-        kwargs: The function's keyword arguments.
+        repeated: Whether the task attempt calls the function many times, and ends when Spark
+            says so; else it is called once, and the attempt ends with it.
 
     Raises:
-        CarrierError: The carrier cannot be read, and ``required`` is true.
+        CarrierError: When called, if the carrier cannot be read and ``required`` is true.
     """
+    begin = functools.partial(_begin_or_warn, carrier, name, required)
+    if repeated:
+        return _RepeatedCalls(function, begin).call
+    return functools.partial(_run_once, function, begin)
+
+
+def _begin_or_warn(carrier: object, name: str, required: bool) -> Task | None:
+    """Begin a task; return None, and say so, where that is not possible."""
     try:
-        task = _begin(read_carrier(carrier), name)
+        return _begin(read_carrier(carrier), name)
     except CarrierError as error:
         if required:
             raise
         _warn_once("carrier", f"This worker's calls are not traced: {error}")
-        return function(*args, **kwargs)
     except Exception as error:
         _warn_once(
             "begin",
             f"This worker's calls are not traced, since tracing could not begin: "
             f"{type(error).__name__}: {error}",
         )
+    return None
+
+
+def _run_once(
+    function: Callable[..., Any], begin: Callable[[], Task | None], *args: Any, **kwargs: Any
+) -> Any:
+    task = begin()
+    if task is None:
         return function(*args, **kwargs)
     try:
         result = task.run(function, *(_counted(task, arg) for arg in args), **kwargs)
@@ -148,6 +163,42 @@ def run_traced(
     task.rows_out += _rows_of(result)
     _finish(task)
     return result
+
+
+class _RepeatedCalls:
+    """Runs the calls that one task attempt makes of one function, all in one task."""
+
+    def __init__(self, function: Callable[..., Any], begin: Callable[[], Task | None]) -> None:
+        self._function = function
+        self._begin = begin
+        self._task: Task | None = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        task = self._open_task()
+        if task is None:
+            return self._function(*args, **kwargs)
+        try:
+            result = task.run(self._function, *(_counted(task, arg) for arg in args), **kwargs)
+        except BaseException as error:
+            _finish(task, error)
+            raise
+        if isinstance(result, Iterator):
+            return _items(task, result)
+        if not any(isinstance(arg, Iterator) for arg in args):
+            task.rows_in += max((row_count(arg) for arg in args), default=1)
+        task.rows_out += row_count(result)
+        return result
+
+    def _open_task(self) -> Task | None:
+        if self._task not in open_tasks():
+            on_task_end(_finish_open_tasks)
+            self._task = self._begin()
+        return self._task
+
+
+def _finish_open_tasks(completed: bool) -> None:
+    for task in open_tasks():
+        _finish(task, None if completed else GeneratorExit())
 
 
 @contextmanager
@@ -218,11 +269,16 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
 _END = object()
 
 
+def _items(task: Task, iterator: Iterator[Any]) -> Iterator[Any]:
+    while (item := task.run(next, iterator, _END)) is not _END:
+        task.rows_out += row_count(item)
+        yield item
+
+
 def _steps(task: Task, iterator: Iterator[Any]) -> Iterator[Any]:
+    """Pass on what the function returned, and finish the task after it."""
     try:
-        while (item := task.run(next, iterator, _END)) is not _END:
-            task.rows_out += row_count(item)
-            yield item
+        yield from _items(task, iterator)
     except GeneratorExit as closed:
         try:
             task.run(_close, iterator)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import functions
 import pytest
 import workload
 from pyspark import cloudpickle
@@ -13,6 +14,7 @@ from pyspark.sql import SparkSession
 
 # Workers cannot import the tests' modules.
 cloudpickle.register_pickle_by_value(workload)
+cloudpickle.register_pickle_by_value(functions)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import functions
+import mlflow
 import pytest
 from workload import stored_trace
 
@@ -16,11 +20,12 @@ from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 # In a process of its own: one that has had a classic session cannot start Spark Connect.
 _SCRIPT = """
 import json, sys
-import mlflow, workload
+import functions, mlflow, workload
 from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 import mlflow_ctx_autolog as ctx_autolog
 
+cloudpickle.register_pickle_by_value(functions)
 cloudpickle.register_pickle_by_value(workload)
 uri, experiment_id, url = sys.argv[1:]
 mlflow.set_tracking_uri(uri)
@@ -37,42 +42,61 @@ with mlflow.start_span("job") as span:
     rows = frame.mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
     frame.foreachPartition(visit)
     carrier = ctx_autolog.broadcast(spark)
+
+ways = {}
+for name, job in functions.ON_FRAMES.items():
+    with mlflow.start_span(name) as way_span:
+        job(spark.range(0, functions.ROWS, 1, 2), functions.asker(url))
+    ways[name] = way_span.trace_id
+
 ctx_autolog.disable()
 untraced = frame.mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
 assert sorted(rows) == sorted(untraced)
 mlflow.flush_trace_async_logging()
 spark.stop()
-print(json.dumps({"trace_id": span.trace_id, "rows": len(rows), "carrier": carrier}))
+print(json.dumps(
+    {"trace_id": span.trace_id, "rows": len(rows), "carrier": carrier, "ways": ways}
+))
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def result(
-    server: TrackingServer, endpoint: OpenAIEndpoint, experiment_id: str, tmp_path: Path
-) -> dict[str, object]:
+    server: TrackingServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     """What the script above printed, run against a local Spark Connect server."""
     support = Path(__file__).parents[1] / "support"
-    finished = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, server.uri, experiment_id, endpoint.base_url],
-        env={**os.environ, "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(support)},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        timeout=200,
-        check=True,
-    )
-    printed: dict[str, object] = json.loads(finished.stdout.splitlines()[-1])
-    return printed
+    mlflow.set_tracking_uri(server.uri)
+    experiment_id = mlflow.set_experiment("spark-connect").experiment_id
+    with OpenAIEndpoint() as endpoint:
+        finished = subprocess.run(
+            [sys.executable, "-c", _SCRIPT, server.uri, experiment_id, endpoint.base_url],
+            env={**os.environ, "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(support)},
+            cwd=tmp_path_factory.mktemp("connect"),
+            stdout=subprocess.PIPE,
+            timeout=200,
+            check=True,
+        )
+        yield json.loads(finished.stdout.splitlines()[-1])
 
 
-def test_the_one_line_works_on_spark_connect(
-    result: dict[str, object], endpoint: OpenAIEndpoint
-) -> None:
+def test_the_one_line_works_on_spark_connect(result: dict[str, Any]) -> None:
     """mapInPandas and foreachPartition are below the driver's span, with the task's facts."""
-    trace = stored_trace(str(result["trace_id"]))
+    trace = stored_trace(result["trace_id"])
     assert result["rows"] == 12
-    assert len(endpoint.requests) == 36
     assert sum(trace.is_nested(call) for call in trace.calls) == 24
     assert {task.name for task in trace.tasks} == {"extract", "visit"}
     assert all("spark.sql.execution.id" in task.attributes for task in trace.tasks)
     assert all("spark.stage.id" in task.attributes for task in trace.tasks)
-    assert json.loads(str(result["carrier"]))["version"] == 1
+    assert json.loads(result["carrier"])["version"] == 1
+
+
+@pytest.mark.parametrize("way", functions.ON_FRAMES)
+def test_every_way_works_on_spark_connect(result: dict[str, Any], way: str) -> None:
+    """Every call of a function handed over in this way is below its task and the driver's span."""
+    trace = stored_trace(result["ways"][way])
+    assert len(trace.calls) == functions.ROWS
+    assert all(trace.is_nested(call) for call in trace.calls)
+    assert {task.name for task in trace.tasks} == {"extract"}
+    attempts = [task.attributes["spark.task.attempt_id"] for task in trace.tasks]
+    assert len(attempts) == len(set(attempts))

@@ -1,0 +1,119 @@
+"""Every way to hand a function to Spark that enable() covers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import functions
+import mlflow
+import pytest
+from pyspark.errors import PythonException
+from pyspark.sql import SparkSession
+from pyspark.sql.functions import udf
+from workload import stored_trace
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.testing import OpenAIEndpoint
+
+JOBS = {**functions.ON_FRAMES, **functions.ON_RDDS}
+
+
+@pytest.mark.parametrize("way", JOBS)
+def test_calls_are_below_the_driver_and_results_unchanged(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str, way: str
+) -> None:
+    """Every call is below its task, one span for each attempt; rows are the same without us."""
+    frame = spark.range(0, functions.ROWS, 1, 2)
+    call = functions.asker(endpoint.base_url)
+    with ctx_autolog.enable(), mlflow.start_span("job") as span:
+        rows = JOBS[way](frame, call)
+    traced = len(endpoint.requests)
+    untraced = JOBS[way](frame, call)
+
+    assert sorted(rows, key=str) == sorted(untraced, key=str)
+    assert traced == functions.ROWS
+    trace = stored_trace(span.trace_id)
+    assert all(trace.is_nested(each) for each in trace.calls)
+    assert len(trace.calls) == functions.ROWS
+    assert {task.name for task in trace.tasks} == {"extract"}
+    attempts = [task.attributes["spark.task.attempt_id"] for task in trace.tasks]
+    assert len(attempts) == len(set(attempts))
+    assert {task.attributes["spark.task.outcome"] for task in trace.tasks} == {"completed"}
+    assert sum(task.attributes["spark.rows.in"] for task in trace.tasks) == functions.ROWS
+    assert sum(task.attributes["llm.calls"] for task in trace.tasks) == functions.ROWS
+
+
+def test_a_udf_belongs_to_the_span_it_is_used_under(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """A UDF defined once, before enable(), nests under the span active at each use of it."""
+    call = functions.asker(endpoint.base_url)
+
+    @udf("string")
+    def extract(number: int) -> str:
+        return call(number)
+
+    frame = spark.range(0, 2, 1, 1)
+    frame.select(extract("id")).collect()
+    ctx_autolog.enable()
+    trace_ids = []
+    for name in ("monday", "tuesday"):
+        with mlflow.start_span(name) as span:
+            frame.select(extract("id")).collect()
+        trace_ids.append(span.trace_id)
+    ctx_autolog.disable()
+    frame.select(extract("id")).collect()
+
+    assert len(endpoint.requests) == 8
+    for trace_id in trace_ids:
+        trace = stored_trace(trace_id)
+        assert len(trace.calls) == 2
+        assert all(trace.is_nested(each) for each in trace.calls)
+
+
+def test_two_udfs_in_one_task_keep_their_calls_apart(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """Where Spark runs two UDFs in one process row by row, each call is below its own UDF."""
+    call = functions.asker(endpoint.base_url)
+
+    def named(name: str, offset: int) -> Any:
+        def extract(number: int) -> str:
+            return call(number + offset)
+
+        extract.__name__ = name
+        return udf(extract, "string")
+
+    ctx_autolog.enable()
+    with mlflow.start_span("job") as span:
+        columns = named("first", 0)("id"), named("second", 100)("id")
+        spark.range(0, 4, 1, 1).select(*columns).collect()
+
+    trace = stored_trace(span.trace_id)
+    assert sorted(task.name for task in trace.tasks) == ["first", "second"]
+    for task in trace.tasks:
+        prompts = [each.inputs["messages"][0]["content"] for each in trace.children_of(task)]
+        assert len(prompts) == 4
+        assert all(("document 10" in prompt) == (task.name == "second") for prompt in prompts)
+
+
+def test_an_exception_in_a_udf_reaches_spark_as_it_was(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """The task's span is an error, what was paid for is stored, Spark reports the user's error."""
+    call = functions.asker(endpoint.base_url)
+
+    @udf("string")
+    def extract(number: int) -> str:
+        call(number)
+        raise KeyError("no such clause")
+
+    ctx_autolog.enable()
+    with mlflow.start_span("job") as span, pytest.raises(PythonException) as caught:
+        spark.range(0, 3, 1, 1).select(extract("id")).collect()
+
+    assert "KeyError: 'no such clause'" in str(caught.value)
+    trace = stored_trace(span.trace_id)
+    (task,) = trace.tasks
+    assert task.status.status_code == "ERROR"
+    assert len(trace.calls) == len(endpoint.requests) == 1
