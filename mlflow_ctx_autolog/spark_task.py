@@ -10,7 +10,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.patching import Patch
 
-__all__ = ["in_spark_task", "on_task_end", "row_count", "task_attributes"]
+__all__ = ["in_spark_task", "is_batch", "on_task_end", "row_count", "task_attributes"]
 
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
@@ -45,16 +45,17 @@ def task_attributes() -> dict[str, Any]:
     return attributes
 
 
-def row_count(item: object) -> int:
-    """Return how many rows one item holds: of a batch or column its length, else one."""
+def is_batch(item: object) -> bool:
+    """Whether an item is a batch or a column of rows, of pandas or Arrow."""
     library = type(item).__module__.partition(".")[0]
     if library == "pandas":
-        return int((getattr(item, "shape", None) or (1,))[0])
-    if library == "pyarrow":
-        if hasattr(item, "num_rows"):
-            return int(item.num_rows)
-        return len(item) if hasattr(item, "null_count") else 1  # type: ignore[arg-type]
-    return 1
+        return bool(getattr(item, "shape", None))
+    return library == "pyarrow" and (hasattr(item, "num_rows") or hasattr(item, "null_count"))
+
+
+def row_count(item: Any) -> int:
+    """Return how many rows one item holds: of a batch or column its length, else one."""
+    return len(item) if is_batch(item) else 1
 
 
 def on_task_end(callback: Callable[[bool], None]) -> None:

@@ -28,6 +28,7 @@ class Task:
         calls: Model calls made so far.
         rows_in: Rows that the function has taken from Spark so far.
         rows_out: Rows that it has handed back so far.
+        is_open: Whether the task has begun and not ended.
     """
 
     context: DriverContext
@@ -36,6 +37,7 @@ class Task:
     calls: int = 0
     rows_in: int = 0
     rows_out: int = 0
+    is_open: bool = False
     # Holds the function's context variables from one step to the next, apart from Spark's own.
     _variables: contextvars.Context = field(default_factory=contextvars.copy_context)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -47,14 +49,10 @@ class Task:
 
     def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run one step of the task's function with the context variables of its last step."""
-        with self._marked_running():
-            return self._variables.run(function, *args, **kwargs)
-
-    @contextmanager
-    def _marked_running(self) -> Iterator[None]:
+        # For a UDF this is done for each row, hence without a context manager.
         _running.append(self)
         try:
-            yield
+            return self._variables.run(function, *args, **kwargs)
         finally:
             _running.remove(self)
 
@@ -62,22 +60,25 @@ class Task:
     def active(self) -> Iterator[None]:
         """Make this the task of the code in a block, in the context that is current there."""
         token = _owner.set(self)
+        _running.append(self)
         try:
-            with self._marked_running():
-                yield
+            yield
         finally:
+            _running.remove(self)
             # A block inside a generator may be left in another context than it was entered in.
             with suppress(ValueError):
                 _owner.reset(token)
 
     def open(self) -> None:
         """Enter the task into this process's book."""
+        self.is_open = True
         _open.append(self)
         self._variables.run(_owner.set, self)
 
     def close(self) -> None:
         """Strike the task off. Idempotent."""
-        if self in _open:
+        if self.is_open:
+            self.is_open = False
             _open.remove(self)
 
     def record_counts(self) -> None:
@@ -114,7 +115,7 @@ def current_task() -> Task | None:
     one is open only where Spark pipelines several functions into one process.
     """
     owner = _owner.get(None)
-    if owner in _open:
+    if owner is not None and owner.is_open:
         return owner
     # Slices, since another thread may empty the lists between a look and a take.
     latest = _running[-1:] or _open[-1:]

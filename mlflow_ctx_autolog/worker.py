@@ -15,7 +15,7 @@ from typing import Any
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.exceptions import CarrierError
 from mlflow_ctx_autolog.process import worker_process
-from mlflow_ctx_autolog.spark_task import on_task_end, row_count, task_attributes
+from mlflow_ctx_autolog.spark_task import is_batch, on_task_end, row_count, task_attributes
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 from mlflow_ctx_autolog.tracing import parent_activated, task_span_activated
 
@@ -122,16 +122,19 @@ def task_runner(
     Raises:
         CarrierError: When called, if the carrier cannot be read and ``required`` is true.
     """
-    begin = functools.partial(_begin_or_warn, carrier, name, required)
+    begin = functools.partial(_begin_or_warn, carrier, name, required, repeated)
     if repeated:
         return _RepeatedCalls(function, begin).call
     return functools.partial(_run_once, function, begin)
 
 
-def _begin_or_warn(carrier: object, name: str, required: bool) -> Task | None:
+def _begin_or_warn(carrier: object, name: str, required: bool, repeated: bool) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
     try:
-        return _begin(read_carrier(carrier), name)
+        context = read_carrier(carrier)
+        if repeated:
+            on_task_end(_finish_open_tasks)
+        return _begin(context, name)
     except CarrierError as error:
         if required:
             raise
@@ -172,11 +175,34 @@ class _RepeatedCalls:
         self._function = function
         self._begin = begin
         self._task: Task | None = None
+        self._row_by_row = False
+        self._cannot_begin = False
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        task = self._open_task()
-        if task is None:
-            return self._function(*args, **kwargs)
+        # Called for each row of a UDF: what is not needed there is elsewhere.
+        task = self._task
+        if task is None or not task.is_open:
+            task = None if self._cannot_begin else self._start(args)
+            if task is None:
+                return self._function(*args, **kwargs)
+        if not self._row_by_row:
+            return self._call_with_batch(task, args, kwargs)
+        task.rows_in += 1
+        try:
+            result = task.run(self._function, *args, **kwargs)
+        except BaseException as error:
+            _finish(task, error)
+            raise
+        task.rows_out += 1
+        return result
+
+    def _start(self, args: tuple[Any, ...]) -> Task | None:
+        self._row_by_row = not any(is_batch(arg) or isinstance(arg, Iterator) for arg in args)
+        self._task = self._begin()
+        self._cannot_begin = self._task is None
+        return self._task
+
+    def _call_with_batch(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             result = task.run(self._function, *(_counted(task, arg) for arg in args), **kwargs)
         except BaseException as error:
@@ -184,16 +210,9 @@ class _RepeatedCalls:
             raise
         if isinstance(result, Iterator):
             return _items(task, result)
-        if not any(isinstance(arg, Iterator) for arg in args):
-            task.rows_in += max((row_count(arg) for arg in args), default=1)
+        task.rows_in += max((row_count(arg) for arg in args if is_batch(arg)), default=0)
         task.rows_out += row_count(result)
         return result
-
-    def _open_task(self) -> Task | None:
-        if self._task not in open_tasks():
-            on_task_end(_finish_open_tasks)
-            self._task = self._begin()
-        return self._task
 
 
 def _finish_open_tasks(completed: bool) -> None:
