@@ -29,8 +29,7 @@ from mlflow_ctx_autolog.exceptions import (
 
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
-    from mlflow_ctx_autolog.driver import broadcast, capture, traced
-    from mlflow_ctx_autolog.process import flush
+    from mlflow_ctx_autolog.driver import broadcast, capture, flush, traced
     from mlflow_ctx_autolog.worker import attach
 
 __all__ = [
@@ -60,7 +59,7 @@ _LAZY = {
     "capture": "driver",
     "disable": "autolog",
     "enable": "autolog",
-    "flush": "process",
+    "flush": "driver",
     "traced": "driver",
 }
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from types import TracebackType
 from typing import Any
 
-from mlflow_ctx_autolog import process, tracing, versions
+from mlflow_ctx_autolog import process, versions
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.driver import driver
+from mlflow_ctx_autolog.driver import describe_transport, driver
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.spark import Handovers
 
 __all__ = ["Handle", "disable", "enable"]
 
+_logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _openai_calls = OpenAICalls(only_in_tasks=False)
 _handovers = Handovers(driver.carry)
@@ -62,21 +64,23 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
         ValueError: A setting is unknown or out of range.
         TypeError: A setting is of the wrong type.
         UnsupportedVersionError: mlflow, openai or pyspark is too old or too new.
-        UnsupportedStoreError: The tracking store cannot take spans from workers.
+        UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
     resolved = Config.from_env(**settings) if config is None else config.updated(settings)
     versions.check()
-    tracing.portable_tracking_uri()
     with _lock:
         before = driver.config
         if before is None:
             driver.warned_of_no_span = False
         driver.config = resolved
         try:
+            _logger.info("%s", describe_transport())
             _openai_calls.install()
             _handovers.install()
         except BaseException:
-            _uninstall()
+            driver.config = before
+            if before is None:
+                _uninstall()
             raise
     return Handle(before)
 

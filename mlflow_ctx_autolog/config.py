@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-__all__ = ["ENV_PREFIX", "Config"]
+__all__ = ["ENV_PREFIX", "TRANSPORTS", "Config"]
 
 ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
+TRANSPORTS = ("auto", "direct", "driver")
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,29 @@ class Config:
             while its task still runs. More than 0, at most 3600.
         max_waiting: Finished spans that one worker process keeps at most while the store does
             not take them; beyond it, new ones are counted as lost. At least ``batch_size``.
+        transport: How spans reach the store: ``"direct"`` from the workers; ``"driver"``: they
+            come home with the task, and the driver stores them; ``"auto"``: directly where the
+            store takes spans from other processes, else by way of the driver.
 
     Raises:
         ValueError: A value is outside its range; the message names it and the range.
-        TypeError: A value is not a number.
+        TypeError: A value is of the wrong type.
     """
 
     flush_timeout: float = 30.0
     batch_size: int = 200
     send_interval: float = 1.0
     max_waiting: int = 10_000
+    transport: str = "auto"
 
     def __post_init__(self) -> None:
         _check("flush_timeout", self.flush_timeout, above=0, at_most=3600)
         _check("batch_size", self.batch_size, at_least=1, at_most=10_000, whole=True)
         _check("send_interval", self.send_interval, above=0, at_most=3600)
         _check("max_waiting", self.max_waiting, at_least=self.batch_size, whole=True)
+        if self.transport not in TRANSPORTS:
+            known = ", ".join(TRANSPORTS)
+            raise ValueError(f"transport={self.transport!r} is unknown; it must be one of {known}")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> Config:
@@ -54,7 +62,7 @@ class Config:
 
         Raises:
             ValueError: A variable or setting is unknown, not a number, or out of range.
-            TypeError: A setting is not a number.
+            TypeError: A setting is of the wrong type.
         """
         return cls().updated({**_settings_from_env(environ), **settings})
 
@@ -63,7 +71,7 @@ class Config:
 
         Raises:
             ValueError: A name is unknown or a value out of range.
-            TypeError: A value is not a number.
+            TypeError: A value is of the wrong type.
         """
         for name in settings:
             _check_known(name, f"setting {name!r}")
@@ -75,15 +83,15 @@ class Config:
 
 
 def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
-    whole = {"batch_size", "max_waiting"}
     settings: dict[str, Any] = {}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX):
             continue
         name = variable[len(ENV_PREFIX) :].lower()
         _check_known(name, f"environment variable {variable}")
+        kind = type(getattr(Config, name))
         try:
-            settings[name] = int(text) if name in whole else float(text)
+            settings[name] = kind(text)
         except ValueError:
             raise ValueError(f"{variable}={text!r} is not a number") from None
     return settings

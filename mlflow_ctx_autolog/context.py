@@ -25,8 +25,9 @@ class DriverContext:
     """The driver's trace context and its destination, as captured at one moment.
 
     Args:
-        tracking_uri: Where spans are stored, without any user name or password.
         experiment_id: The experiment of the driver's trace.
+        tracking_uri: Where workers store spans, without any user name or password; None where
+            the spans come home with the task and the driver stores them.
         traceparent: W3C ``traceparent`` of the span active on the driver; None if there was none.
         tracestate: W3C ``tracestate`` of that span, if any.
         session_id: Groups the traces of one job where there is no ``traceparent`` to join them.
@@ -35,8 +36,8 @@ class DriverContext:
         config: The settings in force on the driver.
     """
 
-    tracking_uri: str
     experiment_id: str
+    tracking_uri: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
     session_id: str | None = None
@@ -70,8 +71,15 @@ class DriverContext:
         return cls(config=_parse_config(document.pop("config", {})), **_parse_fields(document))
 
 
-_REQUIRED = ("tracking_uri", "experiment_id")
-_OPTIONAL = ("traceparent", "tracestate", "session_id", "application_id", "process_id")
+_REQUIRED = ("experiment_id",)
+_OPTIONAL = (
+    "tracking_uri",
+    "traceparent",
+    "tracestate",
+    "session_id",
+    "application_id",
+    "process_id",
+)
 
 
 def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:

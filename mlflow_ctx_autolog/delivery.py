@@ -24,9 +24,12 @@ SpanT = TypeVar("SpanT")
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a span is stored: a tracking store and an experiment in it."""
+    """Where a span is stored: a tracking store and an experiment in it.
 
-    tracking_uri: str
+    Without a tracking URI, only the driver can store it.
+    """
+
+    tracking_uri: str | None
     experiment_id: str
 
 
@@ -39,6 +42,7 @@ class Delivery(Generic[SpanT]):
       gathered, when the oldest has waited ``config.send_interval``, or at :meth:`flush`.
     - A batch that the store does not take stays at the head and is tried again, with a growing
       pause. One warning names the reason; another says when the store is back.
+    - Spans that only the driver can store are kept until :meth:`take`.
     - A forked child starts with an empty buffer: the parent still has, and sends, what it held.
 
     Args:
@@ -84,6 +88,7 @@ class Delivery(Generic[SpanT]):
         self._thread: threading.Thread | None = None
         self.lost = 0
         self.delivered = 0
+        self.last_error: Exception | None = None
 
     @property
     def waiting(self) -> int:
@@ -99,7 +104,7 @@ class Delivery(Generic[SpanT]):
             if not self._waiting:
                 self._oldest_since = time.monotonic()
             self._waiting.append(span)
-            if self._thread is None:
+            if self._thread is None and self.destination.tracking_uri is not None:
                 self._thread = threading.Thread(
                     target=self._run, name="mlflow-ctx-autolog-delivery", daemon=True
                 )
@@ -115,6 +120,8 @@ class Delivery(Generic[SpanT]):
         a second at most: a store that is down must not hold up the end of every task.
         """
         with self._changed:
+            if self.destination.tracking_uri is None:
+                return not self._waiting
             goal = self.delivered + len(self._waiting)
             if self._store_is_down:
                 timeout = min(timeout, self._patience)
@@ -125,6 +132,14 @@ class Delivery(Generic[SpanT]):
             self._flushes -= 1
             self._store_is_down = not stored
             return stored
+
+    def take(self) -> list[SpanT]:
+        """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive."""
+        with self._changed:
+            taken = list(self._waiting)
+            self._waiting = deque()
+            self._is_full = False
+            return taken
 
     def _lose(self) -> None:
         self.lost += 1
@@ -144,15 +159,18 @@ class Delivery(Generic[SpanT]):
                 if not self._changed.wait_for(lambda: self._waiting, self._idle_time):
                     self._thread = None
                     return
-                while (pause := self._due_at() - time.monotonic()) > 0:
+                while self._waiting and (pause := self._due_at() - time.monotonic()) > 0:
                     self._changed.wait(pause)
-                spans = list(islice(self._waiting, self.config.batch_size))
+                if not self._waiting:
+                    continue
+                waiting = self._waiting
+                spans = list(islice(waiting, self.config.batch_size))
             try:
                 self._send(self.destination, [*spans, *self._accompany(self.destination)])
             except Exception as error:
                 self._failed(error)
             else:
-                self._stored(len(spans))
+                self._stored(waiting, len(spans))
 
     def _due_at(self) -> float:
         """Return when the next batch is to be sent, on the monotonic clock."""
@@ -164,6 +182,7 @@ class Delivery(Generic[SpanT]):
     def _failed(self, error: Exception) -> None:
         with self._changed:
             self._failures += 1
+            self.last_error = error
             pause = min(self._first_pause * 2 ** (self._failures - 1), self._longest_pause)
             self._retry_at = time.monotonic() + pause
         if self._failures == 1:
@@ -178,7 +197,7 @@ class Delivery(Generic[SpanT]):
                 self.destination.experiment_id,
             )
 
-    def _stored(self, count: int) -> None:
+    def _stored(self, waiting: deque[SpanT], count: int) -> None:
         if self._failures:
             _logger.warning(
                 "The tracking store %s takes spans again after %d failed attempts.",
@@ -186,8 +205,9 @@ class Delivery(Generic[SpanT]):
                 self._failures,
             )
         with self._changed:
+            # Other than the one of today where the spans were taken meanwhile.
             for _ in range(count):
-                self._waiting.popleft()
+                waiting.popleft()
             self.delivered += count
             self._failures = 0
             self._retry_at = 0.0

@@ -3,57 +3,117 @@
 from __future__ import annotations
 
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from mlflow_ctx_autolog import process, tracing
 from mlflow_ctx_autolog import spark as spark_api
-from mlflow_ctx_autolog import tracing
+from mlflow_ctx_autolog.arrivals import Arrivals
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.exceptions import CtxAutologWarning, UnsupportedStoreError
 from mlflow_ctx_autolog.spark_task import in_spark_task
 from mlflow_ctx_autolog.worker import process_id
 
-__all__ = ["Driver", "broadcast", "capture", "traced"]
+__all__ = ["Driver", "broadcast", "capture", "describe_transport", "flush", "traced"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Driver:
-    """The settings in force on the driver, and whether it has said that no span is active."""
+    """The settings in force on the driver, and what it has been told to remember."""
 
     def __init__(self) -> None:
         self.config: Config | None = None
         self.warned_of_no_span = False
+        self.arrivals = Arrivals()
 
     def carry(
         self, function: Callable[..., Any], receiver: Any, repeated: bool
     ) -> Callable[..., Any]:
         """Return ``function`` with the context of this moment; itself if that cannot be had."""
         try:
-            carrier = broadcast(spark_api.session_of(receiver))
+            session = spark_api.session_of(receiver)
+            return self.carrying(function, session, required=False, repeated=repeated)
         except UnsupportedStoreError as error:
             _warn(f"The model calls of {_named(function)} will not be traced. {error}")
-            return function
         except Exception as error:
             _warn(
                 f"The model calls of {_named(function)} will not be traced, since the trace "
                 f"context could not be captured: {type(error).__name__}: {error}"
             )
-            return function
-        return spark_api.carrying(function, carrier, required=False, repeated=repeated)
+        return function
+
+    def carrying(
+        self, function: Callable[..., Any], session: Any, *, required: bool, repeated: bool
+    ) -> Callable[..., Any]:
+        """Return ``function`` with the context of this moment, and a way home for its spans.
+
+        Raises:
+            UnsupportedStoreError: The spans can reach the store neither directly nor by way of
+                the driver.
+        """
+        context = _capture(session)
+        way_home = spark_api.way_home(session, self.arrivals.receive)
+        if context.tracking_uri is None and (way_home is None or context.traceparent is None):
+            raise UnsupportedStoreError(
+                f"Their spans would have to come home to the driver, since {_transport()[1]}; "
+                "for that, Spark must be classic Spark, not Connect, and an MLflow span active."
+            )
+        carrier = spark_api.broadcast_text(session, context.to_json())
+        return spark_api.carrying(
+            function, carrier, required=required, repeated=repeated, way_home=way_home
+        )
 
 
 driver = Driver()
+
+
+def describe_transport() -> str:
+    """Return a sentence that says how spans reach the store, and why.
+
+    Raises:
+        UnsupportedStoreError: They cannot.
+    """
+    uri, reason = _transport()
+    way = "with the task to the driver, which stores them" if uri is None else "from the workers"
+    return f"Spans travel {way}: {reason}."
+
+
+def _transport() -> tuple[str | None, str]:
+    """Return the tracking URI for workers, None where spans come home; and why."""
+    uri, reason = tracing.worker_tracking_uri()
+    wanted = (driver.config or Config.from_env()).transport
+    if wanted == "driver":
+        return None, "the transport is set to 'driver'"
+    if wanted == "direct" and uri is None:
+        raise UnsupportedStoreError(f"The transport is set to 'direct', but {reason}.")
+    return uri, reason
+
+
+def flush(timeout: float = 30.0) -> bool:
+    """Send finished spans now: on a worker its own, on the driver those that came home.
+
+    Args:
+        timeout: Seconds to wait at most.
+
+    Returns:
+        Whether everything that had finished is stored. What the driver's own code traces is
+        MLflow's to flush, with ``mlflow.flush_trace_async_logging()``.
+    """
+    deadline = time.monotonic() + timeout
+    own = process.flush(timeout)
+    return driver.arrivals.flush(max(0.0, deadline - time.monotonic())) and own
 
 
 def capture() -> DriverContext:
     """Return the trace context of this moment: the active span, and where its trace is stored.
 
     Raises:
-        UnsupportedStoreError: The tracking store cannot take spans from workers.
+        UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
     return _capture(spark_api.active_session())
 
@@ -69,10 +129,16 @@ def broadcast(spark: Any = None) -> Any:
         :class:`DriverContext`; on Spark Connect, which has no broadcasts, that text itself.
 
     Raises:
-        UnsupportedStoreError: The tracking store cannot take spans from workers.
+        UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
     session = spark_api.active_session() if spark is None else spark
-    return spark_api.broadcast_text(session, _capture(session).to_json())
+    context = _capture(session)
+    if context.tracking_uri is None:
+        raise UnsupportedStoreError(
+            f"Spans would have to come home to the driver, since {_transport()[1]}; those of "
+            "attach() cannot. Use enable() or traced()."
+        )
+    return spark_api.broadcast_text(session, context.to_json())
 
 
 def traced(function: F, spark: Any = None) -> F:
@@ -89,12 +155,13 @@ def traced(function: F, spark: Any = None) -> F:
         spark: A Spark session; the active one by default.
 
     Raises:
-        UnsupportedStoreError: The tracking store cannot take spans from workers.
+        UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
     if in_spark_task() or spark_api.carries(function):
         # A module that wraps at import is imported on the workers, too.
         return function
-    return cast(F, spark_api.carrying(function, broadcast(spark), required=True))
+    session = spark_api.active_session() if spark is None else spark
+    return cast(F, driver.carrying(function, session, required=True, repeated=False))
 
 
 def _capture(session: Any) -> DriverContext:
@@ -102,7 +169,7 @@ def _capture(session: Any) -> DriverContext:
     if not headers:
         _warn_of_no_span()
     return DriverContext(
-        tracking_uri=tracing.portable_tracking_uri(),
+        tracking_uri=_transport()[0],
         experiment_id=tracing.current_experiment_id(),
         traceparent=headers.get("traceparent"),
         tracestate=headers.get("tracestate"),

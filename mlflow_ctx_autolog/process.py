@@ -71,15 +71,8 @@ def worker_process() -> WorkerProcess:
     return WorkerProcess()
 
 
-def flush(timeout: float = 30.0) -> bool:
-    """Send this process's finished spans now.
-
-    Args:
-        timeout: Seconds to wait at most.
-
-    Returns:
-        Whether everything that had finished is stored.
-    """
+def flush(timeout: float) -> bool:
+    """Send this process's finished spans now; return whether they are stored in time."""
     return worker_process().flush(timeout) if _is_set_up() else True
 
 
@@ -109,8 +102,9 @@ def _open_task_spans(destination: Destination) -> list[Any]:
 
 def _task_environment(context: DriverContext) -> dict[str, str | None]:
     """Return the environment variables of a process while it runs a task; None removes one."""
+    uri = {} if context.tracking_uri is None else {"MLFLOW_TRACKING_URI": context.tracking_uri}
     return {
-        "MLFLOW_TRACKING_URI": context.tracking_uri,
+        **uri,
         # Left over from the driver when it started Spark; our default experiment provider gives
         # the driver's experiment of today.
         "MLFLOW_EXPERIMENT_ID": None,

@@ -8,7 +8,8 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "broadcast_text",
     "carrying",
     "session_of",
+    "way_home",
 ]
 
 _CARRIES = "__mlflow_ctx_autolog__"
@@ -167,7 +169,12 @@ def carries(function: Any) -> bool:
 
 
 def carrying(
-    function: Callable[..., Any], carrier: object, *, required: bool, repeated: bool = False
+    function: Callable[..., Any],
+    carrier: object,
+    *,
+    required: bool,
+    repeated: bool = False,
+    way_home: Any = None,
 ) -> Callable[..., Any]:
     """Return a function that runs ``function`` as a traced task attempt, wherever it is run.
 
@@ -179,6 +186,7 @@ def carrying(
         carrier: A broadcast of a driver context's JSON, or that JSON.
         required: Raise on the worker where the carrier cannot be read, rather than run untraced.
         repeated: Whether one task attempt calls the function many times.
+        way_home: What :func:`way_home` returned, for spans that the worker cannot store.
     """
     name = _name_of(function)
     run: Callable[..., Any] | None = None
@@ -199,7 +207,9 @@ def carrying(
                     "node of the cluster (pip install mlflow-ctx-autolog), or call "
                     "mlflow_ctx_autolog.disable() on the driver."
                 ) from error
-            run = task_runner(function, name, carrier, required=required, repeated=repeated)
+            run = task_runner(
+                function, name, carrier, required=required, repeated=repeated, way_home=way_home
+            )
         return run(*args, **kwargs)
 
     # Spark asks for the number of parameters without looking through wrappers.
@@ -255,6 +265,43 @@ def broadcast_text(spark: Any, text: str) -> Any:
     """Return a Spark broadcast of ``text``; the text itself on Spark Connect, which has none."""
     context = _spark_context(spark)
     return text if context is None else context.broadcast(text)
+
+
+def way_home(spark: Any, receive: Callable[[Sequence[Any]], None]) -> Any:
+    """Return an accumulator that hands what tasks add to it to ``receive``, on the driver.
+
+    It brings home what tasks that succeeded have added, as they end; those that failed bring
+    nothing. None on Spark Connect, which has no accumulators.
+    """
+    context = _spark_context(spark)
+    if context is None:
+        return None
+    if context not in _ways_home:
+        _ways_home[context] = context.accumulator([], _receiving_param(receive))
+    return _ways_home[context]
+
+
+# One for each SparkContext: Spark keeps track of every accumulator there is.
+_ways_home: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _receiving_param(receive: Callable[[Sequence[Any]], None]) -> Any:
+    from pyspark.accumulators import AccumulatorParam, AddingAccumulatorParam
+
+    class ReceivingParam(AccumulatorParam[list[Any]]):  # type: ignore[misc]
+        """Keeps nothing on the driver; on workers it is Spark's own, which adds up lists."""
+
+        def zero(self, value: list[Any]) -> list[Any]:  # noqa: ARG002
+            return []
+
+        def addInPlace(self, value1: list[Any], value2: list[Any]) -> list[Any]:  # noqa: N802
+            receive(value2)
+            return value1
+
+        def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
+            return AddingAccumulatorParam, ([],)
+
+    return ReceivingParam()
 
 
 def _spark_context(spark: Any) -> Any:

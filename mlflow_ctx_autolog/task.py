@@ -24,6 +24,7 @@ class Task:
     Args:
         context: What came from the driver.
         attempt_id: Spark's id of the task attempt; None outside Spark.
+        way_home: A Spark accumulator for spans that cannot be stored from here, if there is one.
         span: The task's span, an ``mlflow.entities.Span``; parent of calls that have no other.
         calls: Model calls made so far.
         rows_in: Rows that the function has taken from Spark so far.
@@ -33,6 +34,7 @@ class Task:
 
     context: DriverContext
     attempt_id: int | None = None
+    way_home: Any = None
     span: Any = None
     calls: int = 0
     rows_in: int = 0

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import Token
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import mlflow
 import mlflow.tracing.provider as mlflow_provider
@@ -27,6 +27,7 @@ from mlflow.tracing.utils import (
 )
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.context import Context
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as OTelProtoSpan
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as OTelSpan
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -39,13 +40,16 @@ from mlflow_ctx_autolog.patching import Patch
 __all__ = [
     "WorkerTracing",
     "active_span_headers",
+    "add_to_trace",
     "current_experiment_id",
     "has_active_span",
     "parent_activated",
-    "portable_tracking_uri",
     "send_spans",
     "snapshot",
+    "span_from_bytes",
+    "span_to_bytes",
     "task_span_activated",
+    "worker_tracking_uri",
 ]
 
 _propagator = TraceContextTextMapPropagator()
@@ -84,42 +88,34 @@ def current_experiment_id() -> str:
     return str(get_experiment_id_for_trace(ReadableSpan(name="", attributes={})))
 
 
-def portable_tracking_uri(uri: str | None = None) -> str:
-    """Return the tracking URI as another process can use it: absolute, and without a password.
+def worker_tracking_uri() -> tuple[str | None, str]:
+    """Return the tracking URI as workers can use it, and why that is so.
 
-    Args:
-        uri: A tracking URI; the current one by default.
+    Returns:
+        The URI, absolute and without a password, or None where workers cannot store spans
+        there; and a sentence that says why.
 
     Raises:
-        UnsupportedStoreError: Workers cannot store spans there; the message says why.
+        UnsupportedStoreError: Neither can the driver store them for the workers.
     """
-    uri = uri or mlflow.get_tracking_uri()
+    uri = mlflow.get_tracking_uri()
     parts = urlsplit(uri)
+    destination = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
+    if hasattr(destination, "catalog_name"):
+        raise UnsupportedStoreError(
+            "The traces of this process go to a Unity Catalog schema, which is not supported yet. "
+            "Set an MLflow experiment as their destination."
+        )
     if is_databricks_uri(uri):
-        raise UnsupportedStoreError(
-            f"The tracking URI is {uri!r}. MLflow does not store spans that arrive from another "
-            "process in a Databricks workspace's experiments, so the calls of Spark workers "
-            "would be lost. Use an MLflow tracking server with a SQL backend."
-        )
+        return None, "a Databricks workspace does not take spans from other processes"
     if parts.scheme in ("", "file"):
-        raise UnsupportedStoreError(
-            f"The tracking URI {uri!r} is a folder of files, and MLflow's file store does not "
-            "take spans from another process. Use a SQL-backed store, for example "
-            "mlflow.set_tracking_uri('sqlite:///mlflow.db') or an MLflow tracking server."
-        )
+        return None, "MLflow's file store does not take spans from other processes"
+    if parts.password is not None:
+        return None, "the tracking URI holds a password, which is not sent to workers"
     if parts.scheme == "sqlite":
-        path = uri.removeprefix("sqlite:///")
-        return f"sqlite:///{Path(path).absolute()}"
-    if parts.password is None:
-        return uri
-    shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    if parts.scheme in ("http", "https"):
-        # Workers take the credentials from MLflow's own variables.
-        return shown
-    raise UnsupportedStoreError(
-        f"The tracking URI of {shown!r} holds a password, which is not sent to Spark workers. "
-        "Put an MLflow tracking server in front of the database and use its address."
-    )
+        path = Path(uri.removeprefix("sqlite:///")).absolute()
+        return f"sqlite:///{path}", f"workers write to the file {path}, which they must share"
+    return uri, f"{uri} takes spans from other processes"
 
 
 @contextmanager
@@ -172,6 +168,39 @@ def send_spans(destination: Destination, spans: Sequence[Span]) -> None:
         if version is not None and hasattr(version, "cache_clear"):
             version.cache_clear()
         raise
+
+
+def span_to_bytes(span: Span) -> bytes:
+    """Serialise a finished span, in OpenTelemetry's protobuf format."""
+    return bytes(span.to_otel_proto().SerializeToString())
+
+
+def span_from_bytes(payload: bytes) -> Span:
+    """Parse what :func:`span_to_bytes` returned.
+
+    Raises:
+        Exception: The bytes are not a span.
+    """
+    return Span.from_otel_proto(OTelProtoSpan.FromString(payload))
+
+
+def add_to_trace(span: Span) -> bool:
+    """Add a finished span to its trace, if that is still open in this process.
+
+    MLflow stores it together with the trace's root, whatever the store.
+    """
+    with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+        if trace is None:
+            return False
+        trace.span_dict[span.span_id] = _ArrivedSpan(span._span)
+        return True
+
+
+class _ArrivedSpan(Span):  # type: ignore[misc]
+    """A finished span of another process, among the live ones of this process's trace."""
+
+    def to_immutable_span(self) -> Span:
+        return self
 
 
 def snapshot(span: LiveSpan) -> Span | None:

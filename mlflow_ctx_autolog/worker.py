@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery import Delivery
 from mlflow_ctx_autolog.exceptions import CarrierError
 from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.spark_task import is_batch, on_task_end, row_count, task_attributes
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import parent_activated, task_span_activated
+from mlflow_ctx_autolog.tracing import parent_activated, span_to_bytes, task_span_activated
 
 __all__ = ["attach", "process_id", "read_carrier", "task_runner"]
 
@@ -103,6 +104,7 @@ def task_runner(
     *,
     required: bool,
     repeated: bool,
+    way_home: Any = None,
 ) -> Callable[..., Any]:
     """Return a callable that runs a function handed to Spark as one task attempt.
 
@@ -118,23 +120,26 @@ def task_runner(
         required: Raise where the carrier cannot be read, rather than run untraced.
         repeated: Whether the task attempt calls the function many times, and ends when Spark
             says so; else it is called once, and the attempt ends with it.
+        way_home: A Spark accumulator for spans that cannot be stored from here.
 
     Raises:
         CarrierError: When called, if the carrier cannot be read and ``required`` is true.
     """
-    begin = functools.partial(_begin_or_warn, carrier, name, required, repeated)
+    begin = functools.partial(_begin_or_warn, carrier, name, required, repeated, way_home)
     if repeated:
         return _RepeatedCalls(function, begin).call
     return functools.partial(_run_once, function, begin)
 
 
-def _begin_or_warn(carrier: object, name: str, required: bool, repeated: bool) -> Task | None:
+def _begin_or_warn(
+    carrier: object, name: str, required: bool, repeated: bool, way_home: Any
+) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
     try:
         context = read_carrier(carrier)
         if repeated:
             on_task_end(_finish_open_tasks)
-        return _begin(context, name)
+        return _begin(context, name, way_home)
     except CarrierError as error:
         if required:
             raise
@@ -232,10 +237,10 @@ def _opened(context: DriverContext, name: str) -> Iterator[Task]:
         _finish(task)
 
 
-def _begin(context: DriverContext, name: str) -> Task:
+def _begin(context: DriverContext, name: str, way_home: Any = None) -> Task:
     worker = worker_process()
     attributes = task_attributes()
-    task = Task(context, attempt_id=attributes.get("spark.task.attempt_id"))
+    task = Task(context, attempt_id=attributes.get("spark.task.attempt_id"), way_home=way_home)
     for other in open_tasks():
         # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
         if other.attempt_id != task.attempt_id:
@@ -276,13 +281,24 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
         task.close()
         worker.switch_off()
     delivery = worker.delivery(task.destination)
-    if not delivery.flush(task.context.config.flush_timeout):
+    if delivery.flush(task.context.config.flush_timeout):
+        return
+    if task.way_home is not None and error is None:
+        _send_home(task, delivery)
+    else:
         _warn_once(
             "flush",
-            f"{delivery.waiting} finished spans of this worker are not stored yet; the "
-            "tracking store did not take them before the end of the task. They are sent when it "
-            "does, and lost if Spark ends this worker first.",
+            f"{delivery.waiting} finished spans of this worker are not stored at the end of the "
+            "task. They are sent later if this worker lives on, and lost if Spark ends it.",
         )
+
+
+def _send_home(task: Task, delivery: Delivery[Any]) -> None:
+    """Let the driver store what this worker could not. Spark takes it along with the task."""
+    uri, experiment_id = task.destination.tracking_uri, task.destination.experiment_id
+    reason = str(delivery.last_error or "no answer in time")
+    spans = delivery.take()
+    task.way_home.add([(uri, experiment_id, span_to_bytes(span), reason) for span in spans])
 
 
 _END = object()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from openai.resources.chat.completions import AsyncCompletions, Completions
 from pyspark import RDD
 from pyspark.sql.classic.dataframe import DataFrame
+from pyspark.sql.udf import UserDefinedFunction
 from workload import ask, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import autolog, driver, versions
-from mlflow_ctx_autolog.testing import OpenAIEndpoint
+from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 mlflow.openai  # noqa: B018 - imported on first use; the places below look into it.
 
@@ -27,8 +29,9 @@ def _places() -> dict[tuple[str, str], Any]:
     owners: dict[Any, tuple[str, ...]] = {
         Completions: ("create", "parse"),
         AsyncCompletions: ("create", "parse"),
-        RDD: ("mapPartitions", "foreachPartition"),
-        DataFrame: ("mapInPandas", "mapInArrow", "foreachPartition"),
+        RDD: ("map", "mapPartitions", "foreach", "foreachPartition"),
+        UserDefinedFunction: ("__call__",),
+        DataFrame: ("mapInPandas", "mapInArrow", "foreach", "foreachPartition"),
         sys.modules["mlflow.openai.autolog"]: ("start_span_no_context",),
         sys.modules["mlflow.tracing.provider"]: ("_get_span_processors",),
     }
@@ -47,8 +50,11 @@ def test_disable_leaves_nothing_behind(experiment_id: str, times: int) -> None:
         ctx_autolog.enable()
     enabled = _places()
     assert {name for (_, name), function in enabled.items() if function not in before.values()} == {
+        "__call__",
         "create",
+        "foreach",
         "foreachPartition",
+        "map",
         "mapInArrow",
         "mapInPandas",
         "mapPartitions",
@@ -154,31 +160,61 @@ def test_a_release_without_what_we_patch_is_refused(
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("file:///tmp/runs", "folder of files"),
+        ("file:///tmp/runs", "file store"),
         ("databricks", "Databricks"),
+        ("https://me:planted-secret@host/x", "holds a password"),
         ("postgresql://user:planted-secret@host/db", "holds a password"),
     ],
 )
-def test_a_store_that_cannot_take_spans_is_refused(
-    experiment_id: str, monkeypatch: pytest.MonkeyPatch, uri: str, reason: str
+def test_a_store_that_workers_cannot_write_to_is_the_drivers(
+    experiment_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    uri: str,
+    reason: str,
 ) -> None:
-    """enable() raises for a store that would lose the spans, and never shows its password."""
-    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
-    with pytest.raises(ctx_autolog.UnsupportedStoreError, match=reason) as caught:
+    """Spans come home where workers cannot store them; the log says why, and no password travels.
+
+    Where the workers were asked to store them, it is an error.
+    """
+    with mlflow.start_span("x"):
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+        with caplog.at_level(logging.INFO, logger="mlflow_ctx_autolog"):
+            ctx_autolog.enable()
+        context = ctx_autolog.capture()
+        with pytest.raises(ctx_autolog.UnsupportedStoreError, match=reason):
+            ctx_autolog.enable(transport="direct")
+
+    assert context.tracking_uri is None
+    assert "planted-secret" not in context.to_json()
+    assert "planted-secret" not in caplog.text
+    assert reason in caplog.text
+    assert "to the driver" in caplog.text
+
+
+def test_the_transport_can_be_chosen(experiment_id: str, server: TrackingServer) -> None:
+    """Spans go to the store directly where it takes them, and by way of the driver when asked."""
+    with mlflow.start_span("x"):
         ctx_autolog.enable()
-    assert "planted-secret" not in str(caught.value)
+        assert ctx_autolog.capture().tracking_uri == server.uri
+        ctx_autolog.enable(transport="driver")
+        assert ctx_autolog.capture().tracking_uri is None
+    with pytest.raises(ValueError, match=r"transport='pigeon'.*auto, direct, driver"):
+        ctx_autolog.enable(transport="pigeon")
 
 
-def test_credentials_in_the_servers_address_do_not_travel(
+def test_a_unity_catalog_destination_is_refused(
     experiment_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """User name and password of an http address stay on the driver."""
-    with mlflow.start_span("x"):
-        uri = "https://me:planted-secret@host:1/x"
-        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
-        text = ctx_autolog.capture().to_json()
-    assert "planted-secret" not in text
-    assert '"https://host:1/x"' in text
+    """Where neither workers nor the driver could store the spans, enable() raises."""
+    from mlflow.entities.trace_location import UCSchemaLocation
+
+    registry = sys.modules["mlflow.tracing.provider"]._MLFLOW_TRACE_USER_DESTINATION
+    monkeypatch.setattr(registry, "get", lambda: UCSchemaLocation("catalog", "schema"))
+    before = _places()
+    with pytest.raises(ctx_autolog.UnsupportedStoreError, match="Unity Catalog"):
+        ctx_autolog.enable()
+    assert _places() == before
 
 
 def test_a_relative_database_is_the_same_for_workers(

@@ -138,7 +138,7 @@ def test_other_environment_variables_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "many", "1,5", "0x10"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "transport"])
 def test_environment_variable_that_is_no_number_is_refused(name: str, text: str) -> None:
     """A variable that holds no number is refused with a message that names it and its text."""
     variable = f"MLFLOW_CTX_AUTOLOG_{name.upper()}"

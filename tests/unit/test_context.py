@@ -72,7 +72,6 @@ def test_only_required_fields_are_needed() -> None:
         ("[1, 2]", "not a JSON object: '[1, 2]'"),
         ("null", "not a JSON object: 'null'"),
         ('"text"', "not a JSON object"),
-        (without("tracking_uri"), "tracking_uri is None, not a text"),
         (without("experiment_id"), "experiment_id is None, not a text"),
         (damaged(experiment_id=12), "experiment_id is 12, not a text"),
         (damaged(tracking_uri=["a"]), "tracking_uri is ['a'], not a text"),

@@ -1,0 +1,99 @@
+"""Spans that workers cannot store themselves come home with the task."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import mlflow
+import pytest
+from pyspark.sql import SparkSession
+from workload import SCHEMA, StoredTrace, extractor, stored_trace
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.testing import OpenAIEndpoint, Request, TrackingServer
+
+
+def _assert_complete(trace: StoredTrace, endpoint: OpenAIEndpoint) -> None:
+    assert len(trace.calls) == len(endpoint.requests)
+    assert all(trace.is_nested(call) for call in trace.calls)
+    assert trace.total_tokens == endpoint.total_tokens > 0
+
+
+def test_a_file_store_gets_the_whole_trace(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    experiment_id: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With MLflow's file store, which takes no spans of other processes, nothing is missing."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    mlflow.set_experiment("files")
+    with ctx_autolog.enable(), mlflow.start_span("job") as span:
+        spark.range(0, 12, 1, 3).mapInPandas(extractor(endpoint.base_url), SCHEMA).collect()
+        spark.range(0, 4, 1, 2).foreachPartition(lambda rows: None)
+
+    _assert_complete(stored_trace(span.trace_id), endpoint)
+    assert len(stored_trace(span.trace_id).tasks) == 5
+
+
+def test_workers_need_no_path_to_the_store(
+    spark: SparkSession, endpoint: OpenAIEndpoint, tmp_path: Path
+) -> None:
+    """With transport="driver", no worker sends the tracking server anything."""
+    with TrackingServer(tmp_path) as server:
+        mlflow.set_tracking_uri(server.uri)
+        mlflow.set_experiment("by-the-driver")
+        with ctx_autolog.enable(transport="driver"), mlflow.start_span("job") as span:
+            before = server.log.read_text()
+            spark.range(0, 12, 1, 3).mapInPandas(extractor(endpoint.base_url), SCHEMA).collect()
+            during = server.log.read_text().removeprefix(before)
+        _assert_complete(stored_trace(span.trace_id), endpoint)
+    assert "/v1/traces" not in during
+
+
+def test_what_workers_could_not_store_the_driver_stores(
+    spark: SparkSession,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A server that dies during the job and returns has every span, and the driver is told."""
+    with TrackingServer(tmp_path) as server:
+        third_call = threading.Event()
+
+        def answer(request: Request) -> str:
+            if len(endpoint.requests) == 3:
+                server.kill()
+                third_call.set()
+            return "as it says"
+
+        with OpenAIEndpoint(answer) as endpoint:
+            mlflow.set_tracking_uri(server.uri)
+            mlflow.set_experiment("outage")
+            # MLflow asks for the server's version once, and not after an outage.
+            with mlflow.start_span("before"):
+                pass
+            mlflow.flush_trace_async_logging()
+            with (
+                caplog.at_level(logging.WARNING, logger="mlflow_ctx_autolog"),
+                ctx_autolog.enable(flush_timeout=2),
+                mlflow.start_span("job") as span,
+            ):
+                extract = extractor(endpoint.base_url)
+                rows = spark.range(0, 12, 1, 2).mapInPandas(extract, SCHEMA).collect()
+                # What MLflow itself sends for the driver's span is not ours to rescue.
+                server.start()
+            assert third_call.is_set()
+            assert len(rows) == 12
+            assert ctx_autolog.flush(timeout=100)
+            trace = stored_trace(span.trace_id)
+            assert len(trace.calls) == len(endpoint.requests) == 12
+            assert all(trace.is_nested(call) for call in trace.calls)
+    warned = [
+        record.getMessage() for record in caplog.records if "come home" in record.getMessage()
+    ]
+    assert len(warned) == 1
+    assert server.uri in warned[0]
