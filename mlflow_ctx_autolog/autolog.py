@@ -12,6 +12,7 @@ from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.driver import describe_transport, driver
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.spark import Handovers
+from mlflow_ctx_autolog.spark_task import in_spark_task
 
 __all__ = ["Handle", "disable", "enable"]
 
@@ -54,7 +55,8 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
     - At the end of each task, its spans are in the tracking store.
 
     Calling it again changes the settings and nothing else. It may be used as a context manager
-    that restores what was before.
+    that restores what was before. On a worker it does nothing: the context arrives there by
+    itself.
 
     Args:
         config: All settings at once; by default, those of the environment.
@@ -66,6 +68,8 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
         UnsupportedVersionError: mlflow, openai or pyspark is too old or too new.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
+    if in_spark_task():
+        return Handle(None)
     resolved = Config.from_env(**settings) if config is None else config.updated(settings)
     versions.check()
     with _lock:

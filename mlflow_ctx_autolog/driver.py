@@ -161,15 +161,17 @@ def traced(function: F, spark: Any = None) -> F:
         # A module that wraps at import is imported on the workers, too.
         return function
     session = spark_api.active_session() if spark is None else spark
-    return cast(F, driver.carrying(function, session, required=True, repeated=False))
+    # Nobody says here whether Spark will call it once or many times in a task.
+    return cast(F, driver.carrying(function, session, required=True, repeated=True))
 
 
 def _capture(session: Any) -> DriverContext:
     headers = tracing.active_span_headers()
-    if not headers:
+    tracking_uri, _ = _transport()
+    if not headers and tracking_uri is not None:
         _warn_of_no_span()
     return DriverContext(
-        tracking_uri=_transport()[0],
+        tracking_uri=tracking_uri,
         experiment_id=tracing.current_experiment_id(),
         traceparent=headers.get("traceparent"),
         tracestate=headers.get("tracestate"),

@@ -164,10 +164,8 @@ def _run_once(
     except BaseException as error:
         _finish(task, error)
         raise
-    if isinstance(result, Iterator):
-        return _steps(task, result)
-    if _is_lazy(result):
-        return _steps(task, iter(result))
+    if isinstance(result, Iterator) or _is_lazy(result):
+        return _steps(task, iter(result), ends_task=True)
     task.rows_out += _rows_of(result)
     _finish(task)
     return result
@@ -187,11 +185,11 @@ class _RepeatedCalls:
         # Called for each row of a UDF: what is not needed there is elsewhere.
         task = self._task
         if task is None or not task.is_open:
-            task = None if self._cannot_begin else self._start(args)
+            task = None if self._cannot_begin else self._start()
             if task is None:
                 return self._function(*args, **kwargs)
         if not self._row_by_row:
-            return self._call_with_batch(task, args, kwargs)
+            return self._call_in_general(task, args, kwargs)
         task.rows_in += 1
         try:
             result = task.run(self._function, *args, **kwargs)
@@ -201,22 +199,25 @@ class _RepeatedCalls:
         task.rows_out += 1
         return result
 
-    def _start(self, args: tuple[Any, ...]) -> Task | None:
-        self._row_by_row = not any(is_batch(arg) or isinstance(arg, Iterator) for arg in args)
+    def _start(self) -> Task | None:
         self._task = self._begin()
         self._cannot_begin = self._task is None
         return self._task
 
-    def _call_with_batch(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_in_general(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             result = task.run(self._function, *(_counted(task, arg) for arg in args), **kwargs)
         except BaseException as error:
             _finish(task, error)
             raise
         if isinstance(result, Iterator):
-            return _items(task, result)
-        task.rows_in += max((row_count(arg) for arg in args if is_batch(arg)), default=0)
+            return _steps(task, result, ends_task=False)
+        is_partition = any(isinstance(arg, (Iterator, range)) for arg in args)
+        batches = [row_count(arg) for arg in args if is_batch(arg)]
+        if not is_partition:
+            task.rows_in += max(batches, default=1)
         task.rows_out += row_count(result)
+        self._row_by_row = not is_partition and not batches
         return result
 
 
@@ -304,27 +305,25 @@ def _send_home(task: Task, delivery: Delivery[Any]) -> None:
 _END = object()
 
 
-def _items(task: Task, iterator: Iterator[Any]) -> Iterator[Any]:
-    while (item := task.run(next, iterator, _END)) is not _END:
-        task.rows_out += row_count(item)
-        yield item
-
-
-def _steps(task: Task, iterator: Iterator[Any]) -> Iterator[Any]:
-    """Pass on what the function returned, and finish the task after it."""
+def _steps(task: Task, iterator: Iterator[Any], *, ends_task: bool) -> Iterator[Any]:
+    """Pass on what the function returned, each item made within the task."""
     try:
-        yield from _items(task, iterator)
+        while (item := task.run(next, iterator, _END)) is not _END:
+            task.rows_out += row_count(item)
+            yield item
     except GeneratorExit as closed:
         try:
             task.run(_close, iterator)
         finally:
-            _finish(task, closed)
+            if ends_task:
+                _finish(task, closed)
         raise
     except BaseException as error:
         _finish(task, error)
         raise
     else:
-        _finish(task)
+        if ends_task:
+            _finish(task)
 
 
 def _close(iterator: Iterator[Any]) -> None:

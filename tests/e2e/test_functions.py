@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import functions
@@ -117,3 +118,55 @@ def test_an_exception_in_a_udf_reaches_spark_as_it_was(
     (task,) = trace.tasks
     assert task.status.status_code == "ERROR"
     assert len(trace.calls) == len(endpoint.requests) == 1
+
+
+def test_traced_suits_every_kind_of_function(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """traced(f) inside a UDF, and inside a partition's function, is one task span an attempt."""
+    call = functions.asker(endpoint.base_url)
+
+    def extract(number: int) -> str:
+        return call(number)
+
+    def visit(rows: Iterable[Any]) -> Iterator[str]:
+        for row in rows:
+            yield call(row)
+
+    with mlflow.start_span("job") as span:
+        frame = spark.range(0, 6, 1, 2)
+        frame.select(udf(ctx_autolog.traced(extract), "string")("id")).collect()
+        numbers = spark.sparkContext.parallelize(range(6), 2)
+        assert numbers.mapPartitions(ctx_autolog.traced(visit)).count() == 6
+        with pytest.raises(PythonException, match="ZeroDivisionError"):
+            numbers.mapPartitions(ctx_autolog.traced(lambda rows: (1 // 0 for _ in rows))).count()
+
+    trace = stored_trace(span.trace_id)
+    good = [task for task in trace.tasks if task.status.status_code == "OK"]
+    assert sorted(task.name for task in good) == ["extract", "extract", "visit", "visit"]
+    assert [len(trace.children_of(task)) for task in good] == [3, 3, 3, 3]
+    assert {task.attributes["spark.task.outcome"] for task in trace.tasks} == {
+        "completed",
+        "failed",
+    }
+
+
+def test_enabling_on_a_worker_changes_nothing(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """A function whose module calls enable() when a worker imports it is traced once."""
+    call = functions.asker(endpoint.base_url)
+
+    def visit(rows: Iterable[int]) -> Iterator[str]:
+        import mlflow_ctx_autolog
+
+        mlflow_ctx_autolog.enable()
+        for row in rows:
+            yield call(row)
+
+    ctx_autolog.enable()
+    with mlflow.start_span("job") as span:
+        spark.sparkContext.parallelize(range(3), 1).mapPartitions(visit).count()
+
+    (task,) = stored_trace(span.trace_id).tasks
+    assert task.attributes["llm.calls"] == 3
