@@ -12,10 +12,15 @@ from typing import Any
 
 import functions
 import mlflow
+import pyspark
 import pytest
 from workload import stored_trace
 
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
+
+pytestmark = pytest.mark.skipif(
+    pyspark.__version__ < "4", reason="Spark 3.5 fetches its Connect server from the network"
+)
 
 # In a process of its own: one that has had a classic session cannot start Spark Connect.
 _SCRIPT = """

@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
+from packaging.version import Version
 from pyspark import Broadcast
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
@@ -396,7 +397,9 @@ def test_without_a_span_the_tasks_are_found_together(
     sessions = [trace.metadata["mlflow.trace.session"] for trace in traces]
     assert sorted(sessions.count(session) for session in set(sessions)) == [2, 2]
     assert sum(trace.total_tokens for trace in traces) == endpoint.total_tokens
-    assert {trace.trace.info.tags["mlflow.traceName"] for trace in traces} == {"extract"}
+    names = {trace.trace.info.tags.get("mlflow.traceName") for trace in traces}
+    # Older servers do not take a trace's name from its root.
+    assert names == {"extract"} or Version(mlflow.__version__) < Version("3.17")
 
 
 def test_disable_leaves_spark_and_reused_workers_alone(

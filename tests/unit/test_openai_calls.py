@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 import openai
 import pytest
+from packaging.version import Version
 from workload import StoredTrace, ask, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -152,6 +153,10 @@ def test_between_tasks_a_worker_traces_nothing(client: openai.OpenAI, experiment
     assert sum(len(trace.calls) for trace in stored_traces(experiment_id)) == 1
 
 
+@pytest.mark.skipif(
+    Version(mlflow.__version__) < Version("3.11"),
+    reason="MLflow before 3.11 does not keep a span that sampling dropped",
+)
 def test_a_parent_that_sampling_dropped_drops_its_calls(
     client: openai.OpenAI, experiment_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
