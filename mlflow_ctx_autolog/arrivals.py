@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlflow_ctx_autolog.delivery import Delivery, Destination
-from mlflow_ctx_autolog.tracing import add_to_trace, send_spans, span_from_bytes
+from mlflow_ctx_autolog.tracing import (
+    add_to_trace,
+    current_tracking_uri,
+    send_spans,
+    span_from_bytes,
+    store_takes_spans,
+)
 
 __all__ = ["Arrivals", "Arrived"]
 
@@ -21,7 +27,11 @@ Arrived = tuple[str | None, str, bytes, str]
 
 
 class Arrivals:
-    """Stores what comes home: in the driver's open trace, or in the store that workers missed."""
+    """Stores what comes home.
+
+    Where the tracking store takes single spans, they are delivered to it as on a worker; where it
+    does not, they join the driver's own open trace, and MLflow stores them with its root.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,7 +44,14 @@ class Arrivals:
             for tracking_uri, experiment_id, payload, reason in arrived:
                 span = span_from_bytes(payload)
                 if tracking_uri is not None:
-                    self._deliver(Destination(tracking_uri, experiment_id), span, reason)
+                    self._warn(
+                        f"unreachable {tracking_uri}",
+                        f"Workers could not store spans in {tracking_uri}, so they come home and "
+                        f"the driver stores them: {reason}",
+                    )
+                if store_takes_spans():
+                    uri = tracking_uri or current_tracking_uri()
+                    self._deliver(Destination(uri, experiment_id), span)
                 elif not add_to_trace(span):
                     self._warn(
                         "late",
@@ -51,12 +68,7 @@ class Arrivals:
         flushed = [delivery.flush(timeout) for delivery in deliveries]
         return all(flushed)
 
-    def _deliver(self, destination: Destination, span: Any, reason: str) -> None:
-        self._warn(
-            f"unreachable {destination}",
-            f"Workers could not store spans in {destination.tracking_uri}, so they come home and "
-            f"the driver stores them: {reason}",
-        )
+    def _deliver(self, destination: Destination, span: Any) -> None:
         with self._lock:
             if not self._deliveries:
                 atexit.register(self.flush, 30.0)

@@ -58,11 +58,8 @@ class Driver:
         """
         context = _capture(session)
         way_home = spark_api.way_home(session, self.arrivals.receive)
-        if context.tracking_uri is None and (way_home is None or context.traceparent is None):
-            raise UnsupportedStoreError(
-                f"Their spans would have to come home to the driver, since {_transport()[1]}; "
-                "for that, Spark must be classic Spark, not Connect, and an MLflow span active."
-            )
+        if context.tracking_uri is None:
+            _check_way_home(way_home is not None, context.traceparent is not None)
         carrier = spark_api.broadcast_text(session, context.to_json())
         return spark_api.carrying(
             function, carrier, required=required, repeated=repeated, way_home=way_home
@@ -81,6 +78,19 @@ def describe_transport() -> str:
     uri, reason = _transport()
     way = "with the task to the driver, which stores them" if uri is None else "from the workers"
     return f"Spans travel {way}: {reason}."
+
+
+def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:
+    if not has_accumulators:
+        raise UnsupportedStoreError(
+            f"Spans would have to come home to the driver, since {_transport()[1]}; Spark Connect "
+            "has no way for them. Use a tracking server that its workers can reach."
+        )
+    if not has_parent and not tracing.store_takes_spans():
+        raise UnsupportedStoreError(
+            f"No MLflow span is active, and {_transport()[1]}, so that their spans cannot be "
+            'stored without one. Hand the function to Spark inside with mlflow.start_span("my-job")'
+        )
 
 
 def _transport() -> tuple[str | None, str]:
@@ -168,7 +178,7 @@ def traced(function: F, spark: Any = None) -> F:
 def _capture(session: Any) -> DriverContext:
     headers = tracing.active_span_headers()
     tracking_uri, _ = _transport()
-    if not headers and tracking_uri is not None:
+    if not headers and tracing.store_takes_spans():
         _warn_of_no_span()
     return DriverContext(
         tracking_uri=tracking_uri,

@@ -42,12 +42,14 @@ __all__ = [
     "active_span_headers",
     "add_to_trace",
     "current_experiment_id",
+    "current_tracking_uri",
     "has_active_span",
     "parent_activated",
     "send_spans",
     "snapshot",
     "span_from_bytes",
     "span_to_bytes",
+    "store_takes_spans",
     "task_span_activated",
     "worker_tracking_uri",
 ]
@@ -88,6 +90,17 @@ def current_experiment_id() -> str:
     return str(get_experiment_id_for_trace(ReadableSpan(name="", attributes={})))
 
 
+def current_tracking_uri() -> str:
+    """Return this process's tracking URI, with whatever password it holds."""
+    return str(mlflow.get_tracking_uri())
+
+
+def store_takes_spans() -> bool:
+    """Whether the tracking store takes single spans, not only a whole trace with its root."""
+    uri = mlflow.get_tracking_uri()
+    return not is_databricks_uri(uri) and urlsplit(uri).scheme not in ("", "file")
+
+
 def worker_tracking_uri() -> tuple[str | None, str]:
     """Return the tracking URI as workers can use it, and why that is so.
 
@@ -99,20 +112,18 @@ def worker_tracking_uri() -> tuple[str | None, str]:
         UnsupportedStoreError: Neither can the driver store them for the workers.
     """
     uri = mlflow.get_tracking_uri()
-    parts = urlsplit(uri)
     destination = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
     if hasattr(destination, "catalog_name"):
         raise UnsupportedStoreError(
             "The traces of this process go to a Unity Catalog schema, which is not supported yet. "
             "Set an MLflow experiment as their destination."
         )
-    if is_databricks_uri(uri):
-        return None, "a Databricks workspace does not take spans from other processes"
-    if parts.scheme in ("", "file"):
-        return None, "MLflow's file store does not take spans from other processes"
-    if parts.password is not None:
+    if not store_takes_spans():
+        kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
+        return None, f"{kind} does not take spans from other processes"
+    if urlsplit(uri).password is not None:
         return None, "the tracking URI holds a password, which is not sent to workers"
-    if parts.scheme == "sqlite":
+    if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///")).absolute()
         return f"sqlite:///{path}", f"workers write to the file {path}, which they must share"
     return uri, f"{uri} takes spans from other processes"
@@ -158,7 +169,7 @@ def send_spans(destination: Destination, spans: Sequence[Span]) -> None:
     Raises:
         Exception: Whatever MLflow raises when the store does not take them.
     """
-    client = _client(destination.tracking_uri)
+    client = _client(str(destination.tracking_uri))
     try:
         client.log_spans(destination.experiment_id, list(spans))
     except NotImplementedError:

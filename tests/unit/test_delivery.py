@@ -455,3 +455,42 @@ def test_sender_does_not_keep_the_process_alive(store: Store) -> None:
 
     started = set(threading.enumerate()) - before
     assert [thread.daemon for thread in started] == [True]
+
+
+def test_spans_for_the_driver_are_kept_until_taken(store: Store) -> None:
+    """Without a tracking URI nothing is sent: the spans wait for whoever takes them home."""
+    delivery: Delivery[int] = Delivery(Destination(None, "1"), store, config=Config(batch_size=1))
+    submit_all(delivery, range(3))
+
+    assert delivery.flush(LONG) is False
+    assert delivery.take() == [0, 1, 2]
+    assert delivery.waiting == 0
+    assert delivery.flush(LONG) is True
+    assert store.attempts == 0
+
+
+def test_spans_that_were_taken_are_not_sent_again(store: Store) -> None:
+    """After take(), only the batch that was on its way may still arrive; later spans do."""
+    store.hang()
+    delivery: Delivery[int] = Delivery(A, store, config=Config(batch_size=2, send_interval=3600))
+    submit_all(delivery, range(4))
+    store.wait_for(lambda: store.attempts == 1)
+
+    assert delivery.take() == [0, 1, 2, 3]
+    store.answer()
+    store.wait_for(lambda: len(store.requests) == 1)
+    delivery.submit(4)
+    assert delivery.flush(LONG)
+    assert [spans for _, spans in store.requests] == [[0, 1], [4]]
+    assert delivery.waiting == 0
+
+
+def test_delivery_remembers_why_the_store_refused(store: Store) -> None:
+    """The last error is kept, for the one who delivers instead."""
+    store.refusing = True
+    delivery = QuickToRetry(A, store, config=UNHURRIED)
+    delivery.submit(0)
+
+    assert delivery.flush(0.05) is False
+    store.wait_for(lambda: delivery.last_error is not None)
+    assert str(delivery.last_error) == "no route to the store"
