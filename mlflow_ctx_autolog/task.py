@@ -42,6 +42,7 @@ class Task:
     is_open: bool = False
     # Holds the function's context variables from one step to the next, apart from Spark's own.
     _variables: contextvars.Context = field(default_factory=contextvars.copy_context)
+    _thread: int = field(default_factory=threading.get_ident)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -52,9 +53,13 @@ class Task:
     def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run one step of the task's function with the context variables of its last step."""
         # For a UDF this is done for each row, hence without a context manager.
+        variables = self._variables
+        if threading.get_ident() != self._thread:
+            # Spark can run a UDF on several threads; a context is entered by one at a time.
+            variables = variables.copy()
         _running.append(self)
         try:
-            return self._variables.run(function, *args, **kwargs)
+            return variables.run(function, *args, **kwargs)
         finally:
             _running.remove(self)
 

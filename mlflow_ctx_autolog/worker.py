@@ -180,6 +180,7 @@ class _RepeatedCalls:
         self._task: Task | None = None
         self._row_by_row = False
         self._cannot_begin = False
+        self._starting = threading.Lock()
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         # Called for each row of a UDF: what is not needed there is elsewhere.
@@ -200,9 +201,12 @@ class _RepeatedCalls:
         return result
 
     def _start(self) -> Task | None:
-        self._task = self._begin()
-        self._cannot_begin = self._task is None
-        return self._task
+        # Spark can call a UDF from several threads.
+        with self._starting:
+            if self._task is None or not self._task.is_open:
+                self._task = self._begin()
+                self._cannot_begin = self._task is None
+            return self._task
 
     def _call_in_general(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -261,7 +265,9 @@ def _begin(context: DriverContext, name: str, way_home: Any = None) -> Task:
 
 
 def _finish(task: Task, error: BaseException | None = None) -> None:
-    """End the task's span and see its spans off. Never raises."""
+    """End the task's span and see its spans off. Never raises. Idempotent."""
+    if not task.is_open:
+        return
     worker = worker_process()
     try:
         task.record_counts()

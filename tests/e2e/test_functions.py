@@ -7,6 +7,7 @@ from typing import Any
 
 import functions
 import mlflow
+import pyspark
 import pytest
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
@@ -170,3 +171,23 @@ def test_enabling_on_a_worker_changes_nothing(
 
     (task,) = stored_trace(span.trace_id).tasks
     assert task.attributes["llm.calls"] == 3
+
+
+@pytest.mark.skipif(pyspark.__version__ < "4.1", reason="Spark runs UDFs on threads from 4.1 on")
+def test_a_udf_that_spark_runs_on_threads_is_traced(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """With Spark's own concurrency for UDFs there is one task span, and all calls are below it."""
+    call = functions.asker(endpoint.base_url)
+    spark.conf.set("spark.sql.execution.pythonUDF.arrow.concurrency.level", "4")
+    try:
+        ctx_autolog.enable()
+        with mlflow.start_span("job") as span:
+            extract = udf(lambda number: call(number), "string", useArrow=True)
+            spark.range(0, 12, 1, 1).select(extract("id")).collect()
+    finally:
+        spark.conf.unset("spark.sql.execution.pythonUDF.arrow.concurrency.level")
+
+    trace = stored_trace(span.trace_id)
+    assert len(trace.tasks) == 1
+    assert sum(trace.is_nested(each) for each in trace.calls) == len(endpoint.requests) == 12

@@ -46,7 +46,7 @@ def test_round_trip(context: DriverContext) -> None:
 @pytest.mark.parametrize("flags", ["00", "01"])
 def test_round_trip_keeps_the_sampling_decision(flags: str) -> None:
     """A span that was dropped by sampling is carried like any other."""
-    context = DriverContext("http://localhost", "0", traceparent=f"{TRACEPARENT[:-2]}{flags}")
+    context = DriverContext("0", "http://localhost", traceparent=f"{TRACEPARENT[:-2]}{flags}")
 
     assert DriverContext.from_json(context.to_json()).traceparent == context.traceparent
 

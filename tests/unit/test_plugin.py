@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def open_task() -> Iterator[Task]:
-    context = DriverContext("http://store", "771177", application_id="app-1")
+    context = DriverContext("771177", "http://store", application_id="app-1")
     task = Task(context)
     task.open()
     yield task

@@ -20,7 +20,7 @@ colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="
 
 
 def new_task(experiment_id: str = "1") -> Task:
-    return Task(DriverContext("http://store", experiment_id))
+    return Task(DriverContext(experiment_id=experiment_id, tracking_uri="http://store"))
 
 
 @pytest.fixture
@@ -244,3 +244,13 @@ def test_calls_from_many_threads_are_all_counted() -> None:
         thread.join(60)
 
     assert task.calls == 8000
+
+
+def test_task_can_run_on_several_threads_at_once(first: Task) -> None:
+    """Steps on other threads run while one is under way, with the task's context variables."""
+    first.run(colour.set, "red")
+
+    def step() -> tuple[Task | None, str]:
+        return current_task(), colour.get()
+
+    assert first.run(lambda: in_new_thread(lambda: first.run(step))) == (first, "red")
