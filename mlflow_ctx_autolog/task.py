@@ -50,7 +50,7 @@ class Task:
         """Where this task's spans are stored."""
         return Destination(self.context.tracking_uri, self.context.experiment_id)
 
-    def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run one step of the task's function with the context variables of its last step."""
         # For a UDF this is done for each row, hence without a context manager.
         variables = self._variables

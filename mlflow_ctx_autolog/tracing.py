@@ -309,10 +309,10 @@ class _WorkerSpanProcessor(SpanProcessor):
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(otel_trace_id)
         with self._lock:
             self._destinations[span.context.span_id] = destination
-            self._otel_trace_ids.add(otel_trace_id)
             with manager.get_trace(trace_id) as known:
                 if known is None:
                     manager.register_trace(otel_trace_id, _placeholder(trace_id), True)
+                    self._otel_trace_ids.add(otel_trace_id)
                 manager.register_span(create_mlflow_span(span, trace_id))
 
     def on_end(self, span: ReadableSpan) -> None:

@@ -154,7 +154,12 @@ def _begin_or_warn(
 
 
 def _run_once(
-    function: Callable[..., Any], begin: Callable[[], Task | None], *args: Any, **kwargs: Any
+    function: Callable[..., Any],
+    begin: Callable[[], Task | None],
+    # The user's own parameters may have any name.
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     task = begin()
     if task is None:
@@ -182,7 +187,7 @@ class _RepeatedCalls:
         self._cannot_begin = False
         self._starting = threading.Lock()
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, /, *args: Any, **kwargs: Any) -> Any:
         # Called for each row of a UDF: what is not needed there is elsewhere.
         task = self._task
         if task is None or not task.is_open:

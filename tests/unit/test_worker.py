@@ -70,6 +70,18 @@ def test_what_is_not_an_iterator_is_returned_as_it_is(
     assert _only_task(trace_id).attributes["spark.rows.out"] == rows
 
 
+def test_parameters_of_the_function_may_have_any_name(carrier: tuple[str, str]) -> None:
+    """Keyword arguments reach the function whatever they are called."""
+
+    def extract(**named: int) -> dict[str, int]:
+        return named
+
+    names = dict.fromkeys(("self", "function", "begin", "task", "name", "args", "carrier"), 1)
+    for repeated in (False, True):
+        function = spark.carrying(extract, carrier[0], required=False, repeated=repeated)
+        assert function(**names) == names
+
+
 def test_a_lazy_iterable_is_traced_while_it_is_read(carrier: tuple[str, str]) -> None:
     """An object that is iterated later is part of the task as well."""
 
