@@ -9,7 +9,7 @@ from typing import Any
 
 from mlflow_ctx_autolog import process, versions
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.driver import describe_transport, driver
+from mlflow_ctx_autolog.driver import describe_transport, driver, warn_of_old_store
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.spark import Handovers
 from mlflow_ctx_autolog.spark_task import in_spark_task
@@ -79,6 +79,7 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
         driver.config = resolved
         try:
             _logger.info("%s", describe_transport())
+            warn_of_old_store()
             _openai_calls.install()
             _handovers.install()
         except BaseException:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from mlflow_ctx_autolog import process, tracing
+from mlflow_ctx_autolog import process, tracing, versions
 from mlflow_ctx_autolog import spark as spark_api
 from mlflow_ctx_autolog.arrivals import Arrivals
 from mlflow_ctx_autolog.config import Config
@@ -18,7 +18,15 @@ from mlflow_ctx_autolog.exceptions import CtxAutologWarning, UnsupportedStoreErr
 from mlflow_ctx_autolog.spark_task import in_spark_task
 from mlflow_ctx_autolog.worker import process_id
 
-__all__ = ["Driver", "broadcast", "capture", "describe_transport", "flush", "traced"]
+__all__ = [
+    "Driver",
+    "broadcast",
+    "capture",
+    "describe_transport",
+    "flush",
+    "traced",
+    "warn_of_old_store",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,6 +86,21 @@ def describe_transport() -> str:
     uri, reason = _transport()
     way = "with the task to the driver, which stores them" if uri is None else "from the workers"
     return f"Spans travel {way}: {reason}."
+
+
+def warn_of_old_store() -> None:
+    """Warn of a release of MLflow whose store cannot end a trace that workers have written to."""
+    try:
+        version = tracing.store_version()
+    except Exception:
+        # Whether the store can be reached is not the question here.
+        return
+    if version is not None and versions.is_older(version, than="3.10"):
+        _warn(
+            f"The traces are kept by MLflow {version}, which fails when a trace ends that workers "
+            "have stored calls in: the end of the driver's span then waits for minutes. The calls "
+            "themselves are kept. Upgrade the tracking server to 3.10 or newer."
+        )
 
 
 def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:

@@ -50,6 +50,7 @@ __all__ = [
     "span_from_bytes",
     "span_to_bytes",
     "store_takes_spans",
+    "store_version",
     "task_span_activated",
     "worker_tracking_uri",
 ]
@@ -99,6 +100,29 @@ def store_takes_spans() -> bool:
     """Whether the tracking store takes single spans, not only a whole trace with its root."""
     uri = mlflow.get_tracking_uri()
     return not is_databricks_uri(uri) and urlsplit(uri).scheme not in ("", "file")
+
+
+def store_version() -> str | None:
+    """Return the version of MLflow that keeps the traces: the server's, or this one's.
+
+    Asks the server, for three seconds at most; None where it does not answer.
+    """
+    uri = mlflow.get_tracking_uri()
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return str(mlflow.__version__)
+    store = _client(uri).store
+    version = store._get_server_version(store.get_host_creds())
+    if version is None:
+        _forget_server_version(store)
+    return None if version is None else str(version)
+
+
+def _forget_server_version(store: Any) -> None:
+    # MLflow remembers for good that it could not read the server's version, which is also what
+    # happens when the server was away for a moment.
+    version = getattr(type(store), "_get_server_version", None)
+    if version is not None and hasattr(version, "cache_clear"):
+        version.cache_clear()
 
 
 def worker_tracking_uri() -> tuple[str | None, str]:
@@ -173,11 +197,7 @@ def send_spans(destination: Destination, spans: Sequence[Span]) -> None:
     try:
         client.log_spans(destination.experiment_id, list(spans))
     except NotImplementedError:
-        # MLflow remembers for good that it could not read the server's version, which is also
-        # what happens when the server was away for a moment.
-        version = getattr(type(client.store), "_get_server_version", None)
-        if version is not None and hasattr(version, "cache_clear"):
-            version.cache_clear()
+        _forget_server_version(client.store)
         raise
 
 

@@ -9,7 +9,7 @@ from packaging.version import InvalidVersion, Version
 
 from mlflow_ctx_autolog.exceptions import UnsupportedVersionError
 
-__all__ = ["SUPPORTED", "Supported", "check", "installed_version"]
+__all__ = ["SUPPORTED", "Supported", "check", "installed_version", "is_older"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ SUPPORTED = (
     Supported("openai", "1.40", "4"),
     Supported("pyspark", "3.5", "5", required=False),
 )
+
+
+def is_older(version: str, *, than: str) -> bool:
+    """Whether one version comes before another."""
+    return Version(version) < Version(than)
 
 
 def installed_version(package: str) -> str | None:

@@ -12,6 +12,7 @@ import mlflow
 import openai
 import pytest
 from openai.resources.chat.completions import AsyncCompletions, Completions
+from packaging.version import Version
 from pyspark import RDD
 from pyspark.sql import DataFrame as AnyDataFrame
 from pyspark.sql.udf import UserDefinedFunction
@@ -199,6 +200,31 @@ def test_the_transport_can_be_chosen(experiment_id: str, server: TrackingServer)
         assert ctx_autolog.capture().tracking_uri is None
     with pytest.raises(ValueError, match=r"transport='pigeon'.*auto, direct, driver"):
         ctx_autolog.enable(transport="pigeon")
+
+
+def test_a_store_that_cannot_end_such_a_trace_is_warned_of(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow 3.9 fails at the end of the driver's trace; enable() says so, and of no other."""
+    from mlflow.store.tracking.rest_store import RestStore
+
+    ctx_autolog.enable()
+    monkeypatch.setattr(RestStore, "_get_server_version", lambda *_: Version("3.9.0"))
+    with pytest.warns(ctx_autolog.CtxAutologWarning, match=r"MLflow 3\.9\.0.*3\.10"):
+        ctx_autolog.enable()
+
+
+def test_a_server_that_is_away_does_not_stop_enable(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """enable() works while the server is down, and MLflow can still ask for its version later."""
+    from mlflow.store.tracking.rest_store import RestStore
+
+    RestStore._get_server_version.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow, "get_tracking_uri", lambda: "http://127.0.0.1:9")
+        ctx_autolog.enable()
+    assert RestStore._get_server_version.cache_info().currsize == 0
 
 
 def test_a_unity_catalog_destination_is_refused(
