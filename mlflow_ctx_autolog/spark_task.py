@@ -72,16 +72,31 @@ def on_task_end(callback: Callable[[bool], None]) -> None:
     """
     if _end_patches and _end_patches[0].active:
         return
-    worker = _worker_module()
+    ends = [
+        (module, name, regular)
+        for module, name, regular in _ENDS
+        if hasattr(sys.modules.get(module), name)
+    ]
+    if not any(regular for _, _, regular in ends):
+        raise RuntimeError("this release of Spark does not say when a task ends")
     _end_patches[:] = [
-        Patch(worker, name, _ending(callback, regular)) for name, regular in _ENDS.items()
+        Patch(sys.modules[module], name, _ending(callback, regular))
+        for module, name, regular in ends
     ]
     for patch in _end_patches:
         patch.apply()
 
 
-# What a Python worker calls at the end of a task, before it reports to Spark.
-_ENDS = {"report_times": True, "handle_worker_exception": False}
+# What a Python worker calls at the end of a task, before it reports to Spark or ends itself, and
+# whether that is the regular end. Without its daemon, Spark runs the worker as a script; Spark 3.5
+# handles exceptions in line, and only the daemon sees the worker leave.
+_ENDS = (
+    ("pyspark.worker", "report_times", True),
+    ("__main__", "report_times", True),
+    ("pyspark.worker", "handle_worker_exception", False),
+    ("__main__", "handle_worker_exception", False),
+    ("__main__", "compute_real_exit_code", False),
+)
 _end_patches: list[Patch] = []
 
 
@@ -93,15 +108,6 @@ def _ending(callback: Callable[[bool], None], regular: bool) -> Callable[..., An
         return original(*args, **kwargs)
 
     return end
-
-
-def _worker_module() -> Any:
-    # Without its daemon, Spark runs the worker as a script.
-    for name in ("pyspark.worker", "__main__"):
-        module = sys.modules.get(name)
-        if all(hasattr(module, end) for end in _ENDS):
-            return module
-    raise RuntimeError("this release of Spark does not say when a task ends")
 
 
 def _task_context() -> Any:
