@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from mlflow_ctx_autolog.delivery import Delivery, Destination
+from mlflow_ctx_autolog.delivery import Deliveries, Delivery, Destination
 from mlflow_ctx_autolog.tracing import (
     add_to_trace,
     current_tracking_uri,
@@ -35,7 +35,7 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._deliveries: dict[Destination, Delivery[Any]] = {}
+        self._deliveries: Deliveries[Any] = Deliveries(self._new_delivery)
         self._warned: set[str] = set()
 
     def receive(self, arrived: Sequence[Arrived]) -> None:
@@ -51,7 +51,7 @@ class Arrivals:
                     )
                 if store_takes_spans():
                     uri = tracking_uri or current_tracking_uri()
-                    self._deliver(Destination(uri, experiment_id), span)
+                    self._deliveries.submit(Destination(uri, experiment_id), span)
                 elif not add_to_trace(span):
                     self._warn(
                         "late",
@@ -63,18 +63,13 @@ class Arrivals:
 
     def flush(self, timeout: float) -> bool:
         """Store what can be stored within the timeout; return whether nothing waits."""
-        with self._lock:
-            deliveries = list(self._deliveries.values())
-        flushed = [delivery.flush(timeout) for delivery in deliveries]
-        return all(flushed)
+        return self._deliveries.flush(timeout)
 
-    def _deliver(self, destination: Destination, span: Any) -> None:
-        with self._lock:
-            if not self._deliveries:
-                atexit.register(self.flush, 30.0)
-            if destination not in self._deliveries:
-                self._deliveries[destination] = Delivery(destination, send_spans)
-        self._deliveries[destination].submit(span)
+    def _new_delivery(self, destination: Destination) -> Delivery[Any]:
+        # Once is enough, however many destinations there are.
+        atexit.unregister(self.flush)
+        atexit.register(self.flush, 30.0)
+        return Delivery(destination, send_spans)
 
     def _warn(self, subject: str, message: str) -> None:
         with self._lock:

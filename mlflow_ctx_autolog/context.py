@@ -26,8 +26,8 @@ class DriverContext:
 
     Args:
         experiment_id: The experiment of the driver's trace.
-        tracking_uri: Where workers store spans, without any user name or password; None where
-            the spans come home with the task and the driver stores them.
+        tracking_uri: Where workers store spans; None where the spans come home with the task and
+            the driver stores them, as for an address with a user name or password in it.
         traceparent: W3C ``traceparent`` of the span active on the driver; None if there was none.
         tracestate: W3C ``tracestate`` of that span, if any.
         session_id: Groups the traces of one job where there is no ``traceparent`` to join them.

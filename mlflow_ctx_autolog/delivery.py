@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from mlflow_ctx_autolog.config import Config
 
-__all__ = ["Delivery", "Destination"]
+__all__ = ["Deliveries", "Delivery", "Destination"]
 
 _logger = logging.getLogger(__name__)
 
@@ -215,6 +215,31 @@ class Delivery(Generic[SpanT]):
             self._is_full = False
             self._oldest_since = time.monotonic()
             self._changed.notify_all()
+
+
+class Deliveries(Generic[SpanT]):
+    """A process's deliveries, one for each destination, made on first use."""
+
+    def __init__(self, make: Callable[[Destination], Delivery[SpanT]]) -> None:
+        self._make = make
+        self._by_destination: dict[Destination, Delivery[SpanT]] = {}
+
+    def to(self, destination: Destination) -> Delivery[SpanT]:
+        """Return the delivery to a destination."""
+        found = self._by_destination.get(destination)
+        # setdefault, since two threads may ask for the first time at once.
+        return found or self._by_destination.setdefault(destination, self._make(destination))
+
+    def submit(self, destination: Destination, span: SpanT) -> None:
+        """Take a finished span. Returns at once."""
+        self.to(destination).submit(span)
+
+    def flush(self, timeout: float) -> bool:
+        """Send all that waits; return whether it was stored within ``timeout`` seconds in all."""
+        deadline = time.monotonic() + timeout
+        deliveries = list(self._by_destination.values())
+        flushed = [each.flush(max(0.0, deadline - time.monotonic())) for each in deliveries]
+        return all(flushed)
 
 
 _deliveries: weakref.WeakSet[Delivery[Any]] = weakref.WeakSet()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Delivery, Destination
+from mlflow_ctx_autolog.delivery import Deliveries, Delivery, Destination
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 from mlflow_ctx_autolog.tracing import WorkerTracing, send_spans, snapshot
@@ -20,31 +19,16 @@ class WorkerProcess:
     """This process's tracing and its way to the stores, shared by all tasks that it runs."""
 
     def __init__(self) -> None:
-        self._deliveries: dict[Destination, Delivery[Any]] = {}
-        self.tracing = WorkerTracing(self._submit, _current_destination)
+        self.deliveries: Deliveries[Any] = Deliveries(
+            lambda destination: Delivery(destination, send_spans, _open_task_spans)
+        )
+        self.tracing = WorkerTracing(self.deliveries.submit, _current_destination)
         self._openai_calls = OpenAICalls(only_in_tasks=True)
         self._environment: dict[str, str | None] = {}
 
-    def delivery(self, destination: Destination) -> Delivery[Any]:
-        """Return the delivery to a destination, made on first use."""
-        # setdefault, since two threads may ask for the first time at once.
-        return self._deliveries.get(destination) or self._deliveries.setdefault(
-            destination, Delivery(destination, send_spans, _open_task_spans)
-        )
-
-    def _submit(self, destination: Destination, span: Any) -> None:
-        self.delivery(destination).submit(span)
-
-    def flush(self, timeout: float) -> bool:
-        """Send all finished spans now; return whether they were stored within the timeout."""
-        deadline = time.monotonic() + timeout
-        deliveries = list(self._deliveries.values())
-        flushed = [d.flush(max(0.0, deadline - time.monotonic())) for d in deliveries]
-        return all(flushed)
-
     def switch_on(self, task: Task) -> None:
         """Prepare for a task that is about to be opened."""
-        self.delivery(task.destination).config = task.context.config
+        self.deliveries.to(task.destination).config = task.context.config
         if not open_tasks():
             self._environment = _set_environment(_task_environment(task.context))
         self.tracing.install()
@@ -73,7 +57,7 @@ def worker_process() -> WorkerProcess:
 
 def flush(timeout: float) -> bool:
     """Send this process's finished spans now; return whether they are stored in time."""
-    return worker_process().flush(timeout) if _is_set_up() else True
+    return worker_process().deliveries.flush(timeout) if _is_set_up() else True
 
 
 def remove() -> None:

@@ -145,8 +145,12 @@ def worker_tracking_uri() -> tuple[str | None, str]:
     if not store_takes_spans():
         kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
         return None, f"{kind} does not take spans from other processes"
-    if urlsplit(uri).password is not None:
+    parts = urlsplit(uri)
+    if parts.password is not None or "password" in parts.query.lower():
         return None, "the tracking URI holds a password, which is not sent to workers"
+    if parts.username is not None:
+        # Which is where a token stands that needs no password.
+        return None, "the tracking URI holds a user name, which is not sent to workers"
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///")).absolute()
         return f"sqlite:///{path}", f"workers write to the file {path}, which they must share"

@@ -292,7 +292,7 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     finally:
         task.close()
         worker.switch_off()
-    delivery = worker.delivery(task.destination)
+    delivery = worker.deliveries.to(task.destination)
     if delivery.flush(task.context.config.flush_timeout):
         return
     if task.way_home is not None and error is None:

@@ -59,8 +59,11 @@ def test_where_spans_cannot_be_stored_singly_they_join_the_open_trace(
         thread.start()
         thread.join()
 
-    trace = stored_trace(span.trace_id)
-    assert sorted(each.name for each in trace.spans) == ["away", "driver", "from a worker"]
+    assert _stored_names(span) == ["away", "driver", "from a worker"]
+
+
+def _stored_names(span: mlflow.entities.LiveSpan) -> list[str]:
+    return sorted(each.name for each in stored_trace(span.trace_id).spans)
 
 
 def _from_a_worker(payload: bytes) -> bytes:
@@ -104,8 +107,7 @@ def test_spans_that_missed_their_store_are_delivered(
     arrivals.receive(arrived)
 
     assert arrivals.flush(60)
-    names = sorted(each.name for each in stored_trace(span.trace_id).spans)
-    assert names == ["away", "driver", "from a worker"]
+    assert _stored_names(span) == ["away", "driver", "from a worker"]
     (warning,) = _warnings(caplog)
     assert server.uri in warning
     assert "no route" in warning
@@ -121,8 +123,7 @@ def test_spans_for_the_driver_are_delivered_to_its_own_store(
         arrivals.receive([(None, experiment_id, payload, "")])
 
     assert arrivals.flush(60)
-    names = sorted(each.name for each in stored_trace(span.trace_id).spans)
-    assert names == ["away", "driver", "from a worker"]
+    assert _stored_names(span) == ["away", "driver", "from a worker"]
     assert _warnings(caplog) == []
 
 
