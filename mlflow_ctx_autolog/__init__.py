@@ -23,13 +23,15 @@ from mlflow_ctx_autolog.exceptions import (
     CarrierError,
     CtxAutologError,
     CtxAutologWarning,
+    IncompleteTraceError,
     UnsupportedStoreError,
     UnsupportedVersionError,
 )
+from mlflow_ctx_autolog.receipts import Receipt
 
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
-    from mlflow_ctx_autolog.driver import broadcast, capture, flush, traced
+    from mlflow_ctx_autolog.driver import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.worker import attach
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "CtxAutologWarning",
     "DriverContext",
     "Handle",
+    "IncompleteTraceError",
+    "Receipt",
     "UnsupportedStoreError",
     "UnsupportedVersionError",
     "attach",
@@ -47,6 +51,7 @@ __all__ = [
     "disable",
     "enable",
     "flush",
+    "receipt",
     "traced",
 ]
 
@@ -60,6 +65,7 @@ _LAZY = {
     "disable": "autolog",
     "enable": "autolog",
     "flush": "driver",
+    "receipt": "driver",
     "traced": "driver",
 }
 

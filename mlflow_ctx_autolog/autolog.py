@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
@@ -37,10 +38,16 @@ class Handle:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._before is None:
-            disable()
-        else:
-            enable(self._before)
+        try:
+            # Not instead of an exception that is on its way.
+            if kind is None:
+                _check_if_strict()
+        finally:
+            if self._before is None:
+                with _lock:
+                    _uninstall()
+            else:
+                enable(self._before)
 
 
 def enable(config: Config | None = None, **settings: Any) -> Handle:
@@ -76,6 +83,7 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
         before = driver.config
         if before is None:
             driver.warned_of_no_span = False
+            driver.enabled_at = time.monotonic()
         driver.config = resolved
         try:
             _logger.info("%s", describe_transport())
@@ -95,13 +103,26 @@ def disable() -> None:
 
     Functions that Spark was given meanwhile keep their context. MLflow's own OpenAI autolog stays
     on if you turned it on yourself.
+
+    Raises:
+        IncompleteTraceError: With ``strict=True``, the store does not have all spans of a trace
+            that has ended. All is undone nevertheless.
     """
-    with _lock:
-        _uninstall()
+    try:
+        _check_if_strict()
+    finally:
+        with _lock:
+            _uninstall()
+
+
+def _check_if_strict() -> None:
+    if driver.config is not None and driver.config.strict:
+        driver.ledger.check(driver.config.flush_timeout, driver.enabled_at)
 
 
 def _uninstall() -> None:
     driver.config = None
+    driver.ledger.close()
     _handovers.uninstall()
     _openai_calls.uninstall()
     process.remove()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sqlite3
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from mlflow_ctx_autolog.versions import SUPPORTED, installed_version
 
@@ -21,8 +23,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version("mlflow-ctx-autolog"))
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("versions", help="show the installed versions and those supported")
-    parser.parse_args(arguments)
+    recover = commands.add_parser(
+        "recover", help="store the spans that killed processes have left on this host"
+    )
+    recover.add_argument("path", type=Path, help="a spool file, or a directory of them")
+    recover.add_argument(
+        "--tracking-uri",
+        help="where to store them; by default where they were to go, and for spans that only the "
+        "driver could store, MLflow's configured tracking URI",
+    )
+    given = parser.parse_args(arguments)
+    if given.command == "recover":
+        return _recover(given.path, given.tracking_uri)
     return _show_versions()
+
+
+def _recover(path: Path, tracking_uri: str | None) -> int:
+    # Imports MLflow, for which nobody should wait who wants to know versions.
+    from mlflow_ctx_autolog.exceptions import StoreError
+    from mlflow_ctx_autolog.ledger import write_stored_totals
+    from mlflow_ctx_autolog.recovery import recover
+    from mlflow_ctx_autolog.spool import Destination, Record, spool_files
+    from mlflow_ctx_autolog.store import send_to, spans_of
+
+    if not path.exists():
+        print(f"{path} does not exist")
+        return 2
+    paths = spool_files(path) if path.is_dir() else [path]
+    if not paths:
+        print(f"There are no spools in {path}: nothing is left to recover.")
+    status = 0
+    traces: set[tuple[Destination, str]] = set()
+
+    def send(destination: Destination, records: Sequence[Record]) -> None:
+        used = send_to(tracking_uri, destination, records)
+        traces.update((used, span.trace_id) for span in spans_of(records))
+
+    for each in paths:
+        try:
+            found = recover(each, send)
+        except BlockingIOError:
+            print(f"{each}: left alone, since the process that writes it is alive")
+            continue
+        except (OSError, sqlite3.Error) as error:
+            print(f"{each}: cannot be read: {error}")
+            status = 2
+            continue
+        print(f"{each}: {found.stored} stored, {found.left} left")
+        if found.problem is not None:
+            print(f"  {found.problem}")
+            status = 2
+    for used, trace_id in sorted(traces, key=str):
+        try:
+            write_stored_totals(used, trace_id)
+        except StoreError as error:
+            print(f"{trace_id}: its tokens and cost could not be added up: {error}")
+            status = 2
+    return status
 
 
 def _show_versions() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -26,8 +26,14 @@ class Config:
         batch_size: Spans sent in one request at most. 1 to 10,000.
         send_interval: Seconds that a finished span waits at most for company before it is sent
             while its task still runs. More than 0, at most 3600.
-        max_waiting: Finished spans that one worker process keeps at most while the store does
-            not take them; beyond it, new ones are counted as lost. At least ``batch_size``.
+        spool_directory: Where a process keeps, on its own disk, finished spans that are not stored
+            yet; by default a private one among the host's temporary files.
+        spool_max_bytes: Size at most of the file that one process keeps there; 0 for none.
+        max_waiting_bytes: Finished spans that one process keeps in memory at most, where the
+            spool has no room; beyond it, new ones are counted as lost. At least 1,000,000.
+        strict: Raise on the driver, from :func:`~mlflow_ctx_autolog.receipt`,
+            :func:`~mlflow_ctx_autolog.disable` and on leaving ``with enable():``, when the store
+            does not have all spans that were made; otherwise this is one warning.
         transport: How spans reach the store: ``"direct"`` from the workers; ``"driver"``: they
             come home with the task, and the driver stores them; ``"auto"``: directly where the
             store takes spans from other processes, else by way of the driver.
@@ -37,17 +43,30 @@ class Config:
         TypeError: A value is of the wrong type.
     """
 
-    flush_timeout: float = 30.0
+    flush_timeout: float = 10.0
     batch_size: int = 200
     send_interval: float = 1.0
-    max_waiting: int = 10_000
+    spool_directory: str | None = None
+    spool_max_bytes: int = 256 * 1024 * 1024
+    max_waiting_bytes: int = 16 * 1024 * 1024
+    strict: bool = False
     transport: str = "auto"
 
     def __post_init__(self) -> None:
         _check("flush_timeout", self.flush_timeout, above=0, at_most=3600)
         _check("batch_size", self.batch_size, at_least=1, at_most=10_000, whole=True)
         _check("send_interval", self.send_interval, above=0, at_most=3600)
-        _check("max_waiting", self.max_waiting, at_least=self.batch_size, whole=True)
+        _check("spool_max_bytes", self.spool_max_bytes, at_least=0, whole=True)
+        _check("max_waiting_bytes", self.max_waiting_bytes, at_least=1_000_000, whole=True)
+        if self.spool_directory is not None and not isinstance(self.spool_directory, str):
+            raise TypeError(f"spool_directory={self.spool_directory!r} is not a text")
+        if self.spool_directory is not None and not os.path.isabs(self.spool_directory):
+            raise ValueError(
+                f"spool_directory={self.spool_directory!r} is not an absolute path, and a worker "
+                "has another working directory"
+            )
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict={self.strict!r} is not True or False")
         if self.transport not in TRANSPORTS:
             known = ", ".join(TRANSPORTS)
             raise ValueError(f"transport={self.transport!r} is unknown; it must be one of {known}")
@@ -61,7 +80,7 @@ class Config:
             **settings: Fields that win over their variables.
 
         Raises:
-            ValueError: A variable or setting is unknown, not a number, or out of range.
+            ValueError: A variable or setting is unknown, cannot be read, or is out of range.
             TypeError: A setting is of the wrong type.
         """
         return cls().updated({**_settings_from_env(environ), **settings})
@@ -89,12 +108,21 @@ def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         name = variable[len(ENV_PREFIX) :].lower()
         _check_known(name, f"environment variable {variable}")
-        kind = type(getattr(Config, name))
+        default = getattr(Config, name)
+        read: Callable[[str], Any] = _flag if isinstance(default, bool) else type(default or "")
         try:
-            settings[name] = kind(text)
+            settings[name] = read(text)
         except ValueError:
-            raise ValueError(f"{variable}={text!r} is not a number") from None
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ValueError(f"{variable}={text!r} is not {kind}") from None
     return settings
+
+
+def _flag(text: str) -> bool:
+    flags = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in flags:
+        raise ValueError(text)
+    return flags[text.lower()]
 
 
 def _check_known(name: str, shown: str) -> None:

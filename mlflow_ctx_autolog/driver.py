@@ -9,12 +9,17 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from mlflow_ctx_autolog import process, tracing, versions
+from mlflow_ctx_autolog import process, store, tracing, versions
 from mlflow_ctx_autolog import spark as spark_api
-from mlflow_ctx_autolog.arrivals import Arrivals
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.exceptions import CtxAutologWarning, UnsupportedStoreError
+from mlflow_ctx_autolog.exceptions import (
+    CtxAutologWarning,
+    IncompleteTraceError,
+    UnsupportedStoreError,
+)
+from mlflow_ctx_autolog.ledger import Ledger
+from mlflow_ctx_autolog.receipts import Receipt
 from mlflow_ctx_autolog.spark_task import in_spark_task
 from mlflow_ctx_autolog.worker import process_id
 
@@ -24,6 +29,8 @@ __all__ = [
     "capture",
     "describe_transport",
     "flush",
+    "receipt",
+    "settings",
     "traced",
     "warn_of_old_store",
 ]
@@ -37,7 +44,8 @@ class Driver:
     def __init__(self) -> None:
         self.config: Config | None = None
         self.warned_of_no_span = False
-        self.arrivals = Arrivals()
+        self.enabled_at = 0.0
+        self.ledger = Ledger(settings)
 
     def carry(
         self, function: Callable[..., Any], receiver: Any, repeated: bool
@@ -64,14 +72,19 @@ class Driver:
             UnsupportedStoreError: The spans can reach the store neither directly nor by way of
                 the driver.
         """
-        context = _capture(session)
-        way_home = spark_api.way_home(session, self.arrivals.receive)
+        way_home = spark_api.way_home(session, self.ledger.receive)
+        context = _capture(session, receipts_come_home=way_home is not None)
         if context.tracking_uri is None:
             _check_way_home(way_home is not None, context.traceparent is not None)
         carrier = spark_api.broadcast_text(session, context.to_json())
         return spark_api.carrying(
             function, carrier, required=required, repeated=repeated, way_home=way_home
         )
+
+
+def settings() -> Config:
+    """Return the settings in force on the driver."""
+    return driver.config or Config.from_env()
 
 
 driver = Driver()
@@ -91,7 +104,7 @@ def describe_transport() -> str:
 def warn_of_old_store() -> None:
     """Warn of a release of MLflow whose store cannot end a trace that workers have written to."""
     try:
-        version = tracing.store_version()
+        version = store.store_version()
     except Exception:
         # Whether the store can be reached is not the question here.
         return
@@ -109,7 +122,7 @@ def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:
             f"Spans would have to come home to the driver, since {_transport()[1]}; Spark Connect "
             "has no way for them. Use a tracking server that its workers can reach."
         )
-    if not has_parent and not tracing.store_takes_spans():
+    if not has_parent and not store.store_takes_spans():
         raise UnsupportedStoreError(
             f"No MLflow span is active, and {_transport()[1]}, so that their spans cannot be "
             'stored without one. Hand the function to Spark inside with mlflow.start_span("my-job")'
@@ -118,8 +131,8 @@ def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:
 
 def _transport() -> tuple[str | None, str]:
     """Return the tracking URI for workers, None where spans come home; and why."""
-    uri, reason = tracing.worker_tracking_uri()
-    wanted = (driver.config or Config.from_env()).transport
+    uri, reason = store.worker_tracking_uri()
+    wanted = settings().transport
     if wanted == "driver":
         return None, "the transport is set to 'driver'"
     if wanted == "direct" and uri is None:
@@ -139,7 +152,30 @@ def flush(timeout: float = 30.0) -> bool:
     """
     deadline = time.monotonic() + timeout
     own = process.flush(timeout)
-    return driver.arrivals.flush(max(0.0, deadline - time.monotonic())) and own
+    return driver.ledger.flush(max(0.0, deadline - time.monotonic())) and own
+
+
+def receipt(trace_id: str | None = None, timeout: float | None = None) -> Receipt:
+    """Return what became of the spans of a trace, having asked the store.
+
+    On Spark Connect, and for attempts of tasks that failed, it is the store that knows what a
+    task has made; elsewhere each task tells the driver.
+
+    Args:
+        trace_id: A trace whose context was handed to Spark; by default the last one. Where no
+            span was active, so that each task is a trace of its own, the receipt is of all
+            these, and adds up what they have told, without asking the store.
+        timeout: Seconds to wait at most for what is on its way; by default ``flush_timeout``.
+
+    Raises:
+        KeyError: The trace was not handed to Spark by this process.
+        IncompleteTraceError: With ``strict=True``, the store does not have all spans.
+    """
+    seconds = settings().flush_timeout if timeout is None else timeout
+    found = driver.ledger.receipt(trace_id, seconds)
+    if settings().strict and not found.complete:
+        raise IncompleteTraceError(driver.ledger.explain(found), found)
+    return found
 
 
 def capture() -> DriverContext:
@@ -148,7 +184,7 @@ def capture() -> DriverContext:
     Raises:
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
-    return _capture(spark_api.active_session())
+    return _capture(spark_api.active_session(), receipts_come_home=False)
 
 
 def broadcast(spark: Any = None) -> Any:
@@ -165,7 +201,7 @@ def broadcast(spark: Any = None) -> Any:
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
     session = spark_api.active_session() if spark is None else spark
-    context = _capture(session)
+    context = _capture(session, receipts_come_home=False)
     if context.tracking_uri is None:
         raise UnsupportedStoreError(
             f"Spans would have to come home to the driver, since {_transport()[1]}; those of "
@@ -198,10 +234,11 @@ def traced(function: F, spark: Any = None) -> F:
     return cast(F, driver.carrying(function, session, required=True, repeated=True))
 
 
-def _capture(session: Any) -> DriverContext:
+def _capture(session: Any, *, receipts_come_home: bool) -> DriverContext:
     headers = tracing.active_span_headers()
     tracking_uri, _ = _transport()
-    if not headers and tracing.store_takes_spans():
+    driver.ledger.open(receipts_come_home=receipts_come_home)
+    if not headers and store.store_takes_spans():
         _warn_of_no_span()
     return DriverContext(
         tracking_uri=tracking_uri,
@@ -211,7 +248,7 @@ def _capture(session: Any) -> DriverContext:
         session_id=None if headers else f"spark-{uuid.uuid4()}",
         application_id=None if session is None else spark_api.application_id(session),
         process_id=process_id(),
-        config=driver.config or Config.from_env(),
+        config=settings(),
     )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "CarrierError",
     "CtxAutologError",
     "CtxAutologWarning",
+    "IncompleteTraceError",
+    "StoreError",
     "UnsupportedStoreError",
     "UnsupportedVersionError",
 ]
@@ -25,6 +29,43 @@ class UnsupportedStoreError(CtxAutologError):
 
 class CarrierError(CtxAutologError, ValueError):
     """A carrier cannot be read: damaged, of a newer version, or no carrier at all."""
+
+
+class StoreError(CtxAutologError):
+    """The tracking store did not take what it was sent, or did not answer.
+
+    Args:
+        message: What happened.
+        refused: Whether it answered that it will not have this, rather than not now.
+        retry_after: Seconds that it asks to be left alone, if it does.
+        unsupported: Whether this release of MLflow does not know what it was asked.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        refused: bool = False,
+        retry_after: float | None = None,
+        unsupported: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.refused = refused
+        self.retry_after = retry_after
+        self.unsupported = unsupported
+
+
+class IncompleteTraceError(CtxAutologError):
+    """With ``strict=True``: the store does not have all spans that were made.
+
+    Args:
+        message: What is missing, why, and what to do.
+        receipt: The :class:`Receipt` of the trace.
+    """
+
+    def __init__(self, message: str, receipt: Any = None) -> None:
+        super().__init__(message)
+        self.receipt = receipt
 
 
 class CtxAutologWarning(UserWarning):

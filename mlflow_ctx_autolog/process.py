@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Deliveries, Delivery, Destination
+from mlflow_ctx_autolog.delivery import Deliveries, Delivery
+from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.recovery import Recovery
+from mlflow_ctx_autolog.spool import Destination, Record
+from mlflow_ctx_autolog.store import send, span_record
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import WorkerTracing, send_spans, snapshot
+from mlflow_ctx_autolog.tracing import WorkerTracing, cost_of, snapshot, usage_of
 
 __all__ = ["WorkerProcess", "flush", "remove", "worker_process"]
 
@@ -19,20 +24,40 @@ class WorkerProcess:
     """This process's tracing and its way to the stores, shared by all tasks that it runs."""
 
     def __init__(self) -> None:
-        self.deliveries: Deliveries[Any] = Deliveries(
-            lambda destination: Delivery(destination, send_spans, _open_task_spans)
-        )
-        self.tracing = WorkerTracing(self.deliveries.submit, _current_destination)
+        self.deliveries = Deliveries(lambda destination: Delivery(destination, send))
+        self.tracing: WorkerTracing[Task] = WorkerTracing(self._submit, current_task)
+        self._recovery = Recovery(self._adopt)
         self._openai_calls = OpenAICalls(only_in_tasks=True)
         self._environment: dict[str, str | None] = {}
 
     def switch_on(self, task: Task) -> None:
         """Prepare for a task that is about to be opened."""
-        self.deliveries.to(task.destination).config = task.context.config
+        delivery = self.deliveries.to(task.destination)
+        delivery.configure(task.context.config)
+        self._recovery.start(task.context.config.spool_directory)
         if not open_tasks():
             self._environment = _set_environment(_task_environment(task.context))
         self.tracing.install()
         self._openai_calls.install()
+
+    def announce(self, task: Task) -> None:
+        """Send the task's span ahead, so that what lies beneath it is never an orphan."""
+        span = snapshot(task.span)
+        if span is not None:
+            self.deliveries.to(task.destination).submit(span_record(span))
+
+    def _submit(self, task: Task, span: Any) -> None:
+        task.count_span(span.span_id, span.parent_id, usage_of(span), cost_of(span))
+        self.deliveries.to(task.destination).submit(span_record(span, owner=task.span_id))
+
+    def _adopt(self, destination: Destination, records: Sequence[Record]) -> None:
+        if destination.tracking_uri is not None:
+            send(destination, records)
+        elif any(task.destination.driver_id == destination.driver_id for task in open_tasks()):
+            # Home with the task that is running.
+            self.deliveries.to(destination).submit_all(records)
+        else:
+            raise StoreError("only the driver that they belong to can store them")
 
     def switch_off(self) -> None:
         """Give the process back as it was, unless a task is open."""
@@ -68,20 +93,6 @@ def remove() -> None:
 
 def _is_set_up() -> bool:
     return worker_process.cache_info().currsize > 0
-
-
-def _current_destination() -> Destination | None:
-    task = current_task()
-    return None if task is None else task.destination
-
-
-def _open_task_spans(destination: Destination) -> list[Any]:
-    spans = []
-    for task in open_tasks():
-        if task.destination == destination and task.span is not None:
-            task.record_counts()
-            spans.append(snapshot(task.span))
-    return [span for span in spans if span is not None]
 
 
 def _task_environment(context: DriverContext) -> dict[str, str | None]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Destination
+from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog.usage import Amounts, Tally
 
 __all__ = ["Task", "current_task", "open_tasks"]
 
@@ -24,12 +27,16 @@ class Task:
     Args:
         context: What came from the driver.
         attempt_id: Spark's id of the task attempt; None outside Spark.
-        way_home: A Spark accumulator for spans that cannot be stored from here, if there is one.
+        way_home: A Spark accumulator for the task's receipt, and for spans that cannot be stored
+            from here; None where there is none.
         span: The task's span, an ``mlflow.entities.Span``; parent of calls that have no other.
         calls: Model calls made so far.
         rows_in: Rows that the function has taken from Spark so far.
         rows_out: Rows that it has handed back so far.
+        usage: Tokens of the model calls that have ended.
+        cost: Cost of these, where their spans say so.
         is_open: Whether the task has begun and not ended.
+        began: When it did, on the monotonic clock.
     """
 
     context: DriverContext
@@ -39,7 +46,10 @@ class Task:
     calls: int = 0
     rows_in: int = 0
     rows_out: int = 0
+    usage: Tally = field(default_factory=Tally)
+    cost: Tally = field(default_factory=Tally)
     is_open: bool = False
+    began: float = field(default_factory=time.monotonic)
     # Holds the function's context variables from one step to the next, apart from Spark's own.
     _variables: contextvars.Context = field(default_factory=contextvars.copy_context)
     _thread: int = field(default_factory=threading.get_ident)
@@ -48,7 +58,8 @@ class Task:
     @property
     def destination(self) -> Destination:
         """Where this task's spans are stored."""
-        return Destination(self.context.tracking_uri, self.context.experiment_id)
+        uri, experiment_id = self.context.tracking_uri, self.context.experiment_id
+        return Destination(uri, experiment_id, self.context.process_id if uri is None else None)
 
     def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run one step of the task's function with the context variables of its last step."""
@@ -88,14 +99,26 @@ class Task:
             self.is_open = False
             _open.remove(self)
 
-    def record_counts(self) -> None:
-        """Write the counts so far on the span."""
-        counts = {
+    @property
+    def span_id(self) -> str:
+        """The id of the task's span."""
+        return str(self.span.span_id)
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts so far as attributes of the task's span."""
+        return {
             "llm.calls": self.calls,
             "spark.rows.in": self.rows_in,
             "spark.rows.out": self.rows_out,
         }
-        self.span.set_attributes(counts)
+
+    def count_span(
+        self, span_id: str, parent_id: str | None, usage: Amounts, cost: Amounts
+    ) -> None:
+        """Add what a finished span reports to the task's totals, from any thread."""
+        with self._lock:
+            self.usage.ended(span_id, parent_id, usage)
+            self.cost.ended(span_id, parent_id, cost)
 
     def count_call(self) -> None:
         """Count one model call, from any thread."""
@@ -107,6 +130,15 @@ class Task:
 _open: list[Task] = []
 _running: list[Task] = []
 _owner: contextvars.ContextVar[Task | None] = contextvars.ContextVar("ctx_autolog_task")
+
+
+def _renew_locks() -> None:
+    # Another thread of the parent may have held one, which nobody releases in a forked child.
+    for task in _open:
+        task._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def open_tasks() -> tuple[Task, ...]:

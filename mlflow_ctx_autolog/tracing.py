@@ -1,59 +1,68 @@
-"""All that touches MLflow's tracing internals, on the driver and on the workers."""
+"""All that touches MLflow's tracing inside a process, on the driver and on the workers."""
 
 from __future__ import annotations
 
-import functools
+import copy
+import json
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Token
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Generic, Protocol, TypeVar
 
 import mlflow
 import mlflow.tracing.provider as mlflow_provider
-from mlflow.entities import LiveSpan, Span, TraceInfo, TraceState
+from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceState
 from mlflow.entities.span import NoOpSpan, create_mlflow_span
 from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
-from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import TraceTagKey
+from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import (
+    add_size_stats_to_trace_metadata,
+    aggregate_cost_from_spans,
+    aggregate_usage_from_spans,
     encode_span_id,
     generate_mlflow_trace_id_from_otel_trace_id,
     get_experiment_id_for_trace,
 )
-from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.context import Context
-from opentelemetry.proto.trace.v1.trace_pb2 import Span as OTelProtoSpan
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as OTelSpan
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Destination
-from mlflow_ctx_autolog.exceptions import UnsupportedStoreError
 from mlflow_ctx_autolog.patching import Patch
+from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
+    "DriverTracing",
+    "TakesTraces",
     "WorkerTracing",
     "active_span_headers",
+    "active_trace",
     "add_to_trace",
+    "complete_info",
+    "cost_of",
     "current_experiment_id",
-    "current_tracking_uri",
+    "flush_exports",
     "has_active_span",
+    "is_task",
+    "open_spans",
     "parent_activated",
-    "send_spans",
+    "record_totals",
     "snapshot",
-    "span_from_bytes",
-    "span_to_bytes",
-    "store_takes_spans",
-    "store_version",
     "task_span_activated",
-    "worker_tracking_uri",
+    "totals_of",
+    "usage_of",
 ]
+
+_logger = logging.getLogger(__name__)
+
+OwnerT = TypeVar("OwnerT")
 
 _propagator = TraceContextTextMapPropagator()
 
@@ -61,6 +70,12 @@ _propagator = TraceContextTextMapPropagator()
 # request of their own. Older servers keep the tags as plain attributes.
 _TRACE_NAME_ATTRIBUTE = f"mlflow.traceTag.{TraceTagKey.TRACE_NAME}"
 _SESSION_ATTRIBUTE = "session.id"
+
+_TASK = "TASK"
+
+# By MLflow's names; not all releases have constants for them.
+_USAGE_OF_SPAN, _COST_OF_SPAN = "mlflow.chat.tokenUsage", "mlflow.llm.cost"
+_USAGE_OF_TRACE, _COST_OF_TRACE = "mlflow.trace.tokenUsage", "mlflow.trace.cost"
 
 
 def active_span_headers() -> dict[str, str]:
@@ -91,70 +106,54 @@ def current_experiment_id() -> str:
     return str(get_experiment_id_for_trace(ReadableSpan(name="", attributes={})))
 
 
-def current_tracking_uri() -> str:
-    """Return this process's tracking URI, with whatever password it holds."""
-    return str(mlflow.get_tracking_uri())
+def active_trace() -> TraceInfo | None:
+    """Return what is known of the trace of the active span; None if it is not this process's."""
+    span = mlflow.get_current_active_span()
+    if span is None or isinstance(span, NoOpSpan):
+        return None
+    with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+        if trace is None or trace.is_remote_trace or trace.info.trace_location is None:
+            return None
+        return copy.deepcopy(trace.info)
 
 
-def store_takes_spans() -> bool:
-    """Whether the tracking store takes single spans, not only a whole trace with its root."""
-    uri = mlflow.get_tracking_uri()
-    return not is_databricks_uri(uri) and urlsplit(uri).scheme not in ("", "file")
+def open_spans(trace_id: str) -> list[Span]:
+    """Return the spans of a trace of this process that have not ended, as they are now."""
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        spans = [] if trace is None else list(trace.span_dict.values())
+    found = (snapshot(span) for span in spans if isinstance(span, LiveSpan))
+    return [span for span in found if span is not None]
 
 
-def store_version() -> str | None:
-    """Return the version of MLflow that keeps the traces: the server's, or this one's.
-
-    Asks the server, for three seconds at most; None where it does not answer.
-    """
-    uri = mlflow.get_tracking_uri()
-    if urlsplit(uri).scheme not in ("http", "https"):
-        return str(mlflow.__version__)
-    store = _client(uri).store
-    version = store._get_server_version(store.get_host_creds())
-    if version is None:
-        _forget_server_version(store)
-    return None if version is None else str(version)
+def is_task(span: Span) -> bool:
+    """Whether a span is that of a task attempt."""
+    return span.span_type == _TASK and span.get_attribute("spark.task.outcome") is not None
 
 
-def _forget_server_version(store: Any) -> None:
-    # MLflow remembers for good that it could not read the server's version, which is also what
-    # happens when the server was away for a moment.
-    version = getattr(type(store), "_get_server_version", None)
-    if version is not None and hasattr(version, "cache_clear"):
-        version.cache_clear()
+def usage_of(span: Span) -> Amounts:
+    """Return the token usage that a span reports itself."""
+    return parse_amounts(span.get_attribute(_USAGE_OF_SPAN))
 
 
-def worker_tracking_uri() -> tuple[str | None, str]:
-    """Return the tracking URI as workers can use it, and why that is so.
+def cost_of(span: Span) -> Amounts:
+    """Return the cost that a span reports itself, in US dollars."""
+    return parse_amounts(span.get_attribute(_COST_OF_SPAN))
 
-    Returns:
-        The URI, absolute and without a password, or None where workers cannot store spans
-        there; and a sentence that says why.
 
-    Raises:
-        UnsupportedStoreError: Neither can the driver store them for the workers.
-    """
-    uri = mlflow.get_tracking_uri()
-    destination = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
-    if hasattr(destination, "catalog_name"):
-        raise UnsupportedStoreError(
-            "The traces of this process go to a Unity Catalog schema, which is not supported yet. "
-            "Set an MLflow experiment as their destination."
-        )
-    if not store_takes_spans():
-        kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
-        return None, f"{kind} does not take spans from other processes"
-    parts = urlsplit(uri)
-    if parts.password is not None or "password" in parts.query.lower():
-        return None, "the tracking URI holds a password, which is not sent to workers"
-    if parts.username is not None:
-        # Which is where a token stands that needs no password.
-        return None, "the tracking URI holds a user name, which is not sent to workers"
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///")).absolute()
-        return f"sqlite:///{path}", f"workers write to the file {path}, which they must share"
-    return uri, f"{uri} takes spans from other processes"
+def totals_of(spans: Sequence[Span]) -> tuple[Amounts, Amounts]:
+    """Return token usage and cost of the spans of one tree, as MLflow adds them up."""
+    return (
+        parse_amounts(aggregate_usage_from_spans(list(spans))),
+        parse_amounts(aggregate_cost_from_spans(list(spans))),
+    )
+
+
+def record_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> None:
+    """Write the token usage and the cost of a whole trace where MLflow keeps them."""
+    if usage:
+        info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(usage)
+    if cost:
+        info.trace_metadata[_COST_OF_TRACE] = json.dumps(cost)
 
 
 @contextmanager
@@ -186,39 +185,6 @@ def _attach_parent(context: DriverContext) -> Token[Context]:
     return token
 
 
-@functools.lru_cache(maxsize=8)
-def _client(tracking_uri: str) -> TracingClient:
-    return TracingClient(tracking_uri)
-
-
-def send_spans(destination: Destination, spans: Sequence[Span]) -> None:
-    """Store spans in one request. Storing a span again replaces it.
-
-    Raises:
-        Exception: Whatever MLflow raises when the store does not take them.
-    """
-    client = _client(str(destination.tracking_uri))
-    try:
-        client.log_spans(destination.experiment_id, list(spans))
-    except NotImplementedError:
-        _forget_server_version(client.store)
-        raise
-
-
-def span_to_bytes(span: Span) -> bytes:
-    """Serialise a finished span, in OpenTelemetry's protobuf format."""
-    return bytes(span.to_otel_proto().SerializeToString())
-
-
-def span_from_bytes(payload: bytes) -> Span:
-    """Parse what :func:`span_to_bytes` returned.
-
-    Raises:
-        Exception: The bytes are not a span.
-    """
-    return Span.from_otel_proto(OTelProtoSpan.FromString(payload))
-
-
 def add_to_trace(span: Span) -> bool:
     """Add a finished span to its trace, if that is still open in this process.
 
@@ -247,20 +213,108 @@ def snapshot(span: LiveSpan) -> Span | None:
     return Span(readable)
 
 
-class WorkerTracing:
+class TakesTraces(Protocol):
+    """Who has a say in how traces of the driver are exported."""
+
+    def take_span(self, span: Span, experiment_id: str) -> bool:
+        """Take a span of the driver that has ended; return whether to keep it from MLflow."""
+
+    def take_trace(self, trace: Trace) -> bool:
+        """Take a trace whose root has ended; return whether to keep it from MLflow.
+
+        May complete its ``info``, and may take its time: nobody waits who did not ask to.
+        """
+
+
+class DriverTracing:
+    """Lets somebody else export traces of the driver, instead of MLflow or before it.
+
+    What is done here is done where MLflow exports: on its own threads, unless the user has turned
+    asynchronous export off, and waited for by ``mlflow.flush_trace_async_logging()``.
+    """
+
+    def __init__(self, takes: TakesTraces) -> None:
+        self._takes = takes
+        self._patches = [
+            Patch(MlflowV3SpanExporter, "_log_spans", self._log_spans),
+            Patch(MlflowV3SpanExporter, "_log_trace", self._log_trace),
+        ]
+
+    def install(self) -> None:
+        """Idempotent."""
+        for patch in self._patches:
+            patch.apply()
+
+    def uninstall(self) -> None:
+        """Idempotent."""
+        for patch in self._patches:
+            patch.revert()
+
+    def _log_spans(
+        self,
+        original: Callable[..., None],
+        exporter: Any,
+        experiment_id: str,
+        spans: list[Span],
+        workspace: str | None = None,
+    ) -> None:
+        rest = [
+            span
+            for span in spans
+            if workspace or not self._try(self._takes.take_span, span, experiment_id)
+        ]
+        if rest:
+            original(exporter, experiment_id, rest, *([workspace] if workspace else []))
+
+    def _log_trace(
+        self,
+        original: Callable[..., None],
+        exporter: Any,
+        trace: Trace,
+        prompts: Sequence[Any],
+        workspace: str | None = None,
+    ) -> None:
+        if trace is not None and not workspace and self._try(self._takes.take_trace, trace):
+            # All that is left to MLflow is what does not travel with spans.
+            attached = any(getattr(span, "_attachments", None) for span in trace.data.spans)
+            if not attached and not prompts:
+                return
+        original(exporter, trace, prompts, *([workspace] if workspace else []))
+
+    def _try(self, take: Callable[..., bool], *args: Any) -> bool:
+        try:
+            return take(*args)
+        except Exception as error:
+            _logger.warning("MLflow exports a span or trace, since we could not: %r", error)
+            return False
+
+
+def flush_exports() -> None:
+    """Wait until MLflow has exported what has ended on the driver."""
+    mlflow.flush_trace_async_logging()
+
+
+def complete_info(trace: Trace) -> TraceInfo:
+    """Return the info of a trace whose root has ended, with what MLflow adds on export."""
+    add_size_stats_to_trace_metadata(trace)
+    info: TraceInfo = trace.info
+    return info
+
+
+class WorkerTracing(Generic[OwnerT]):
     """MLflow's tracing in a worker process: finished spans go to ``submit``, none to MLflow.
 
     Args:
-        submit: Takes a finished span and where it belongs; must return at once.
-        destination: Tells where a span that starts now belongs; None where no task is open.
+        submit: Takes a finished span and its owner; must return at once.
+        owner: Tells whose a span is that starts now; None where no task is open.
     """
 
     def __init__(
         self,
-        submit: Callable[[Destination, Span], None],
-        destination: Callable[[], Destination | None],
+        submit: Callable[[OwnerT, Span], None],
+        owner: Callable[[], OwnerT | None],
     ) -> None:
-        self._processor = _WorkerSpanProcessor(submit, destination)
+        self._processor = _WorkerSpanProcessor(submit, owner)
         self._patch = Patch(mlflow_provider, "_get_span_processors", self._span_processors)
 
     def _span_processors(
@@ -292,7 +346,7 @@ class WorkerTracing:
             recorded[_TRACE_NAME_ATTRIBUTE] = name
             recorded[_SESSION_ATTRIBUTE] = context.session_id
         _attach_parent(context)
-        span = mlflow.start_span_no_context(name, span_type="TASK", attributes=recorded)
+        span = mlflow.start_span_no_context(name, span_type=_TASK, attributes=recorded)
         # Below a parent that sampling dropped, the parent stays active, so that its calls are
         # dropped with it.
         if not isinstance(span, NoOpSpan):
@@ -306,7 +360,7 @@ def _rebuild_provider() -> None:
         mlflow_provider.provider.reset()
 
 
-class _WorkerSpanProcessor(SpanProcessor):
+class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
     """Registers spans as MLflow expects when they start, and hands them over when they end.
 
     Other than MLflow's processors it keeps nothing of a finished span, and it does not need the
@@ -315,24 +369,29 @@ class _WorkerSpanProcessor(SpanProcessor):
 
     def __init__(
         self,
-        submit: Callable[[Destination, Span], None],
-        destination: Callable[[], Destination | None],
+        submit: Callable[[OwnerT, Span], None],
+        owner: Callable[[], OwnerT | None],
     ) -> None:
         self._submit = submit
-        self._destination = destination
+        self._owner = owner
         self._lock = threading.Lock()
-        self._destinations: dict[int, Destination] = {}
+        # Another thread may hold it while this process forks.
+        os.register_at_fork(after_in_child=self._renew_lock)
+        self._owners: dict[int, OwnerT] = {}
         self._otel_trace_ids: set[int] = set()
 
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
     def on_start(self, span: OTelSpan, parent_context: Context | None = None) -> None:  # noqa: ARG002
-        destination = self._destination()
-        if destination is None:
+        owner = self._owner()
+        if owner is None:
             return
         manager = InMemoryTraceManager.get_instance()
         otel_trace_id = span.context.trace_id
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(otel_trace_id)
         with self._lock:
-            self._destinations[span.context.span_id] = destination
+            self._owners[span.context.span_id] = owner
             with manager.get_trace(trace_id) as known:
                 if known is None:
                     manager.register_trace(otel_trace_id, _placeholder(trace_id), True)
@@ -343,14 +402,14 @@ class _WorkerSpanProcessor(SpanProcessor):
         if span.context is None:
             return
         with self._lock:
-            destination = self._destinations.pop(span.context.span_id, None)
-        if destination is None:
+            owner = self._owners.pop(span.context.span_id, None)
+        if owner is None:
             return
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(span.context.trace_id)
         with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
             if trace is not None:
                 trace.span_dict.pop(encode_span_id(span.context.span_id), None)
-        self._submit(destination, Span(span))
+        self._submit(owner, Span(span))
 
     def forget_traces(self) -> None:
         """Drop the placeholders of traces whose spans have all been handed over."""

@@ -7,23 +7,28 @@ import logging
 import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Delivery
+from mlflow_ctx_autolog.delivery import Counts, Delivery
 from mlflow_ctx_autolog.exceptions import CarrierError
 from mlflow_ctx_autolog.process import worker_process
+from mlflow_ctx_autolog.receipts import TaskReceipt
 from mlflow_ctx_autolog.spark_task import is_batch, on_task_end, row_count, task_attributes
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import parent_activated, span_to_bytes, task_span_activated
+from mlflow_ctx_autolog.tracing import parent_activated, task_span_activated
 
 __all__ = ["attach", "process_id", "read_carrier", "task_runner"]
 
 _logger = logging.getLogger(__name__)
 
+# How long the end of a task whose spans can go home waits for the store: a share of the time that
+# the task took, and at least so many seconds.
+_SHARE_OF_TASK, _PATIENCE = 0.1, 1.0
 
 _process_token = uuid.uuid4().hex
 
@@ -262,6 +267,7 @@ def _begin(context: DriverContext, name: str, way_home: Any = None) -> Task:
     task.open()
     try:
         task.span = task.run(worker.tracing.start_task_span, name, context, attributes)
+        worker.announce(task)
     except BaseException:
         task.close()
         worker.switch_off()
@@ -274,8 +280,11 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     if not task.is_open:
         return
     worker = worker_process()
+    delivery = worker.deliveries.to(task.destination)
     try:
-        task.record_counts()
+        made = delivery.counts(task.span_id).made + 1
+        receipt = TaskReceipt.attributes(made, task.usage.total, task.cost.total)
+        task.span.set_attributes({**task.counts(), **receipt})
         if error is None:
             task.span.set_attribute("spark.task.outcome", "completed")
             task.span.end()
@@ -292,25 +301,61 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     finally:
         task.close()
         worker.switch_off()
-    delivery = worker.deliveries.to(task.destination)
-    if delivery.flush(task.context.config.flush_timeout):
-        return
-    if task.way_home is not None and error is None:
-        _send_home(task, delivery)
-    else:
+    # From a task that fails or is closed early, Spark takes nothing home.
+    goes_home = task.way_home is not None and error is None
+    started = time.monotonic()
+    timeout = task.context.config.flush_timeout
+    if goes_home:
+        # Rather than hold up a job for a store that is slow, let the driver wait for it.
+        timeout = min(timeout, max(_PATIENCE, _SHARE_OF_TASK * (started - task.began)))
+    is_stored = delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
+    seconds = time.monotonic() - started
+    counts = delivery.counts(task.span_id)
+    delivery.forget(task.span_id)
+    if goes_home:
+        _send_home(task, delivery, counts, seconds, is_stored)
+    elif not is_stored:
         _warn_once(
             "flush",
             f"{delivery.waiting} finished spans of this worker are not stored at the end of the "
-            "task. They are sent later if this worker lives on, and lost if Spark ends it.",
+            "task. They are sent later if this worker lives on; else the next task on this host, "
+            "or mlflow-ctx-autolog recover, sends them from the spool.",
         )
 
 
-def _send_home(task: Task, delivery: Delivery[Any]) -> None:
-    """Let the driver store what this worker could not. Spark takes it along with the task."""
-    uri, experiment_id = task.destination.tracking_uri, task.destination.experiment_id
-    reason = str(delivery.last_error or "no answer in time")
-    spans = delivery.take()
-    task.way_home.add([(uri, experiment_id, span_to_bytes(span), reason) for span in spans])
+def _send_home(
+    task: Task, delivery: Delivery, counts: Counts, seconds: float, is_stored: bool
+) -> None:
+    """Hand back the task's receipt, and what this worker could not store, along with the task."""
+    receipt = TaskReceipt(
+        trace_id=str(task.span.trace_id),
+        task_span_id=task.span_id,
+        made=counts.made,
+        delivered=counts.delivered,
+        waiting=counts.waiting,
+        lost=counts.lost,
+        first_error=None if is_stored else delivery.first_error,
+        seconds_waiting=seconds,
+        usage=task.usage.total,
+        cost=task.cost.total,
+    )
+    arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]
+    for other in worker_process().deliveries.all():
+        # Left by workers that are gone, and only this driver can store it.
+        if other is not delivery and _is_for_driver_of(task, other) and other.waiting:
+            arrivals.append(_arrival(None, other, False))
+    task.way_home.add(arrivals)
+
+
+def _is_for_driver_of(task: Task, delivery: Delivery) -> bool:
+    destination = delivery.destination
+    return destination.tracking_uri is None and (destination.driver_id == task.context.process_id)
+
+
+def _arrival(receipt: str | None, delivery: Delivery, is_stored: bool) -> Any:
+    destination = delivery.destination
+    records = [] if is_stored else [tuple(record[:3]) for record in delivery.take()]
+    return receipt, destination.tracking_uri, destination.experiment_id, records
 
 
 _END = object()

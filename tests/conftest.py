@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -25,6 +26,14 @@ def server() -> Iterator[TrackingServer]:
         # Else MLflow's exit handler tries for minutes to reach a server that is gone.
         mlflow.set_tracking_uri(running.uri)
         mlflow.flush_trace_async_logging()
+
+
+@pytest.fixture(autouse=True)
+def spools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's processes keep what is not stored yet, apart from those of others."""
+    folder = tmp_path / "spools"
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY", str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -464,7 +464,7 @@ def test_a_carrier_of_a_newer_release_does_not_break_the_job(
 def test_setting_a_worker_up_costs_the_server_nothing(
     spark: SparkSession, endpoint: OpenAIEndpoint, tmp_path: Path
 ) -> None:
-    """Workers send spans, and ask for the server's version once a process; nothing else."""
+    """Workers send spans and nothing else; the driver announces the trace."""
     with TrackingServer(tmp_path / "server") as server:
         mlflow.set_tracking_uri(server.uri)
         mlflow.set_experiment("quiet")
@@ -474,9 +474,8 @@ def test_setting_a_worker_up_costs_the_server_nothing(
             made = _requests(server)[before:]
         assert len(stored_trace(span.trace_id).calls) == 40
 
-    assert {request for request in made if "POST" in request} == {"POST /v1/traces"}
-    assert set(made) <= {"POST /v1/traces", "GET /version"}
-    assert made.count("GET /version") <= 4
+    assert set(made) == {"POST /v1/traces", "POST /api/3.0/mlflow/traces"}
+    assert made.count("POST /api/3.0/mlflow/traces") == 1
 
 
 def _requests(server: TrackingServer) -> list[str]:

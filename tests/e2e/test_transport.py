@@ -53,8 +53,8 @@ def test_workers_need_no_path_to_the_store(
             during = server.log.read_text().removeprefix(before)
         assert ctx_autolog.flush(60)
         _assert_complete(stored_trace(span.trace_id), endpoint)
-    # The driver sends batches; four workers would have sent one for each partition at least.
-    assert during.count("/v1/traces") <= 1
+    # The announcement, and a batch or none; workers would have sent one for each partition.
+    assert during.count("/v1/traces") <= 2
 
 
 def test_what_workers_could_not_store_the_driver_stores(
@@ -75,10 +75,6 @@ def test_what_workers_could_not_store_the_driver_stores(
         with OpenAIEndpoint(answer) as endpoint:
             mlflow.set_tracking_uri(server.uri)
             mlflow.set_experiment("outage")
-            # MLflow asks for the server's version once, and not after an outage.
-            with mlflow.start_span("before"):
-                pass
-            mlflow.flush_trace_async_logging()
             with (
                 caplog.at_level(logging.WARNING, logger="mlflow_ctx_autolog"),
                 ctx_autolog.enable(flush_timeout=2),
@@ -86,8 +82,7 @@ def test_what_workers_could_not_store_the_driver_stores(
             ):
                 extract = extractor(endpoint.base_url)
                 rows = spark.range(0, 12, 1, 2).mapInPandas(extract, SCHEMA).collect()
-                # What MLflow itself sends for the driver's span is not ours to rescue.
-                server.start()
+            server.start()
             assert third_call.is_set()
             assert len(rows) == 12
             assert ctx_autolog.flush(timeout=100)
@@ -95,7 +90,7 @@ def test_what_workers_could_not_store_the_driver_stores(
             assert len(trace.calls) == len(endpoint.requests) == 12
             assert all(trace.is_nested(call) for call in trace.calls)
     warned = [
-        record.getMessage() for record in caplog.records if "come home" in record.getMessage()
+        record.getMessage() for record in caplog.records if "came home" in record.getMessage()
     ]
     assert len(warned) == 1
     assert server.uri in warned[0]

@@ -6,11 +6,13 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlflow
 import openai
 import pytest
+from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from openai.resources.chat.completions import AsyncCompletions, Completions
 from packaging.version import Version
 from pyspark import RDD
@@ -20,6 +22,7 @@ from workload import ask, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import autolog, driver, versions
+from mlflow_ctx_autolog.spool import Destination
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 try:
@@ -40,6 +43,7 @@ def _places() -> dict[tuple[str, str], Any]:
         DataFrame: ("mapInPandas", "mapInArrow", "foreach", "foreachPartition"),
         sys.modules["mlflow.openai.autolog"]: ("start_span_no_context",),
         sys.modules["mlflow.tracing.provider"]: ("_get_span_processors",),
+        MlflowV3SpanExporter: ("_log_spans", "_log_trace"),
     }
     return {
         (owner.__name__, name): inspect.getattr_static(owner, name)
@@ -57,18 +61,24 @@ def test_disable_leaves_nothing_behind(experiment_id: str, times: int) -> None:
     for _ in range(times):
         ctx_autolog.enable()
     enabled = _places()
-    untouched = [place for place in before if enabled[place] is before[place]]
-    # Which a worker patches, not the driver.
-    assert untouched == [("mlflow.tracing.provider", "_get_span_processors")]
+    untouched = {place for place in before if enabled[place] is before[place]}
+    in_workers = {("mlflow.tracing.provider", "_get_span_processors")}
+    for_traces = {("MlflowV3SpanExporter", name) for name in ("_log_spans", "_log_trace")}
+    assert untouched == in_workers | for_traces
+    with mlflow.start_span("driver"):
+        ctx_autolog.capture()
+        assert all(_places()[place] is not before[place] for place in for_traces)
+    mlflow.flush_trace_async_logging()
     ctx_autolog.disable()
     ctx_autolog.disable()
     assert _places() == before
 
 
 def test_beneath_another_librarys_patch_we_go_inert(
-    experiment_id: str, endpoint: OpenAIEndpoint, monkeypatch: pytest.MonkeyPatch
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where somebody patched on top of us, theirs stays and ours passes every call through."""
+    before = DataFrame.mapInPandas
     ctx_autolog.enable()
     ours: Callable[..., Any] = DataFrame.mapInPandas
     seen = []
@@ -77,16 +87,20 @@ def test_beneath_another_librarys_patch_we_go_inert(
         seen.append(args)
         return ours(*args, **kwargs)
 
-    monkeypatch.setattr(DataFrame, "mapInPandas", theirs)
-    ctx_autolog.disable()
-    assert DataFrame.mapInPandas is theirs
+    with monkeypatch.context() as patched:
+        patched.setattr(DataFrame, "mapInPandas", theirs)
+        ctx_autolog.disable()
+        assert DataFrame.mapInPandas is theirs
 
-    handed_over = []
-    monkeypatch.setattr(driver.driver, "carry", lambda *args: handed_over.append(args))
-    with pytest.raises((AssertionError, AttributeError)):
-        DataFrame.mapInPandas(None, print, "id long")  # type: ignore[arg-type]
-    assert len(seen) == 1
-    assert handed_over == []
+        handed_over = []
+        patched.setattr(driver.driver, "carry", lambda *args: handed_over.append(args))
+        with pytest.raises((AssertionError, AttributeError)):
+            DataFrame.mapInPandas(None, print, "id long")  # type: ignore[arg-type]
+        assert len(seen) == 1
+        assert handed_over == []
+    # Once theirs is gone, so is what is left of ours.
+    ctx_autolog.disable()
+    assert DataFrame.mapInPandas is before
 
 
 def test_the_handle_restores_what_was_before(experiment_id: str) -> None:
@@ -97,6 +111,8 @@ def test_the_handle_restores_what_was_before(experiment_id: str) -> None:
             assert ctx_autolog.capture().config.batch_size == 9
         with mlflow.start_span("x"):
             assert ctx_autolog.capture().config.batch_size == 7
+    # Until its trace has ended, for which MLflow has threads of its own.
+    mlflow.flush_trace_async_logging()
     assert _places() == before
 
 
@@ -178,6 +194,7 @@ def test_a_store_that_workers_cannot_write_to_is_the_drivers(
 
     Where the workers were asked to store them, it is an error.
     """
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_FLUSH_TIMEOUT", "0.1")
     with mlflow.start_span("x"):
         monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
         with caplog.at_level(logging.INFO, logger="mlflow_ctx_autolog"):
@@ -244,13 +261,15 @@ def test_a_unity_catalog_destination_is_refused(
 
 
 def test_a_relative_database_is_the_same_for_workers(
-    experiment_id: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    database: Destination, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An SQLite file named relative to the driver's folder travels by its full path."""
     monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri("sqlite:///x.db")
     with mlflow.start_span("x"):
-        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "sqlite:///runs.db")
-        assert ctx_autolog.capture().tracking_uri == f"sqlite:///{tmp_path}/runs.db"
+        assert ctx_autolog.capture().tracking_uri == database.tracking_uri
+    mlflow.flush_trace_async_logging()
+    ctx_autolog.disable()
 
 
 def test_in_the_drivers_own_process_attach_only_activates(

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlflow_ctx_autolog import Config
+from mlflow_ctx_autolog.config import TRANSPORTS
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
+NUMBERS = [name for name in NAMES if name not in ("spool_directory", "strict", "transport")]
+# None of its settings is the default.
+OTHER = Config(
+    flush_timeout=2.5,
+    batch_size=7,
+    send_interval=0.5,
+    spool_directory="/var/spool/spans",
+    spool_max_bytes=1,
+    max_waiting_bytes=2_000_000,
+    strict=True,
+    transport="driver",
+)
+
+
+def test_other_settings_are_all_other() -> None:
+    """The settings that these tests copy differ from the defaults, each one."""
+    assert not OTHER.to_dict().items() & Config().to_dict().items()
 
 
 @pytest.mark.parametrize(
@@ -23,8 +43,14 @@ NAMES = [field.name for field in dataclasses.fields(Config)]
         {"batch_size": 10_000},
         {"send_interval": 0.001},
         {"send_interval": 3600},
-        {"max_waiting": 200, "batch_size": 200},
-        {"max_waiting": 10_000_000},
+        {"spool_directory": None},
+        {"spool_directory": "/var/spool/spans"},
+        {"spool_max_bytes": 0},
+        {"spool_max_bytes": 10**13},
+        {"max_waiting_bytes": 1_000_000},
+        {"max_waiting_bytes": 10**10},
+        {"strict": True},
+        *({"transport": transport} for transport in TRANSPORTS),
     ],
 )
 def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
@@ -46,7 +72,8 @@ def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
         ({"batch_size": 10_001}, "10001", "at least 1 and at most 10000"),
         ({"send_interval": 0.0}, "0.0", "more than 0 and at most 3600"),
         ({"send_interval": 3601}, "3601", "more than 0 and at most 3600"),
-        ({"max_waiting": 49, "batch_size": 50}, "49", "at least 50"),
+        ({"spool_max_bytes": -1}, "-1", "at least 0"),
+        ({"max_waiting_bytes": 999_999}, "999999", "at least 1e+06"),
     ],
 )
 def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, limits: str) -> None:
@@ -69,23 +96,47 @@ def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, lim
         ("batch_size", 1.0, "a whole number"),
         ("batch_size", "200", "a whole number"),
         ("batch_size", True, "a whole number"),
-        ("max_waiting", 1e4, "a whole number"),
+        ("spool_max_bytes", 1e9, "a whole number"),
+        ("max_waiting_bytes", None, "a whole number"),
+        ("spool_directory", 7, "a text"),
+        ("spool_directory", Path("/var/spool"), "a text"),
+        ("strict", 1, "True or False"),
+        ("strict", "true", "True or False"),
     ],
 )
 def test_value_of_wrong_type_is_refused(name: str, value: Any, kind: str) -> None:
-    """A value that is no number is refused with a message that names the setting and the value."""
+    """A value of another type is refused with a message that names the setting and the value."""
     with pytest.raises(TypeError, match=re.escape(f"{name}={value!r} is not {kind}")):
         Config(**{name: value})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_number_beyond_floats_is_no_crash(name: str) -> None:
     """A whole number too large for a float is taken or refused like any other number."""
-    if name == "max_waiting":
-        assert Config(max_waiting=10**400).max_waiting == 10**400
+    if name.endswith("bytes"):
+        assert getattr(Config(**{name: 10**400}), name) == 10**400
     else:
         with pytest.raises(ValueError, match=f"{name}=1000"):
             Config(**{name: 10**400})
+
+
+@pytest.mark.parametrize("path", ["", "spools", "./spools", "~/spools"])
+def test_relative_spool_directory_is_refused(path: str) -> None:
+    """A directory that would be another one on each worker is refused with a reason."""
+    with pytest.raises(ValueError, match="not an absolute path") as caught:
+        Config(spool_directory=path)
+
+    assert f"spool_directory={path!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("transport", ["Direct", "", None, ["auto"]])
+def test_unknown_transport_is_refused(transport: Any) -> None:
+    """Another transport than those there are is refused with a message that lists them."""
+    with pytest.raises(ValueError, match="is unknown") as caught:
+        Config(transport=transport)
+
+    for known in TRANSPORTS:
+        assert known in str(caught.value)
 
 
 def test_unknown_name_is_refused() -> None:
@@ -107,9 +158,9 @@ def test_updated_changes_a_copy() -> None:
 
 
 def test_updated_checks_ranges() -> None:
-    """A changed setting must lie in its range, too, also where two settings depend on another."""
-    with pytest.raises(ValueError, match="max_waiting=10 "):
-        Config(batch_size=50).updated({"max_waiting": 10})
+    """A changed setting must lie in its range, too."""
+    with pytest.raises(ValueError, match="max_waiting_bytes=10 "):
+        Config(batch_size=50).updated({"max_waiting_bytes": 10})
 
 
 @pytest.mark.parametrize(
@@ -118,13 +169,23 @@ def test_updated_checks_ranges() -> None:
         ("MLFLOW_CTX_AUTOLOG_FLUSH_TIMEOUT", "2.5", "flush_timeout", 2.5),
         ("MLFLOW_CTX_AUTOLOG_BATCH_SIZE", "17", "batch_size", 17),
         ("MLFLOW_CTX_AUTOLOG_SEND_INTERVAL", "3", "send_interval", 3),
-        ("MLFLOW_CTX_AUTOLOG_MAX_WAITING", "5000", "max_waiting", 5000),
+        ("MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY", "/var/spool", "spool_directory", "/var/spool"),
+        ("MLFLOW_CTX_AUTOLOG_SPOOL_MAX_BYTES", "0", "spool_max_bytes", 0),
+        ("MLFLOW_CTX_AUTOLOG_MAX_WAITING_BYTES", "5000000", "max_waiting_bytes", 5_000_000),
+        ("MLFLOW_CTX_AUTOLOG_STRICT", "true", "strict", True),
+        ("MLFLOW_CTX_AUTOLOG_STRICT", "True", "strict", True),
+        ("MLFLOW_CTX_AUTOLOG_STRICT", "1", "strict", True),
+        ("MLFLOW_CTX_AUTOLOG_STRICT", "FALSE", "strict", False),
+        ("MLFLOW_CTX_AUTOLOG_STRICT", "0", "strict", False),
+        ("MLFLOW_CTX_AUTOLOG_TRANSPORT", "driver", "transport", "driver"),
     ],
 )
 def test_environment_variable_sets_its_field(
-    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: float
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: Any
 ) -> None:
     """Each setting has an environment variable, and the others keep their defaults."""
+    # Which is set for all tests.
+    monkeypatch.delenv("MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY")
     monkeypatch.setenv(variable, text)
 
     assert Config.from_env() == dataclasses.replace(Config(), **{name: value})
@@ -138,13 +199,20 @@ def test_other_environment_variables_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "many", "1,5", "0x10"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "transport"])
+@pytest.mark.parametrize("name", NUMBERS)
 def test_environment_variable_that_is_no_number_is_refused(name: str, text: str) -> None:
     """A variable that holds no number is refused with a message that names it and its text."""
     variable = f"MLFLOW_CTX_AUTOLOG_{name.upper()}"
 
     with pytest.raises(ValueError, match=re.escape(f"{variable}={text!r} is not a number")):
         Config.from_env({variable: text})
+
+
+@pytest.mark.parametrize("text", ["", "yes", "2", "tru"])
+def test_environment_variable_that_is_no_flag_is_refused(text: str) -> None:
+    """A variable that is neither true nor false is refused with a message that names both."""
+    with pytest.raises(ValueError, match=re.escape(f"STRICT={text!r} is not true or false")):
+        Config.from_env({"MLFLOW_CTX_AUTOLOG_STRICT": text})
 
 
 def test_fraction_for_a_whole_number_is_refused() -> None:
@@ -159,7 +227,8 @@ def test_fraction_for_a_whole_number_is_refused() -> None:
         ("MLFLOW_CTX_AUTOLOG_FLUSH_TIMEOUT", "nan"),
         ("MLFLOW_CTX_AUTOLOG_SEND_INTERVAL", "inf"),
         ("MLFLOW_CTX_AUTOLOG_BATCH_SIZE", "0"),
-        ("MLFLOW_CTX_AUTOLOG_MAX_WAITING", "-1"),
+        ("MLFLOW_CTX_AUTOLOG_SPOOL_MAX_BYTES", "-1"),
+        ("MLFLOW_CTX_AUTOLOG_MAX_WAITING_BYTES", "10"),
     ],
 )
 def test_environment_variable_out_of_range_is_refused(variable: str, text: str) -> None:
@@ -178,9 +247,7 @@ def test_keyword_wins_over_environment() -> None:
     """A setting given as a keyword counts, and the environment counts for the others."""
     environment = {"MLFLOW_CTX_AUTOLOG_BATCH_SIZE": "17", "MLFLOW_CTX_AUTOLOG_SEND_INTERVAL": "3"}
 
-    config = Config.from_env(environment).updated({"batch_size": 50})
-
-    assert config == Config(batch_size=50, send_interval=3.0)
+    assert Config.from_env(environment, batch_size=50) == Config(batch_size=50, send_interval=3.0)
 
 
 def test_settings_cannot_be_changed_in_place() -> None:
@@ -195,15 +262,13 @@ def test_settings_cannot_be_changed_in_place() -> None:
 
 def test_settings_can_be_pickled_and_hashed() -> None:
     """Settings survive pickling, and equal settings are one key of a dictionary."""
-    config = Config(flush_timeout=2.5, batch_size=7, send_interval=0.5, max_waiting=70)
-    copy = pickle.loads(pickle.dumps(config))
+    copy = pickle.loads(pickle.dumps(OTHER))
 
-    assert copy == config
-    assert {config: "found"}[copy] == "found"
+    assert copy == OTHER
+    assert {OTHER: "found"}[copy] == "found"
 
 
 def test_settings_as_a_dictionary_make_the_same_settings() -> None:
     """The dictionary of all settings is enough to make them again."""
-    config = Config(flush_timeout=2.5, batch_size=7, send_interval=0.5, max_waiting=70)
-
-    assert Config(**config.to_dict()) == config
+    assert Config(**OTHER.to_dict()) == OTHER
+    assert Config(**json.loads(json.dumps(OTHER.to_dict()))) == OTHER

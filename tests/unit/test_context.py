@@ -19,7 +19,16 @@ FULL = DriverContext(
     session_id="session-1",
     application_id="app-20260101-0001",
     process_id="abc-42",
-    config=Config(flush_timeout=2.5, batch_size=7, send_interval=0.5, max_waiting=70),
+    config=Config(
+        flush_timeout=2.5,
+        batch_size=7,
+        send_interval=0.5,
+        spool_directory="/var/spool/späne",
+        spool_max_bytes=0,
+        max_waiting_bytes=2_000_000,
+        strict=True,
+        transport="direct",
+    ),
 )
 BARE = DriverContext(tracking_uri="http://localhost:5000", experiment_id="0")
 
@@ -37,7 +46,9 @@ def without(name: str) -> str:
     return json.dumps(document)
 
 
-@pytest.mark.parametrize("context", [FULL, BARE], ids=["full", "bare"])
+@pytest.mark.parametrize(
+    "context", [FULL, BARE, DriverContext("0")], ids=["full", "bare", "by way of the driver"]
+)
 def test_round_trip(context: DriverContext) -> None:
     """Workers read exactly what the driver captured, with or without an active span."""
     assert DriverContext.from_json(context.to_json()) == context
@@ -58,9 +69,9 @@ def test_carrier_says_its_version() -> None:
 
 def test_only_required_fields_are_needed() -> None:
     """A carrier without the optional fields is read with their defaults."""
-    text = json.dumps({"version": 1, "tracking_uri": "http://localhost:5000", "experiment_id": "0"})
+    text = json.dumps({"version": 1, "experiment_id": "0"})
 
-    assert DriverContext.from_json(text) == BARE
+    assert DriverContext.from_json(text) == DriverContext("0", tracking_uri=None, config=Config())
 
 
 @pytest.mark.parametrize(
@@ -88,6 +99,10 @@ def test_only_required_fields_are_needed() -> None:
         (damaged(config=5), "config cannot be used"),
         (damaged(config={"batch_size": 0}), "batch_size=0 is out of range"),
         (damaged(config={"batch_size": "7"}), "batch_size='7' is not a whole number"),
+        (damaged(config={"spool_directory": "spools"}), "'spools' is not an absolute path"),
+        (damaged(config={"spool_directory": 7}), "spool_directory=7 is not a text"),
+        (damaged(config={"strict": "yes"}), "strict='yes' is not True or False"),
+        (damaged(config={"transport": "post"}), "transport='post' is unknown"),
     ],
 )
 def test_damaged_carrier_is_refused(text: str, said: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +15,15 @@ import mlflow
 import pandas as pd
 import pyarrow as pa
 import pytest
+from mlflow.entities import Span
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import spark, spark_task, worker
 from mlflow_ctx_autolog.exceptions import CarrierError
+from mlflow_ctx_autolog.receipts import TaskReceipt
+from mlflow_ctx_autolog.spool import Destination, Record
+from mlflow_ctx_autolog.store import read_trace, spans_of
 
 
 @pytest.fixture
@@ -211,6 +217,173 @@ def test_without_a_drivers_span_the_task_is_a_trace(experiment_id: str) -> None:
         return_type="list",
     )
     assert [StoredTrace(found).root.name for found in filtered] == ["lonely"]
+
+
+class Home(list[Any]):
+    """What tasks add to a Spark accumulator."""
+
+    def add(self, arrivals: list[Any]) -> None:
+        self.extend(arrivals)
+
+    @property
+    def receipts(self) -> list[TaskReceipt]:
+        return [TaskReceipt.from_json(arrival[0]) for arrival in self if arrival[0] is not None]
+
+    @property
+    def spans(self) -> list[str]:
+        """Return the names of the spans that came home."""
+        records = [Record(*fields) for arrival in self for fields in arrival[3]]
+        return sorted(str(span.name) for span in spans_of(records))
+
+
+def _context(tracking_uri: str | None, **settings: Any) -> ctx_autolog.DriverContext:
+    """Return the context of a driver that is elsewhere."""
+    return ctx_autolog.DriverContext(
+        tracking_uri=tracking_uri,
+        experiment_id="0",
+        traceparent=f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+        process_id="another",
+        config=ctx_autolog.Config.from_env(**settings),
+    )
+
+
+def _trace_id(context: ctx_autolog.DriverContext) -> str:
+    return f"tr-{str(context.traceparent).split('-')[1]}"
+
+
+def _stored(database: Destination, context: ctx_autolog.DriverContext) -> dict[str, Span]:
+    _, spans = read_trace(database, _trace_id(context))
+    return {span.name: span for span in spans}
+
+
+def _call(*_: object) -> list[str]:
+    """Do what a user's function does, with two model calls."""
+    for number in (1, 2):
+        with mlflow.start_span(f"call-{number}") as span:
+            usage = {"input_tokens": 10, "output_tokens": number, "total_tokens": 10 + number}
+            span.set_attribute("mlflow.chat.tokenUsage", usage)
+            span.set_attribute("mlflow.llm.cost", {"total_cost": 0.25})
+    return ["done"]
+
+
+def _run_to(home: Home, function: Callable[..., Any], context: ctx_autolog.DriverContext) -> Any:
+    carried = spark.carrying(function, context.to_json(), required=True, way_home=home)
+    return carried(_numbers())
+
+
+def test_a_task_hands_back_a_receipt(database: Destination) -> None:
+    """Where the store takes all spans, the receipt goes home alone, and says so."""
+    home, context = Home(), _context(database.tracking_uri)
+    assert _run_to(home, _call, context) == ["done"]
+
+    ((_, tracking_uri, experiment_id, records),) = home
+    assert (tracking_uri, experiment_id, list(records)) == (database.tracking_uri, "0", [])
+    (receipt,) = home.receipts
+    stored = _stored(database, context)
+    assert sorted(stored) == ["_call", "call-1", "call-2"]
+    assert (receipt.trace_id, receipt.task_span_id) == (
+        _trace_id(context),
+        stored["_call"].span_id,
+    )
+    assert (receipt.made, receipt.delivered, receipt.waiting, receipt.lost) == (3, 3, 0, 0)
+    assert receipt.usage == {"input_tokens": 20, "output_tokens": 3, "total_tokens": 23}
+    assert receipt.cost == {"total_cost": 0.5}
+    assert receipt.first_error is None
+
+
+def test_the_tasks_span_is_a_receipt_of_its_own(database: Destination) -> None:
+    """What a task has made and used is read from its span where no receipt comes home."""
+    context = _context(database.tracking_uri)
+    with ctx_autolog.attach(context, "task"):
+        _call()
+
+    task = _stored(database, context)["task"]
+    found = TaskReceipt.from_attributes(task.trace_id, task.span_id, task.attributes)
+    assert found is not None
+    assert (found.made, found.usage["total_tokens"], found.cost["total_cost"]) == (3, 23, 0.5)
+
+
+def test_a_tasks_span_is_announced(database: Destination) -> None:
+    """While the task runs, its span is in the store, so that what lies beneath has a parent."""
+    context = _context(database.tracking_uri)
+    with ctx_autolog.attach(context, "task"):
+        assert ctx_autolog.flush(60)
+        task = _stored(database, context)["task"]
+        assert task.attributes["spark.task.outcome"] == "running"
+        assert TaskReceipt.from_attributes("", task.span_id, task.attributes) is None
+    assert _stored(database, context)["task"].attributes["spark.task.outcome"] == "completed"
+
+
+def test_spans_that_only_the_driver_can_store_come_home(database: Destination) -> None:
+    """Without a store of its own, a worker hands back all spans, each with its own task."""
+    context = _context(None)
+    for _ in range(2):
+        home = Home()
+        _run_to(home, _call, context)
+        assert home.spans == ["_call", "call-1", "call-2"]
+        (receipt,) = home.receipts
+        assert (receipt.made, receipt.delivered, receipt.waiting) == (3, 0, 3)
+        assert [arrival[1] for arrival in home] == [None]
+
+
+def test_spans_that_the_store_does_not_take_come_home(database: Destination) -> None:
+    """Where the store is gone, spans go home with the address they were for, and the reason."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    home = Home()
+    _run_to(home, _call, _context(nowhere))
+
+    assert home.spans == ["_call", "call-1", "call-2"]
+    (receipt,) = home.receipts
+    assert (receipt.made, receipt.delivered, receipt.waiting) == (3, 0, 3)
+    assert "cannot be reached" in str(receipt.first_error)
+    assert [arrival[1] for arrival in home] == [nowhere]
+
+
+def test_what_goes_home_is_plain_data(database: Destination) -> None:
+    """Spark pickles it, and the driver may have another release of the library."""
+    home = Home()
+    _run_to(home, _call, _context(None))
+    ((receipt, _, experiment_id, records),) = home
+    assert (type(receipt), type(experiment_id), type(records)) == (str, str, list)
+    assert {tuple(map(type, record)) for record in records} == {(str, str, bytes)}
+    assert {type(record) for record in records} == {tuple}
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_from_a_task_that_does_not_succeed_nothing_goes_home(
+    database: Destination, is_closed: bool
+) -> None:
+    """Spark takes nothing home from it, so that its spans must reach the store, with a receipt."""
+
+    def steps(items: Iterator[int]) -> Iterator[int]:
+        _call()
+        yield from items
+        raise KeyError("clause")
+
+    home, context = Home(), _context(database.tracking_uri)
+    result = _run_to(home, steps, context)
+    if is_closed:
+        next(result)
+        result.close()
+    else:
+        with pytest.raises(KeyError, match="clause"):
+            list(result)
+
+    assert home == []
+    task = _stored(database, context)["steps"]
+    assert task.attributes["spans.made"] == 3
+    assert task.attributes["spark.task.outcome"] == ("closed early" if is_closed else "failed")
+
+
+def test_a_receipt_counts_its_own_task_only(database: Destination) -> None:
+    """Of several tasks that one process runs, each has its own numbers."""
+    homes, context = [Home(), Home()], _context(database.tracking_uri)
+    _run_to(homes[0], _call, context)
+    _run_to(homes[1], lambda items: list(items), context)
+
+    assert [home.receipts[0].made for home in homes] == [3, 1]
+    assert homes[1].receipts[0].usage == {}
 
 
 def test_a_function_keeps_its_looks() -> None:

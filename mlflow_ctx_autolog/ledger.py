@@ -1,0 +1,571 @@
+"""The driver's book: what was made, what the store has, and what a trace comes to in all."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery import Deliveries, Delivery
+from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
+from mlflow_ctx_autolog.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.spool import Destination, Record, default_directory
+from mlflow_ctx_autolog.store import (
+    TRACE_KEY,
+    count_spans,
+    current_tracking_uri,
+    read_trace,
+    send,
+    span_record,
+    spans_of,
+    store_takes_spans,
+    sum_of_costs,
+    trace_record,
+)
+from mlflow_ctx_autolog.tracing import (
+    DriverTracing,
+    active_trace,
+    add_to_trace,
+    complete_info,
+    flush_exports,
+    is_task,
+    open_spans,
+    record_totals,
+    totals_of,
+)
+from mlflow_ctx_autolog.usage import Amounts, add
+
+__all__ = ["Arrival", "Ledger", "write_stored_totals"]
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What a task brings home: its receipt as JSON, if it is its own; tracking URI and experiment that
+# the spans belong to; and the records that the worker could not store itself.
+Arrival = tuple["str | None", "str | None", str, Sequence[tuple[str, str, bytes]]]
+
+# Seconds after the last late task in which others may come, before the totals are written again.
+_LULL = 1.0
+# Traces that are kept in the book; of older ones, what comes late is stored but not counted.
+_TRACES = 100
+# Spans that are read back at most, to learn of tasks that could not bring a receipt home.
+_READABLE = 20_000
+# Tasks that are kept in the book of those that are traces of their own.
+_TASKS = 10_000
+_NOTHING = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+
+
+@dataclass
+class _Book:
+    """What is known of one trace.
+
+    Args:
+        destination: Where it is stored.
+        info: MLflow's ``TraceInfo``, of the root's end or, before it, of the announcement.
+        delivers: Whether its spans and its info are stored by us, one by one as they end, rather
+            than by MLflow in one piece.
+        receipts_come_home: Whether all tasks that succeed bring a receipt.
+        spans: Spans of the driver; until the root has ended, those that were announced.
+        announced: The ids of those.
+        usage: Tokens of these.
+        cost: Cost of these.
+        receipts: Of task attempts, by the span of each.
+        unfinished: The same for attempts that have left spans in the store, but no receipt.
+        has_ended: Whether the root has ended.
+        written_totals: What the totals came to when they were written; None if they were not.
+        is_complete: Whether the store had all spans when it was last asked.
+        was_warned_of: Whether the user knows that it is not complete.
+        settling: Held while the store is asked.
+        opened: When it was handed to Spark first, on the monotonic clock.
+    """
+
+    destination: Destination
+    info: Any
+    delivers: bool
+    receipts_come_home: bool = True
+    spans: int = 0
+    announced: set[str] = field(default_factory=set)
+    usage: Amounts = field(default_factory=dict)
+    cost: Amounts = field(default_factory=dict)
+    receipts: dict[str, TaskReceipt] = field(default_factory=dict)
+    unfinished: dict[str, TaskReceipt] = field(default_factory=dict)
+    has_ended: bool = False
+    written_totals: tuple[Amounts, Amounts] | None = None
+    is_complete: bool = False
+    was_warned_of: bool = False
+    settling: threading.Lock = field(default_factory=threading.Lock)
+    opened: float = field(default_factory=time.monotonic)
+
+    @property
+    def trace_id(self) -> str:
+        return str(self.info.trace_id)
+
+    @property
+    def has_totals(self) -> bool:
+        return self.written_totals == self.totals()
+
+    @property
+    def made(self) -> int:
+        return self.spans + sum(receipt.made for receipt in self.tasks())
+
+    def tasks(self) -> list[TaskReceipt]:
+        return list({**self.unfinished, **self.receipts}.values())
+
+    def totals(self) -> tuple[Amounts, Amounts]:
+        usage, cost = dict(self.usage), dict(self.cost)
+        for receipt in self.tasks():
+            add(usage, receipt.usage)
+            add(cost, receipt.cost)
+        return usage, cost
+
+
+class Ledger:
+    """Keeps one book for each trace that was handed to Spark.
+
+    A trace is announced when its context is captured, so that it can be seen while it runs, and
+    so that storing a span costs no more in a large trace than in a small one. From then on its
+    spans on the driver go the same way as those of workers. When its root ends, its totals are
+    written and the store is asked what it has; likewise when tasks finish later.
+
+    Args:
+        config: Returns the settings in force.
+    """
+
+    def __init__(self, config: Callable[[], Config]) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._books: dict[str, _Book] = {}
+        self._without_trace: dict[str, TaskReceipt] = {}
+        self._deliveries = Deliveries(self._new_delivery)
+        self._tracing = DriverTracing(self)
+        self._is_closing = False
+        self._timer: threading.Timer | None = None
+        self._watches_exit = False
+        self._last_trace_ended = -math.inf
+        self._warned: set[str] = set()
+        self._came_home: str | None = None
+
+    # What is captured, and what comes home.
+
+    def open(self, *, receipts_come_home: bool) -> None:
+        """Announce the trace of the active span, if there is one.
+
+        Args:
+            receipts_come_home: Whether tasks that succeed bring a receipt to :meth:`receive`.
+        """
+        info = active_trace()
+        if info is None:
+            return
+        with self._lock:
+            self._is_closing = False
+            self._tracing.install()
+            book = self._books.get(info.trace_id)
+            is_new = book is None
+            if book is None:
+                destination = Destination(current_tracking_uri(), str(info.experiment_id))
+                book = _Book(destination, info, store_takes_spans(), receipts_come_home)
+                self._books[info.trace_id] = book
+            book.receipts_come_home &= receipts_come_home
+            over = [trace_id for trace_id, each in self._books.items() if each.has_ended]
+            for trace_id in over[: max(0, len(self._books) - _TRACES)]:
+                del self._books[trace_id]
+        if book.delivers:
+            self._announce(book, info if is_new else None)
+
+    def _announce(self, book: _Book, info: Any) -> None:
+        delivery = self._deliveries.to(book.destination)
+        spans = [span for span in open_spans(book.trace_id) if span.span_id not in book.announced]
+        book.announced.update(span.span_id for span in spans)
+        book.spans = len(book.announced)
+        records = [span_record(span) for span in spans]
+        if info is not None:
+            delivery.configure(self._config())
+            # Zeros, since the store would else add up all spans anew with each that comes; of
+            # the cost just a part, lest a price be shown where none is known.
+            record_totals(info, dict(_NOTHING), {"input_cost": 0.0})
+            info.trace_metadata[TRACE_KEY] = info.trace_id
+            records.append(trace_record(info))
+        delivery.submit_all(records, at_once=True)
+
+    def receive(self, arrivals: Sequence[Arrival]) -> None:
+        """Take what tasks bring home. Never raises: Spark calls this."""
+        for arrival in arrivals:
+            try:
+                self._receive(arrival)
+            except Exception as error:
+                self._warn("broken", f"What a task brought home could not be read: {error!r}")
+
+    def _receive(self, arrival: Arrival) -> None:
+        receipt, tracking_uri, experiment_id, fields = arrival
+        records = [Record(*each) for each in fields]
+        came = None if receipt is None else TaskReceipt.from_json(receipt)
+        if records:
+            self._store(Destination(tracking_uri, experiment_id), records, came)
+        if came is not None:
+            self._enter(came)
+
+    def _enter(self, receipt: TaskReceipt) -> None:
+        book = self._books.get(receipt.trace_id)
+        if book is None:
+            self._without_trace[receipt.task_span_id] = receipt
+            if len(self._without_trace) > _TASKS:
+                del self._without_trace[next(iter(self._without_trace))]
+            return
+        book.receipts[receipt.task_span_id] = receipt
+        if book.has_ended and book.delivers:
+            self._settle_soon()
+
+    def _store(
+        self, destination: Destination, records: Sequence[Record], receipt: TaskReceipt | None
+    ) -> None:
+        book = None if receipt is None else self._books.get(receipt.trace_id)
+        if destination.tracking_uri is not None:
+            reason = None if receipt is None else receipt.first_error
+            self._came_home = self._came_home or reason or "no answer in time"
+        if store_takes_spans() if book is None else book.delivers:
+            own = current_tracking_uri() if book is None else book.destination.tracking_uri
+            uri = destination.tracking_uri or own
+            self._deliveries.to(Destination(uri, destination.experiment_id)).submit_all(records)
+            return
+        late = [span for span in spans_of(records) if not add_to_trace(span)]
+        if late:
+            self._warn(
+                "late",
+                f"{len(late)} spans came home after the driver's span had ended, and are lost. "
+                "Run the action inside the span.",
+            )
+
+    # What MLflow exports on the driver.
+
+    def take_span(self, span: Any, experiment_id: str) -> bool:
+        """Store a span of the driver that has ended, if its trace is in the book."""
+        book = self._books.get(span.trace_id)
+        if book is None or not book.delivers or book.destination.experiment_id != experiment_id:
+            return False
+        self._deliveries.to(book.destination).submit_all([span_record(span)])
+        return True
+
+    def take_trace(self, trace: Any) -> bool:
+        """Complete a trace whose root has ended, and store it, if it is in the book."""
+        book = self._books.get(trace.info.trace_id)
+        if book is None:
+            return False
+        # In a store for whole traces, those of workers are among its spans.
+        own = _by_task(trace.data.spans).get(None, [])
+        book.info = complete_info(trace)
+        book.info.trace_metadata[TRACE_KEY] = book.trace_id
+        book.spans = len(own)
+        book.usage, book.cost = totals_of(own)
+        book.has_ended = True
+        record_totals(book.info, *book.totals())
+        self._close_if_over()
+        if book.delivers:
+            self._last_trace_ended = time.monotonic()
+            self._settle_and_warn(book, self._config().flush_timeout, give_up_if_down=True)
+        return book.delivers
+
+    # What the user asks.
+
+    def receipt(self, trace_id: str | None, timeout: float) -> Receipt:
+        """Return what became of the spans of a trace; by default the last one handed to Spark.
+
+        Raises:
+            KeyError: The trace was not handed to Spark.
+        """
+        if trace_id is None and not self._books:
+            return self._receipt_without_trace(timeout)
+        book = self._books[trace_id or next(reversed(self._books))]
+        deadline = time.monotonic() + timeout
+        if not book.has_ended:
+            # MLflow may have its end still to export.
+            self._within(deadline, flush_exports)
+        return self._settle(book, max(0.0, deadline - time.monotonic()))
+
+    def flush(self, timeout: float, *, give_up_if_down: bool = False) -> bool:
+        """Store what can be stored within the timeout; return whether nothing waits.
+
+        Args:
+            timeout: Seconds to wait at most.
+            give_up_if_down: Whether to try but once where the store is known to be down.
+        """
+        deadline = time.monotonic() + timeout
+        flushed = self._deliveries.flush(timeout, give_up_if_down=give_up_if_down)
+        for book in self._unsettled():
+            remaining = max(0.0, deadline - time.monotonic())
+            self._settle_and_warn(book, remaining, give_up_if_down=give_up_if_down)
+        return flushed
+
+    def check(self, timeout: float, since: float) -> None:
+        """Raise for the first trace that has ended and is not complete in the store.
+
+        Args:
+            timeout: Seconds to wait at most.
+            since: A time on the monotonic clock; traces that were handed to Spark before it are
+                left alone.
+
+        Raises:
+            IncompleteTraceError: There is one.
+        """
+        deadline = time.monotonic() + timeout
+        self._within(deadline, flush_exports)
+        for book in self._unsettled():
+            if book.opened < since:
+                continue
+            receipt = self._settle(book, max(1.0, deadline - time.monotonic()))
+            if not receipt.complete:
+                raise IncompleteTraceError(self.explain(receipt), receipt)
+
+    def close(self) -> None:
+        """Leave export to MLflow again, once the traces that are open have ended."""
+        self._is_closing = True
+        self._close_if_over()
+
+    def explain(self, receipt: Receipt) -> str:
+        """Return a text on a receipt that is not complete: what, why, and what to do."""
+        reason = receipt.first_error or (
+            "the store does not answer"
+            if receipt.stored is None
+            else "none was refused; a worker that is killed takes with it what it holds"
+        )
+        directory = self._config().spool_directory or default_directory()
+        return (
+            f"Trace {receipt.trace_id} is not complete in the tracking store: {receipt}. The "
+            f"first reason: {reason}. What waits is sent again as long as this process lives; "
+            f"after that, mlflow-ctx-autolog recover {directory} sends what is left on a host."
+        )
+
+    # How a trace is settled.
+
+    def _unsettled(self) -> list[_Book]:
+        return [
+            book
+            for book in list(self._books.values())
+            if book.has_ended and book.delivers and not (book.is_complete and book.has_totals)
+        ]
+
+    def _settle_and_warn(self, book: _Book, timeout: float, *, give_up_if_down: bool) -> None:
+        receipt = self._settle(book, timeout, give_up_if_down=give_up_if_down)
+        if not receipt.complete:
+            if not book.was_warned_of:
+                book.was_warned_of = True
+                _logger.warning("%s", self.explain(receipt))
+        elif self._came_home is not None:
+            self._warn(
+                "unreachable",
+                f"Workers could not store all spans in {book.destination.tracking_uri}, so they "
+                f"came home and the driver has stored them. The first reason: {self._came_home}. "
+                'Where workers never reach the store, transport="driver" spares them the attempt.',
+            )
+
+    def _settle(self, book: _Book, timeout: float, *, give_up_if_down: bool = False) -> Receipt:
+        deadline = time.monotonic() + timeout
+        with _held(book.settling, timeout):
+            delivery = self._deliveries.to(book.destination)
+            give_up = give_up_if_down and delivery.store_is_down
+            answered = delivery.flush(timeout, give_up=give_up)
+            stored = None
+            if answered or delivery.holds_only_refused:
+                stored = self._within(deadline, self._ask, book, deadline)
+            if book.delivers and book.has_ended and not book.has_totals:
+                self._write_totals(book, delivery, deadline, ask=stored is not None)
+            receipts = book.tasks()
+            lost = sum(receipt.lost for receipt in receipts)
+            missing = delivery.waiting if stored is None else max(0, book.made - stored - lost)
+            # Those of other traces went the same way.
+            lost_here = min(delivery.lost, missing)
+            lost, missing = lost + lost_here, missing - lost_here
+            errors = [receipt.first_error for receipt in receipts if receipt.first_error]
+            receipt = Receipt(
+                trace_id=book.trace_id,
+                tasks=len(receipts),
+                made=book.made,
+                stored=stored,
+                waiting=missing,
+                lost=lost,
+                first_error=next(iter(errors), delivery.first_error),
+                seconds_waiting=sum(receipt.seconds_waiting for receipt in receipts),
+            )
+            book.is_complete = receipt.complete
+        _logger.info("Trace %s: %s", receipt.trace_id, receipt)
+        return receipt
+
+    def _ask(self, book: _Book, deadline: float) -> int:
+        """Ask the store how many spans it has; where that is another number, learn why."""
+        if not book.delivers:
+            return len(read_trace(book.destination, book.trace_id)[1])
+        stored = self._count(book)
+        if book.receipts_come_home and stored == book.made:
+            return stored
+        if stored <= _READABLE:
+            self._read_receipts(book)
+        while book.has_ended and stored < book.made and time.monotonic() < deadline:
+            time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
+            stored = self._count(book)
+        return stored
+
+    def _count(self, book: _Book) -> int:
+        try:
+            return count_spans(book.destination, book.trace_id)
+        except StoreError as error:
+            if not error.unsupported:
+                raise
+            return len(read_trace(book.destination, book.trace_id)[1])
+
+    def _read_receipts(self, book: _Book) -> None:
+        """Learn of tasks that brought no receipt: attempts that failed, all on Spark Connect."""
+        _, spans = read_trace(book.destination, book.trace_id)
+        by_id = {span.span_id: span for span in spans}
+        for task_id, below in _by_task(spans).items():
+            if task_id is None or task_id in book.receipts:
+                continue
+            receipt = TaskReceipt.from_attributes(book.trace_id, task_id, by_id[task_id].attributes)
+            if receipt is not None:
+                book.receipts[task_id] = receipt
+            else:
+                # Killed, or still running: what it has stored is all that is known.
+                usage, cost = totals_of(below)
+                book.unfinished[task_id] = TaskReceipt(
+                    book.trace_id, task_id, len(below), len(below), usage=usage, cost=cost
+                )
+
+    def _write_totals(self, book: _Book, delivery: Delivery, deadline: float, *, ask: bool) -> None:
+        totals = book.totals()
+        usage, cost = totals
+        unpriced = any(task.usage and not task.cost for task in book.tasks())
+        if ask and (unpriced or not cost):
+            # Most releases of MLflow price a call where they store it, so that no task knows.
+            found = self._within(deadline, sum_of_costs, book.destination, book.trace_id)
+            cost = dict(found or cost)
+        record_totals(book.info, usage, cost)
+        delivery.submit_all([trace_record(book.info)])
+        # Where nothing was stored a moment ago, there is no point in waiting again.
+        if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
+            book.written_totals = totals
+
+    def _within(self, deadline: float, ask: Callable[..., T], *args: Any) -> T | None:
+        """Return the store's answer; None where there is none by the deadline, or a second."""
+        answers: list[T] = []
+
+        def run() -> None:
+            try:
+                answers.append(ask(*args))
+            except Exception as error:
+                self._warn("ask", f"The tracking store could not be asked what it has: {error}")
+
+        # MLflow's own way to read a trace tries for minutes.
+        thread = threading.Thread(target=run, name="mlflow-ctx-autolog-ledger", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # At the exit of the process, there are no more threads.
+            run()
+        else:
+            thread.join(max(_LULL, deadline - time.monotonic()))
+        return answers[0] if answers else None
+
+    def _receipt_without_trace(self, timeout: float) -> Receipt:
+        self._deliveries.flush(timeout)
+        receipts = list(self._without_trace.values())
+        made = sum(receipt.made for receipt in receipts)
+        lost = sum(receipt.lost for receipt in receipts)
+        waiting = sum(delivery.waiting for delivery in self._deliveries.all())
+        errors = [receipt.first_error for receipt in receipts if receipt.first_error]
+        return Receipt(
+            trace_id=None,
+            tasks=len(receipts),
+            made=made,
+            stored=made - waiting - lost,
+            waiting=waiting,
+            lost=lost,
+            first_error=next(iter(errors), None),
+            seconds_waiting=sum(receipt.seconds_waiting for receipt in receipts),
+        )
+
+    def _settle_soon(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            timeout = self._config().flush_timeout
+            self._timer = threading.Timer(_LULL, self.flush, (timeout,), {"give_up_if_down": True})
+            self._timer.daemon = True
+            # At the exit of the process there are no more threads, and all is settled anyway.
+            with suppress(RuntimeError):
+                self._timer.start()
+
+    def _close_if_over(self) -> None:
+        if self._is_closing and all(book.has_ended for book in list(self._books.values())):
+            self._tracing.uninstall()
+
+    def _new_delivery(self, destination: Destination) -> Delivery:
+        if not self._watches_exit:
+            self._watches_exit = True
+            atexit.register(self._at_exit)
+        return Delivery(destination, send, self._config())
+
+    def _at_exit(self) -> None:
+        timeout = self._config().flush_timeout
+        if (waited := time.monotonic() - self._last_trace_ended) < timeout:
+            # For the end of a trace, which MLflow's own exit handler has waited for.
+            timeout = max(_LULL, timeout - waited)
+        deadline = time.monotonic() + timeout
+        self.flush(timeout, give_up_if_down=True)
+        for book in list(self._books.values()):
+            # Of tasks that have finished since, nobody has told.
+            if book.has_ended and book.delivers and not book.receipts_come_home:
+                remaining = max(0.0, deadline - time.monotonic())
+                self._settle(book, remaining, give_up_if_down=True)
+
+    def _warn(self, subject: str, message: str) -> None:
+        with self._lock:
+            if subject in self._warned:
+                return
+            self._warned.add(subject)
+        _logger.warning("%s", message)
+
+
+@contextmanager
+def _held(lock: threading.Lock, timeout: float) -> Iterator[None]:
+    """Hold a lock, or do without where it is not to be had in time."""
+    is_held = lock.acquire(timeout=timeout)
+    try:
+        yield
+    finally:
+        if is_held:
+            lock.release()
+
+
+def write_stored_totals(destination: Destination, trace_id: str) -> None:
+    """Add up what the store has of a trace whose driver is gone, and write its totals.
+
+    Raises:
+        StoreError: The store does not answer, or has no such trace.
+    """
+    usage: Amounts = {}
+    cost: Amounts = {}
+    info, spans = read_trace(destination, trace_id)
+    for below in _by_task(spans).values():
+        for total, amounts in zip((usage, cost), totals_of(below), strict=True):
+            add(total, amounts)
+    record_totals(info, usage, cost)
+    send(destination, [trace_record(info)])
+
+
+def _by_task(spans: Sequence[Any]) -> dict[str | None, list[Any]]:
+    """Return the spans by the task's span that they are or lie below; None for those of none."""
+    parents = {span.span_id: span.parent_id for span in spans}
+    tasks = {span.span_id for span in spans if is_task(span)}
+    found: dict[str | None, list[Any]] = {}
+    for span in spans:
+        above = span.span_id
+        while above is not None and above not in tasks:
+            above = parents.get(above)
+        found.setdefault(above, []).append(span)
+    return found

@@ -1,0 +1,135 @@
+"""What became of spans: of one task attempt's, and of a whole trace's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+
+__all__ = ["Receipt", "TaskReceipt"]
+
+_MADE = "spans.made"
+_TOKENS = "llm.tokens."
+_COST = "llm.cost."
+
+
+@dataclass(frozen=True)
+class TaskReceipt:
+    """What one task attempt hands back at its end.
+
+    Args:
+        trace_id: The MLflow trace that its spans belong to.
+        task_span_id: The span of the attempt, by which it is counted once.
+        made: Spans that ended in the attempt, its own among them.
+        delivered: Of these, stored by the worker.
+        waiting: Of these, not stored yet: they come home with the receipt, or stay in the spool.
+        lost: Of these, dropped since neither memory nor spool had room.
+        first_error: Why the store did not take spans; None where it did.
+        seconds_waiting: How long the end of the task waited for its spans to be stored.
+        usage: Tokens of its model calls, by MLflow's names.
+        cost: Cost of its model calls in US dollars, where their spans say so.
+    """
+
+    trace_id: str
+    task_span_id: str
+    made: int
+    delivered: int = 0
+    waiting: int = 0
+    lost: int = 0
+    first_error: str | None = None
+    seconds_waiting: float = 0.0
+    usage: Amounts = field(default_factory=dict)
+    cost: Amounts = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Serialise to one JSON object."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> TaskReceipt:
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: It is not a receipt.
+        """
+        try:
+            fields = json.loads(text)
+            fields["usage"] = parse_amounts(fields.get("usage"))
+            fields["cost"] = parse_amounts(fields.get("cost"))
+            return cls(**fields)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"not the receipt of a task: {text[:200]!r}") from error
+
+    @staticmethod
+    def attributes(made: int, usage: Amounts, cost: Amounts) -> dict[str, Any]:
+        """Return the attributes by which a task's span is a receipt of its own."""
+        return {
+            _MADE: made,
+            **{_TOKENS + name.removesuffix("_tokens"): n for name, n in usage.items()},
+            **{_COST + name.removesuffix("_cost"): amount for name, amount in cost.items()},
+        }
+
+    @classmethod
+    def from_attributes(
+        cls, trace_id: str, span_id: str, attributes: Mapping[str, Any]
+    ) -> TaskReceipt | None:
+        """Return the receipt that a stored task's span is; None for one that had not ended."""
+        made = attributes.get(_MADE)
+        if not isinstance(made, int):
+            return None
+        usage = _amounts(attributes, _TOKENS, "_tokens")
+        cost = _amounts(attributes, _COST, "_cost")
+        return cls(trace_id, span_id, made, delivered=made, usage=usage, cost=cost)
+
+
+def _amounts(attributes: Mapping[str, Any], prefix: str, suffix: str) -> Amounts:
+    named = {
+        name.removeprefix(prefix) + suffix: amount
+        for name, amount in attributes.items()
+        if name.startswith(prefix)
+    }
+    return parse_amounts(named)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of the spans of a trace, having asked the store.
+
+    Args:
+        trace_id: The MLflow trace; None where each task is a trace of its own.
+        tasks: Task attempts known to have ended.
+        made: Spans made, on the driver and by these attempts, counted by span id.
+        stored: Spans that the store has of the trace; None where it did not answer.
+        waiting: Spans known to be kept somewhere until the store takes them.
+        lost: Spans known to be dropped.
+        first_error: The first reason why a store did not take spans, if there was one.
+        seconds_waiting: How long the ends of tasks waited for their spans, in all.
+    """
+
+    trace_id: str | None
+    tasks: int = 0
+    made: int = 0
+    stored: int | None = None
+    waiting: int = 0
+    lost: int = 0
+    first_error: str | None = None
+    seconds_waiting: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store has all spans that are known to have been made."""
+        return self.stored is not None and self.stored >= self.made and not self.lost
+
+    def __str__(self) -> str:
+        stored = "the store did not say how many it has"
+        if self.stored is not None:
+            stored = f"{self.stored:,} stored"
+        parts = [f"{self.made:,} spans made", stored]
+        if self.waiting:
+            parts.append(f"{self.waiting:,} waiting")
+        if self.lost:
+            parts.append(f"{self.lost:,} lost")
+        return ", ".join(parts)

@@ -1,0 +1,395 @@
+"""All that is said to an MLflow tracking store, and heard from it."""
+
+from __future__ import annotations
+
+import email.utils
+import functools
+import inspect
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow
+import mlflow.tracing.provider as mlflow_provider
+from mlflow.entities import Span, Trace, TraceData, TraceInfo
+from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
+from mlflow.exceptions import MlflowException, MlflowNotImplementedException
+from mlflow.protos.service_pb2 import GetTrace, QueryTraceMetrics, StartTraceV3
+from mlflow.tracing.client import TracingClient
+from mlflow.tracing.constant import SpanMetricKey
+from mlflow.tracing.utils.otlp import (
+    MLFLOW_EXPERIMENT_ID_HEADER,
+    OTLP_TRACES_PATH,
+    resource_to_otel_proto,
+)
+from mlflow.utils.proto_json_utils import message_to_json, parse_dict
+from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX as TRACES_PATH
+from mlflow.utils.rest_utils import http_request
+from mlflow.utils.uri import is_databricks_uri
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, TracesData
+
+from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
+from mlflow_ctx_autolog.spool import Destination, Record
+
+__all__ = [
+    "TRACE_KEY",
+    "count_spans",
+    "current_tracking_uri",
+    "read_trace",
+    "send",
+    "send_to",
+    "span_record",
+    "spans_of",
+    "store_takes_spans",
+    "store_version",
+    "sum_of_costs",
+    "trace_record",
+    "worker_tracking_uri",
+]
+
+# Metadata of a trace by which its spans can be counted without reading them.
+TRACE_KEY = "mlflow_ctx_autolog.trace_id"
+
+# Seconds that the store may take to answer one request.
+_ANSWER_TIME = 30.0
+# A store does not get to silence a worker for longer than this, in seconds.
+_LONGEST_RETRY_AFTER = 300.0
+
+
+def current_tracking_uri() -> str:
+    """Return this process's tracking URI, with whatever password it holds."""
+    return str(mlflow.get_tracking_uri())
+
+
+def store_takes_spans() -> bool:
+    """Whether the tracking store takes single spans, not only a whole trace with its root."""
+    uri = mlflow.get_tracking_uri()
+    return not is_databricks_uri(uri) and urlsplit(uri).scheme not in ("", "file")
+
+
+def store_version() -> str | None:
+    """Return the version of MLflow that keeps the traces: the server's, or this one's.
+
+    Asks the server, for three seconds at most; None where it does not answer.
+    """
+    uri = mlflow.get_tracking_uri()
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return str(mlflow.__version__)
+    store = _client(uri).store
+    version = store._get_server_version(store.get_host_creds())
+    if version is None:
+        # MLflow remembers for good that it could not read the server's version, which is also
+        # what happens when the server was away for a moment.
+        forget = getattr(type(store)._get_server_version, "cache_clear", None)
+        if forget is not None:
+            forget()
+    return None if version is None else str(version)
+
+
+def worker_tracking_uri() -> tuple[str | None, str]:
+    """Return the tracking URI as workers can use it, and why that is so.
+
+    Returns:
+        The URI, absolute and without a password, or None where workers cannot store spans
+        there; and a sentence that says why.
+
+    Raises:
+        UnsupportedStoreError: Neither can the driver store them for the workers.
+    """
+    uri = mlflow.get_tracking_uri()
+    destination = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
+    if hasattr(destination, "catalog_name"):
+        raise UnsupportedStoreError(
+            "The traces of this process go to a Unity Catalog schema, which is not supported yet. "
+            "Set an MLflow experiment as their destination."
+        )
+    if not store_takes_spans():
+        kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
+        return None, f"{kind} does not take spans from other processes"
+    parts = urlsplit(uri)
+    if parts.password is not None or "password" in parts.query.lower():
+        return None, "the tracking URI holds a password, which is not sent to workers"
+    if parts.username is not None:
+        # Which is where a token stands that needs no password.
+        return None, "the tracking URI holds a user name, which is not sent to workers"
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///")).absolute()
+        return f"sqlite:///{path}", f"workers write to the file {path}, which they must share"
+    return uri, f"{uri} takes spans from other processes"
+
+
+def span_record(span: Span, owner: str = "") -> Record:
+    """Return a span as a record, whose payload is an OTLP message with that one span."""
+    resource = ResourceSpans(
+        resource=resource_to_otel_proto(getattr(span._span, "resource", None)),
+        scope_spans=[ScopeSpans(spans=[span.to_otel_proto()])],
+    )
+    payload = TracesData(resource_spans=[resource]).SerializeToString()
+    return Record("span", str(span.span_id), bytes(payload), owner)
+
+
+def spans_of(records: Sequence[Record]) -> list[Span]:
+    """Return the spans of records that :func:`span_record` made.
+
+    Raises:
+        Exception: A payload is not OTLP.
+    """
+    return [
+        Span.from_otel_proto(span, **({"resource": resource.resource} if _TAKES_RESOURCE else {}))
+        for record in records
+        if record.kind == "span"
+        for resource in TracesData.FromString(record.payload).resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+
+
+# In older releases of MLflow a span's resource was not read.
+_TAKES_RESOURCE = "resource" in inspect.signature(Span.from_otel_proto).parameters
+
+
+def trace_record(info: TraceInfo) -> Record:
+    """Return what is known of a trace as a record."""
+    return Record("trace", str(info.trace_id), json.dumps(info.to_dict()).encode())
+
+
+def send(destination: Destination, records: Sequence[Record]) -> None:
+    """Store records, spans in one request. Storing a record again replaces it.
+
+    Raises:
+        StoreError: The store does not answer, or refuses them.
+    """
+    spans = [record for record in records if record.kind == "span"]
+    if spans:
+        _send_spans(destination, spans)
+    for record in records:
+        if record.kind == "trace":
+            _send_trace_info(destination, TraceInfo.from_dict(json.loads(record.payload)))
+
+
+def send_to(
+    tracking_uri: str | None, destination: Destination, records: Sequence[Record]
+) -> Destination:
+    """Store records in ``tracking_uri``, wherever they were to go; return where they went.
+
+    Without one, those that had no address of their own go to MLflow's configured store.
+
+    Raises:
+        StoreError: The store does not answer, or refuses them.
+    """
+    uri = tracking_uri or destination.tracking_uri or current_tracking_uri()
+    used = Destination(uri, destination.experiment_id)
+    send(used, records)
+    return used
+
+
+def _send_spans(destination: Destination, records: Sequence[Record]) -> None:
+    store = _store(destination)
+    if not _is_remote(store):
+        try:
+            spans = spans_of(records)
+        except Exception as error:
+            raise StoreError(f"this is no span: {error!r}", refused=True) from error
+        with _own_errors():
+            store.log_spans(destination.experiment_id, spans)
+        return
+    headers = {
+        "Content-Type": "application/x-protobuf",
+        MLFLOW_EXPERIMENT_ID_HEADER: destination.experiment_id,
+    }
+    # OTLP messages one after the other are one message with the spans of all.
+    body = b"".join(record.payload for record in records)
+    answer = _request(store, "POST", OTLP_TRACES_PATH, extra_headers=headers, data=body)
+    kind = answer.headers.get("Content-Type", "nothing")
+    if not kind.startswith(("application/x-protobuf", "application/json")):
+        raise StoreError(
+            f"{store.get_host_creds().host} answered with {kind}, as no MLflow server does"
+        )
+
+
+def _send_trace_info(destination: Destination, info: TraceInfo) -> None:
+    store = _store(destination)
+    if not _is_remote(store):
+        with _own_errors():
+            store.start_trace(info)
+        return
+    message = StartTraceV3(trace=Trace(info=info, data=TraceData(spans=[])).to_proto())
+    _ask(store, "POST", TRACES_PATH, json=json.loads(message_to_json(message)))
+
+
+def count_spans(destination: Destination, trace_id: str) -> int:
+    """Return how many spans the store has of a trace that was announced with :data:`TRACE_KEY`.
+
+    Raises:
+        StoreError: The store does not answer, or cannot count.
+    """
+    counted = _metric(destination, trace_id, SpanMetricKey.SPAN_COUNT, AggregationType.COUNT)
+    return int(counted or 0)
+
+
+def sum_of_costs(destination: Destination, trace_id: str) -> dict[str, float]:
+    """Return what the store has found the calls of a trace to have cost, by MLflow's names.
+
+    Raises:
+        StoreError: The store does not answer, or cannot sum them up.
+    """
+    found: dict[str, float] = {}
+    for name in (SpanMetricKey.TOTAL_COST, SpanMetricKey.INPUT_COST, SpanMetricKey.OUTPUT_COST):
+        amount = _metric(destination, trace_id, name, AggregationType.SUM)
+        if amount is None:
+            break
+        found[name] = amount
+    return found
+
+
+def _metric(
+    destination: Destination, trace_id: str, name: str, aggregation: AggregationType
+) -> float | None:
+    store = _store(destination)
+    question: dict[str, Any] = {
+        "experiment_ids": [destination.experiment_id],
+        "metric_name": name,
+        "filters": [f"trace.metadata.{TRACE_KEY} = '{trace_id}'"],
+    }
+    view, aggregations = MetricViewType.SPANS, [MetricAggregation(aggregation)]
+    if _is_remote(store):
+        message = QueryTraceMetrics(
+            view_type=view.to_proto(),
+            aggregations=[each.to_proto() for each in aggregations],
+            max_results=10,
+            **question,
+        )
+        document = json.loads(message_to_json(message))
+        answer = _ask(store, "POST", f"{TRACES_PATH}/metrics", json=document)
+        values = [point.get("values", {}) for point in answer.get("data_points", [])]
+    else:
+        with _own_errors():
+            points = store.query_trace_metrics(
+                view_type=view, aggregations=aggregations, **question
+            )
+            values = [point.values for point in points]
+    amounts = [each[str(aggregation.value)] for each in values if str(aggregation.value) in each]
+    return sum(amounts) if amounts else None
+
+
+def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list[Span]]:
+    """Return what the store has of a trace: its info and all its spans.
+
+    Raises:
+        StoreError: The store does not answer, or has no such trace.
+    """
+    # Not by the client's method, which takes what this process knows of an open trace for what is
+    # stored.
+    store = _store(destination)
+    if _is_remote(store):
+        question = {"trace_id": trace_id, "allow_partial": "true"}
+        answer = GetTrace.Response()
+        parse_dict(_ask(store, "GET", f"{TRACES_PATH}/get", params=question), answer)
+        trace = Trace.from_proto(answer.trace)
+    else:
+        with _own_errors():
+            try:
+                trace = store.get_trace(trace_id, allow_partial=True)
+            except MlflowNotImplementedException:
+                trace = _client(str(destination.tracking_uri)).get_trace(trace_id)
+    return trace.info, list(trace.data.spans)
+
+
+@functools.lru_cache(maxsize=8)
+def _client(tracking_uri: str) -> TracingClient:
+    return TracingClient(tracking_uri)
+
+
+def _store(destination: Destination) -> Any:
+    with _own_errors():
+        return _client(str(destination.tracking_uri)).store
+
+
+def _is_remote(store: Any) -> bool:
+    return hasattr(store, "get_host_creds")
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Turn what MLflow raises into a :class:`StoreError`."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except NotImplementedError as error:
+        raise StoreError(str(error), unsupported=True) from error
+    except Exception as error:
+        refused = isinstance(error, MlflowException) and error.get_http_status_code() == 400
+        text = f"{type(error).__name__}: {_excerpt(str(error))}"
+        raise StoreError(text, refused=refused) from error
+
+
+def _ask(store: Any, method: str, path: str, **content: Any) -> dict[str, Any]:
+    """Make one request whose answer is a JSON object, and return that."""
+    answer = _request(store, method, path, **content)
+    try:
+        document = answer.json()
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise StoreError(f"{store.get_host_creds().host} did not answer in JSON to {path}")
+    return document
+
+
+def _request(store: Any, method: str, path: str, **content: Any) -> Any:
+    """Make one request, with MLflow's own log-in, and without its retries of several minutes."""
+    try:
+        answer = http_request(
+            host_creds=store.get_host_creds(),
+            endpoint=path,
+            method=method,
+            max_retries=0,
+            raise_on_status=False,
+            timeout=_ANSWER_TIME,
+            **content,
+        )
+    except MlflowException as error:
+        raise StoreError(f"it cannot be reached: {_root_cause(error)}") from error
+    if answer.status_code == 200:
+        return answer
+    if answer.status_code in (401, 403):
+        raise StoreError(
+            f"it answered {answer.status_code} to this process's log-in; set MLflow's "
+            "MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD, where this process runs"
+        )
+    raise StoreError(
+        f"it answered {answer.status_code} {answer.reason}: {_excerpt(answer.text).rstrip('.')}",
+        refused=answer.status_code in (400, 413, 422),
+        retry_after=_seconds(answer.headers.get("Retry-After")),
+        unsupported=answer.status_code in (404, 405, 501),
+    )
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return what happened, without what each layer of the HTTP client has to say of it."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return _excerpt(str(error)) or type(error).__name__
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Return what an HTTP ``Retry-After`` header says, a number or a date, in seconds."""
+    if not retry_after:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER)
+
+
+def _excerpt(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:197]}..."
