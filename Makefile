@@ -7,7 +7,7 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 # A Java that set-up found or fetched; empty where the one on PATH will do.
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
-.PHONY: setup demo test test-unit lint format benchmark clean
+.PHONY: setup demo test test-unit lint format benchmark faults clean
 
 setup: .venv/library
 
@@ -51,6 +51,11 @@ format: setup
 
 benchmark: setup
 	@$(RUN) $(BIN)/python benchmarks/one_trace.py
+	@$(RUN) $(BIN)/python benchmarks/delivery.py
+
+# Takes a quarter of an hour.
+faults: setup
+	@$(RUN) $(BIN)/python benchmarks/faults.py --write docs/faults.md
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info

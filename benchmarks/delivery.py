@@ -1,0 +1,241 @@
+"""What delivery costs: requests and time of a job, storing as a trace grows, a worker's memory.
+
+Everything against a local endpoint and a real tracking server, each job in a process and a Spark
+of its own, local[2].
+
+    make benchmark
+
+Prints, against the alternatives in the same run:
+
+1. A job of 2,000 calls in 4 partitions: its time as a ratio to the untraced job, and its requests
+   to the server; the server up, and gone for the whole job. The alternative is MLflow's tracing
+   context passed by hand in HTTP headers, with asynchronous export off, so that it loses nothing.
+2. Storing 200 more spans in a trace of so many: as a ratio to the first row, announced as this
+   library does and not announced.
+3. Memory that a worker has gained after 20,000 calls with prompts of 2 kB in one partition, the
+   server up and gone, and without tracing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlflow
+import pandas as pd
+from one_trace import headers_by_hand
+from pyspark import cloudpickle
+from pyspark.sql import SparkSession
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog.store import send, span_record
+from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
+
+CALLS, PARTITIONS = 2_000, 4
+LATENCY = 0.02
+GONE = "http://127.0.0.1:9"
+SIZES = (200, 1_000, 5_000, 10_000, 20_000)
+MANY_CALLS, PROMPT = 20_000, "clause " * 290
+
+Function = Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame]]
+
+
+def extractor(url: str, prompt: str) -> Function:
+    """Return a job's function, which says what it has gained in memory since its 200th call."""
+
+    def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        import resource
+
+        from openai import OpenAI
+
+        def resident() -> float:
+            with open("/proc/self/statm") as statm:
+                return int(statm.read().split()[1]) * resource.getpagesize() / 1e6
+
+        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
+        calls, before, most = 0, 0.0, 0.0
+        for batch in batches:
+            for number in batch["id"]:
+                messages = [{"role": "user", "content": f"{number} {prompt}"}]
+                client.chat.completions.create(model="local", messages=messages)  # type: ignore[call-overload]
+                calls += 1
+                if calls == 200:
+                    before = resident()
+                if calls % 100 == 0:
+                    most = max(most, resident())
+            yield batch.assign(megabytes=most - before)
+
+    return extract
+
+
+def run(pattern: str, uri: str, url: str, calls: str, partitions: str, prompt: str) -> Any:
+    """Run one job in this process; return its seconds and what its worker gained in memory."""
+    cloudpickle.register_pickle_by_value(sys.modules["one_trace"])
+    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false" if pattern == "headers" else "true"
+    if uri != GONE:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment("benchmark")
+    else:
+        mlflow.set_tracking_uri(uri)
+        mlflow.tracing.set_destination(mlflow.entities.trace_location.MlflowExperimentLocation("0"))
+    spark = (
+        SparkSession.builder.master("local[2]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .getOrCreate()
+    )
+    spark.sparkContext.setLogLevel("OFF")
+    function = extractor(url, prompt)
+    rows = spark.range(0, int(calls), 1, int(partitions))
+    # Not timed: starting the workers, and importing what all patterns import.
+    warm_up = spark.range(0, 8, 1, 2).mapInPandas(_importing, "id long")
+    warm_up.collect()
+    tracing: AbstractContextManager[object] = nullcontext()
+    if pattern == "ctx_autolog":
+        tracing = ctx_autolog.enable()
+    started = time.perf_counter()
+    with tracing, nullcontext() if pattern == "untraced" else mlflow.start_span("job"):
+        if pattern == "headers":
+            function = headers_by_hand(function, uri)
+        found = rows.mapInPandas(function, "id long, megabytes double").collect()
+        seconds = time.perf_counter() - started
+    assert len(found) == int(calls)
+    spark.stop()
+    return {"seconds": seconds, "megabytes": max(row.megabytes for row in found)}
+
+
+def _importing(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    import mlflow.openai  # noqa: F401
+    import openai  # noqa: F401
+
+    yield from batches
+
+
+def in_a_process(pattern: str, uri: str, calls: int, partitions: int, prompt: str) -> Any:
+    """Run one job in a process of its own."""
+    with OpenAIEndpoint(latency=0.0 if prompt else LATENCY) as endpoint:
+        arguments = [pattern, uri, endpoint.base_url, str(calls), str(partitions), prompt]
+        finished = subprocess.run(
+            [sys.executable, __file__, *arguments],
+            env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def jobs() -> None:
+    """Print time and requests of a job."""
+    print(f"\n{CALLS:,} calls of {LATENCY * 1000:g} ms in {PARTITIONS} partitions")
+    print(f"{'pattern':<34} {'seconds':>8} {'ratio':>6} {'requests':>9}")
+    untraced = in_a_process("untraced", GONE, CALLS, PARTITIONS, "")["seconds"]
+    print(f"{'no tracing':<34} {untraced:>8.1f} {1:>6.2f} {0:>9}", flush=True)
+    for pattern, name in (("ctx_autolog", "ctx_autolog.enable()"), ("headers", "headers by hand")):
+        with TrackingServer() as server:
+            seconds = in_a_process(pattern, server.uri, CALLS, PARTITIONS, "")["seconds"]
+            log = server.log.read_text()
+        made = len(re.findall(r'"POST \S*/traces\S* HTTP', log))
+        print(f"{name:<34} {seconds:>8.1f} {seconds / untraced:>6.2f} {made:>9,}", flush=True)
+    seconds = in_a_process("ctx_autolog", GONE, CALLS, PARTITIONS, "")["seconds"]
+    name = "ctx_autolog.enable(), server gone"
+    print(f"{name:<34} {seconds:>8.1f} {seconds / untraced:>6.2f} {'-':>9}", flush=True)
+    print("(headers by hand, server gone: one call alone takes minutes, so it is left out)")
+
+
+def growth() -> None:
+    """Print what it takes to store 200 more spans in a trace of so many."""
+    print("\nstoring 200 more spans, by what the trace has already")
+    print(f"{'spans':>7} {'announced':>12} {'ratio':>6} {'not announced':>15} {'ratio':>6}")
+    with TrackingServer() as server:
+        mlflow.set_tracking_uri(server.uri)
+        experiment_id = mlflow.set_experiment("growth").experiment_id
+        stored = {name: _Growing(server.uri, experiment_id, name) for name in ("with", "without")}
+        stored["with"].announce()
+        first: dict[str, float] = {}
+        for size in SIZES:
+            seconds = {name: trace.grow_to(size) for name, trace in stored.items()}
+            first = first or seconds
+            print(
+                f"{size:>7,} {seconds['with'] * 1000:>9.0f} ms "
+                f"{seconds['with'] / first['with']:>6.1f} {seconds['without'] * 1000:>12.0f} ms "
+                f"{seconds['without'] / first['without']:>6.1f}",
+                flush=True,
+            )
+
+
+class _Growing:
+    """A trace that grows by batches of 200 spans with usage."""
+
+    def __init__(self, uri: str, experiment_id: str, name: str) -> None:
+        self._destination = Destination(uri, experiment_id)
+        self._size = 0
+        self._root = mlflow.start_span_no_context(name)
+
+    def announce(self) -> None:
+        """Announce it as the library does when it captures the trace's context."""
+        with mlflow.tracing.provider.safe_set_span_in_context(self._root):
+            ctx_autolog.capture()
+        ctx_autolog.flush()
+
+    def grow_to(self, size: int) -> float:
+        """Return the median of what the last three batches took, in seconds."""
+        taken = []
+        while self._size < size:
+            records = [span_record(self._span()) for _ in range(200)]
+            started = time.perf_counter()
+            send(self._destination, records)
+            taken.append(time.perf_counter() - started)
+            self._size += 200
+        return median(taken[-3:])
+
+    def _span(self) -> Any:
+        span = mlflow.start_span_no_context("call", "CHAT_MODEL", parent_span=self._root)
+        usage = {"input_tokens": 5, "output_tokens": 5, "total_tokens": 10}
+        span.set_attribute("mlflow.chat.tokenUsage", usage)
+        span.set_inputs({"messages": [{"role": "user", "content": PROMPT}]})
+        return span
+
+
+def memory() -> None:
+    """Print what a worker gains in memory."""
+    print(f"\n{MANY_CALLS:,} calls with prompts of {len(PROMPT):,} characters in one partition")
+    print(f"{'pattern':<34} {'MB gained':>10}")
+    for name, pattern, uri in (
+        ("no tracing", "untraced", GONE),
+        ("ctx_autolog.enable()", "ctx_autolog", ""),
+        ("ctx_autolog.enable(), server gone", "ctx_autolog", GONE),
+    ):
+        if uri:
+            found = in_a_process(pattern, uri, MANY_CALLS, 1, PROMPT)
+        else:
+            with TrackingServer() as server:
+                found = in_a_process(pattern, server.uri, MANY_CALLS, 1, PROMPT)
+        print(f"{name:<34} {found['megabytes']:>10.1f}", flush=True)
+
+
+def main() -> None:
+    """Run all three."""
+    print(f"mlflow {mlflow.__version__}, {os.cpu_count()} cores")
+    jobs()
+    growth()
+    memory()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    if len(sys.argv) == 7:
+        print(json.dumps(run(*sys.argv[1:])))
+    else:
+        for part in [globals()[name] for name in sys.argv[1:]] or [main]:
+            part()
