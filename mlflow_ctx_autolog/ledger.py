@@ -359,7 +359,7 @@ class Ledger:
                 _logger.warning("%s", self.explain(receipt))
         elif self._came_home is not None:
             self._warn(
-                "unreachable",
+                f"unreachable {book.destination.tracking_uri}",
                 f"Workers could not store all spans in {book.destination.tracking_uri}, so they "
                 f"came home and the driver has stored them. The first reason: {self._came_home}. "
                 'Where workers never reach the store, transport="driver" spares them the attempt.',

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def test_strict_raises_what_is_a_warning_otherwise(
         with pytest.raises(PythonException):
             run(lambda batches: 1 / 0)
         proxy.mode = "pass"
+        mlflow.flush_trace_async_logging()
         assert ctx_autolog.flush(60)
     mlflow.set_tracking_uri(server.uri)
 
@@ -348,12 +350,17 @@ def test_a_killed_driver_leaves_its_trace_to_recover(
         driver.communicate(b"\n", timeout=120)
         _end_orphans(driver.pid)
         assert mlflow.search_traces(locations=[experiment_id], return_type="list") == []
-        assert main(["recover", str(spools), "--tracking-uri", server.uri]) == 0
+        deadline = time.monotonic() + 60
+        while list(spools.iterdir()) and time.monotonic() < deadline:
+            # Spark's own processes may outlive the driver by some calls.
+            assert main(["recover", str(spools), "--tracking-uri", server.uri]) == 0
+            time.sleep(0.5)
 
     (found,) = mlflow.search_traces(locations=[experiment_id], return_type="list")
     trace = stored_trace(found.info.trace_id)
-    # The ninth had not been answered.
-    assert len(trace.calls) == 8
+    # One may have been in flight.
+    assert len(trace.calls) in (len(endpoint.requests) - 1, len(endpoint.requests))
+    assert len(trace.calls) >= 8
     assert all(trace.is_nested(call) for call in trace.calls)
     assert trace.total_tokens == _tokens(trace)
     assert " stored, 0 left" in capsys.readouterr().out
@@ -368,4 +375,4 @@ def _end_orphans(group: int) -> None:
             ["ps", "-o", "stat=", "-s", str(group)], capture_output=True, text=True, check=False
         ).stdout.split()
     ):
-        pass
+        time.sleep(0.1)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 
 from mlflow_ctx_autolog import DriverContext
-from mlflow_ctx_autolog.delivery import Destination
+from mlflow_ctx_autolog.spool import Destination
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 
 T = TypeVar("T")
@@ -218,6 +218,28 @@ def test_destination_is_that_of_the_driver() -> None:
     assert new_task("77").destination == Destination("http://store", "77")
 
 
+def test_without_a_store_the_destination_is_the_driver() -> None:
+    """Spans that only the driver can store are not taken for those of another driver."""
+    contexts = [DriverContext("77", None, process_id=name) for name in ("first", "second")]
+    first, second = (Task(context).destination for context in contexts)
+
+    assert first.tracking_uri is None
+    assert first == Task(contexts[0]).destination
+    assert first != second
+
+
+def test_spans_of_a_task_are_added_up() -> None:
+    """A task's totals are those of its model calls, and a span that sums up its own counts once."""
+    task = new_task()
+    task.count_span("a", "chain", {"total_tokens": 3}, {"total_cost": 0.5})
+    task.count_span("b", "chain", {"total_tokens": 4}, {})
+    task.count_span("chain", "task", {"total_tokens": 7}, {})
+    task.count_span("c", "task", {"total_tokens": 1}, {"total_cost": 0.25})
+
+    assert task.usage.total == {"total_tokens": 8}
+    assert task.cost.total == {"total_cost": 0.75}
+
+
 @pytest.fixture
 def _eager_switching() -> Iterator[None]:
     before = sys.getswitchinterval()
@@ -236,6 +258,7 @@ def test_calls_from_many_threads_are_all_counted() -> None:
         together.wait(60)
         for _ in range(1000):
             task.count_call()
+            task.count_span("call", "task", {"total_tokens": 1}, {"total_cost": 1})
 
     threads = [threading.Thread(target=call) for _ in range(8)]
     for thread in threads:
@@ -244,6 +267,7 @@ def test_calls_from_many_threads_are_all_counted() -> None:
         thread.join(60)
 
     assert task.calls == 8000
+    assert (task.usage.total, task.cost.total) == ({"total_tokens": 8000}, {"total_cost": 8000})
 
 
 def test_task_can_run_on_several_threads_at_once(first: Task) -> None:
