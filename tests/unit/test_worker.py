@@ -307,7 +307,7 @@ def test_a_tasks_span_is_announced(database: Destination) -> None:
     """While the task runs, its span is in the store, so that what lies beneath has a parent."""
     context = _context(database.tracking_uri)
     with ctx_autolog.attach(context, "task"):
-        assert ctx_autolog.flush(60)
+        assert worker_process().deliveries.to(database).flush(60)
         task = _stored(database, context)["task"]
         assert task.attributes["spark.task.outcome"] == "running"
         assert TaskReceipt.from_attributes("", task.span_id, task.attributes) is None
