@@ -21,6 +21,7 @@ from workload import StoredTrace, stored_trace, stored_traces
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import spark, spark_task, worker
 from mlflow_ctx_autolog.exceptions import CarrierError
+from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.receipts import TaskReceipt
 from mlflow_ctx_autolog.spool import Destination, Record
 from mlflow_ctx_autolog.store import read_trace, spans_of
