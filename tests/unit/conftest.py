@@ -9,6 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
+import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.spool import Destination
 
 
@@ -29,5 +30,7 @@ def database(empty_database: Path, tmp_path: Path) -> Iterator[Destination]:
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(experiment_id="0")
     yield Destination(uri, "0")
+    ctx_autolog.disable()
+    mlflow.openai.autolog(disable=True)
     mlflow.flush_trace_async_logging()
     mlflow.set_tracking_uri(before)
