@@ -82,11 +82,10 @@ def run(pattern: str, uri: str, url: str, calls: str, partitions: str, prompt: s
     """Run one job in this process; return its seconds and what its worker gained in memory."""
     cloudpickle.register_pickle_by_value(sys.modules["one_trace"])
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false" if pattern == "headers" else "true"
+    mlflow.set_tracking_uri(uri)
     if uri != GONE:
-        mlflow.set_tracking_uri(uri)
         mlflow.set_experiment("benchmark")
     else:
-        mlflow.set_tracking_uri(uri)
         mlflow.tracing.set_destination(mlflow.entities.trace_location.MlflowExperimentLocation("0"))
     spark = (
         SparkSession.builder.master("local[2]")

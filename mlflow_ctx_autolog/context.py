@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.exceptions import CarrierError
+from mlflow_ctx_autolog.exceptions import CarrierError, shortened
 
 __all__ = ["CARRIER_VERSION", "DriverContext"]
 
@@ -104,13 +104,9 @@ def _parse_config(settings: Any) -> Config:
         return Config().updated({name: settings[name] for name in settings if name in known})
     except (TypeError, ValueError) as error:
         raise CarrierError(
-            f"the carrier's config cannot be used: {_shortened(str(error))}"
+            f"the carrier's config cannot be used: {shortened(str(error))}"
         ) from None
 
 
 def _excerpt(value: object) -> str:
-    return _shortened(repr(value))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return shortened(repr(value))

@@ -12,7 +12,13 @@ __all__ = [
     "StoreError",
     "UnsupportedStoreError",
     "UnsupportedVersionError",
+    "shortened",
 ]
+
+
+def shortened(text: str) -> str:
+    """Return a text as long as a message can bear."""
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 class CtxAutologError(Exception):

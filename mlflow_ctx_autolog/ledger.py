@@ -376,22 +376,19 @@ class Ledger:
                 stored = self._within(deadline, self._ask, book, deadline)
             if book.delivers and book.has_ended and not book.has_totals:
                 self._write_totals(book, delivery, deadline, ask=stored is not None)
-            receipts = book.tasks()
-            lost = sum(receipt.lost for receipt in receipts)
+            tasks = book.tasks()
+            lost = sum(task.lost for task in tasks)
             missing = delivery.waiting if stored is None else max(0, book.made - stored - lost)
             # Those of other traces went the same way.
             lost_here = min(delivery.lost, missing)
-            lost, missing = lost + lost_here, missing - lost_here
-            errors = [receipt.first_error for receipt in receipts if receipt.first_error]
-            receipt = Receipt(
-                trace_id=book.trace_id,
-                tasks=len(receipts),
+            receipt = Receipt.of(
+                book.trace_id,
+                tasks,
                 made=book.made,
                 stored=stored,
-                waiting=missing,
-                lost=lost,
-                first_error=next(iter(errors), delivery.first_error),
-                seconds_waiting=sum(receipt.seconds_waiting for receipt in receipts),
+                waiting=missing - lost_here,
+                lost=lost + lost_here,
+                first_error=delivery.first_error,
             )
             book.is_complete = receipt.complete
         _logger.info("Trace %s: %s", receipt.trace_id, receipt)
@@ -399,10 +396,8 @@ class Ledger:
 
     def _ask(self, book: _Book, deadline: float) -> int:
         """Ask the store how many spans it has; where that is another number, learn why."""
-        if not book.delivers:
-            return len(read_trace(book.destination, book.trace_id)[1])
         stored = self._count(book)
-        if book.receipts_come_home and stored == book.made:
+        if not book.delivers or (book.receipts_come_home and stored == book.made):
             return stored
         if stored <= _READABLE:
             self._read_receipts(book)
@@ -412,12 +407,13 @@ class Ledger:
         return stored
 
     def _count(self, book: _Book) -> int:
-        try:
-            return count_spans(book.destination, book.trace_id)
-        except StoreError as error:
-            if not error.unsupported:
-                raise
-            return len(read_trace(book.destination, book.trace_id)[1])
+        if book.delivers:
+            try:
+                return count_spans(book.destination, book.trace_id)
+            except StoreError as error:
+                if not error.unsupported:
+                    raise
+        return len(read_trace(book.destination, book.trace_id)[1])
 
     def _read_receipts(self, book: _Book) -> None:
         """Learn of tasks that brought no receipt: attempts that failed, all on Spark Connect."""
@@ -460,7 +456,7 @@ class Ledger:
             except Exception as error:
                 self._warn("ask", f"The tracking store could not be asked what it has: {error}")
 
-        # MLflow's own way to read a trace tries for minutes.
+        # The store may take half a minute to answer, and MLflow's own export minutes.
         thread = threading.Thread(target=run, name="mlflow-ctx-autolog-ledger", daemon=True)
         try:
             thread.start()
@@ -473,20 +469,13 @@ class Ledger:
 
     def _receipt_without_trace(self, timeout: float) -> Receipt:
         self._deliveries.flush(timeout)
-        receipts = list(self._without_trace.values())
-        made = sum(receipt.made for receipt in receipts)
-        lost = sum(receipt.lost for receipt in receipts)
+        tasks = list(self._without_trace.values())
+        made = sum(task.made for task in tasks)
+        lost = sum(task.lost for task in tasks)
         waiting = sum(delivery.waiting for delivery in self._deliveries.all())
-        errors = [receipt.first_error for receipt in receipts if receipt.first_error]
-        return Receipt(
-            trace_id=None,
-            tasks=len(receipts),
-            made=made,
-            stored=made - waiting - lost,
-            waiting=waiting,
-            lost=lost,
-            first_error=next(iter(errors), None),
-            seconds_waiting=sum(receipt.seconds_waiting for receipt in receipts),
+        stored = made - waiting - lost
+        return Receipt.of(
+            None, tasks, made=made, stored=stored, waiting=waiting, lost=lost, first_error=None
         )
 
     def _settle_soon(self) -> None:

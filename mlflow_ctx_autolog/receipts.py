@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -117,6 +117,33 @@ class Receipt:
     lost: int = 0
     first_error: str | None = None
     seconds_waiting: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        trace_id: str | None,
+        tasks: Sequence[TaskReceipt],
+        *,
+        made: int,
+        stored: int | None,
+        waiting: int,
+        lost: int,
+        first_error: str | None,
+    ) -> Receipt:
+        """Return a receipt with what the receipts of its tasks say.
+
+        Their first error goes before ``first_error``.
+        """
+        return cls(
+            trace_id,
+            len(tasks),
+            made,
+            stored,
+            waiting,
+            lost,
+            first_error=next((task.first_error for task in tasks if task.first_error), first_error),
+            seconds_waiting=sum(task.seconds_waiting for task in tasks),
+        )
 
     @property
     def complete(self) -> bool:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.spool import LAST_NUMBER, Destination, Record, SpoolFile, spool_files
+from mlflow_ctx_autolog.spool import (
+    LAST_NUMBER,
+    Destination,
+    Record,
+    SpoolFile,
+    first_of,
+    spool_files,
+)
 
 __all__ = ["Recovered", "Recovery", "recover"]
 
@@ -143,13 +150,10 @@ def _first_batch(
 ) -> tuple[list[tuple[int, Record]], sqlite3.Error | None]:
     """Return the first records, and the damage that ended them, if one did."""
     batch: list[tuple[int, Record]] = []
-    size = 0
     try:
         with closing(records):
-            for numbered in records:
-                size += len(numbered[1].payload)
-                if batch and size > _BATCH_BYTES:
-                    break
+            # Not all at once: what was read before the damage is kept.
+            for numbered in first_of(records, _BATCH, _BATCH_BYTES):
                 batch.append(numbered)
     except sqlite3.Error as error:
         return batch, error

@@ -26,6 +26,7 @@ __all__ = [
     "Spool",
     "SpoolFile",
     "default_directory",
+    "first_of",
     "spool_files",
 ]
 
@@ -71,6 +72,23 @@ class Record(NamedTuple):
 
 # Of all spools of this process, so that no number of one can be taken for another's.
 _numbers = itertools.count(1)
+
+
+def first_of(
+    records: Iterable[tuple[int, Record]], count: int, size: int
+) -> Iterator[tuple[int, Record]]:
+    """Yield the first records: at least one, if there is any.
+
+    Args:
+        records: All of them, with their numbers.
+        count: Records at most.
+        size: Bytes of payload at most, unless the first one is larger.
+    """
+    for place, numbered in enumerate(records):
+        size -= len(numbered[1].payload)
+        if place and (place >= count or size < 0):
+            return
+        yield numbered
 
 
 def default_directory() -> Path:
@@ -145,13 +163,8 @@ class Spool:
             size: Bytes of payload at most, unless the first one is larger.
         """
         with self._lock:
-            found: list[tuple[int, Record]] = []
-            for number, record in self._oldest_first():
-                size -= len(record.payload)
-                if found and (len(found) >= count or size < 0):
-                    break
-                found.append((number, record))
-            return found
+            oldest_first = heapq.merge(self._read_disk(), sorted(self._in_memory.items()))
+            return list(first_of(oldest_first, count, size))
 
     def remove(self, numbers: Iterable[int]) -> set[int]:
         """Forget records that somebody else has now; return the numbers of those it held."""
@@ -199,9 +212,6 @@ class Spool:
                     file.delete()
         finally:
             self._lock.release()
-
-    def _oldest_first(self) -> Iterator[tuple[int, Record]]:
-        yield from heapq.merge(self._read_disk(), sorted(self._in_memory.items()))
 
     def _read_disk(self) -> Iterator[tuple[int, Record]]:
         if self._file is not None and self._on_disk:

@@ -32,7 +32,7 @@ from mlflow.utils.rest_utils import http_request
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, TracesData
 
-from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
+from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
 from mlflow_ctx_autolog.spool import Destination, Record
 
 __all__ = [
@@ -391,5 +391,4 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _excerpt(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:197]}..."
+    return shortened(" ".join(text.split()))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import socket
-import socketserver
 import threading
 import time
 import uuid
@@ -16,6 +13,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
 from typing import Any
+
+from .tcp import DroppingServer
 
 
 class EndpointError(Exception):
@@ -161,35 +160,8 @@ class OpenAIEndpoint:
             self._total_tokens += tokens
 
 
-class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 1024
+class _Server(DroppingServer):
     endpoint: OpenAIEndpoint
-
-    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
-        self._connections: set[socket.socket] = set()
-        self._connections_lock = threading.Lock()
-        super().__init__(address, handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._connections_lock:
-            self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._connections_lock:
-            self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def drop_connections(self) -> None:
-        with self._connections_lock:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):  # The client may have closed it first.
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stay silent: clients that go away are expected here."""
 
 
 class _Handler(BaseHTTPRequestHandler):

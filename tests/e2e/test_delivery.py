@@ -95,19 +95,7 @@ def test_calls_of_priced_models_add_up(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
     """What MLflow has found the calls to cost is the cost of the trace."""
-    url = endpoint.base_url
-
-    def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        from openai import OpenAI
-
-        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
-        for batch in batches:
-            for number in batch["id"]:
-                client.chat.completions.create(
-                    model="gpt-4o-mini", messages=[{"role": "user", "content": f"{number} " * 99}]
-                )
-            yield batch.assign(answer="")
-
+    extract = extractor(endpoint.base_url, 0, "gpt-4o-mini", lambda number: f"{number} " * 99)
     ctx_autolog.enable()
     with mlflow.start_span("job") as span:
         spark.range(0, 6, 1, 2).mapInPandas(extract, SCHEMA).collect()
@@ -244,20 +232,10 @@ def test_a_large_prompt_does_not_break_anything(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
     """A prompt of 5 MB is a span like any other."""
-    url = endpoint.base_url
-
-    def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        from openai import OpenAI
-
-        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
-        for batch in batches:
-            for number in batch["id"]:
-                content = f"{number} " * (2_500_000 if number == 1 else 1)
-                client.chat.completions.create(
-                    model="gpt-test", messages=[{"role": "user", "content": content}]
-                )
-            yield batch.assign(answer="")
-
+    extract = extractor(
+        endpoint.base_url,
+        question=lambda number: f"{number} " * (2_500_000 if number == 1 else 1),
+    )
     ctx_autolog.enable()
     with mlflow.start_span("job") as span:
         spark.range(0, 3, 1, 1).mapInPandas(extract, SCHEMA).collect()

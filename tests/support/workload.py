@@ -13,15 +13,30 @@ from mlflow.entities import Span
 SCHEMA = "id long, answer string"
 
 
-def ask(client: Any, number: int) -> str:
+def question(number: int) -> str:
+    """Return what a model is asked about a document."""
+    return f"What of document {number}?"
+
+
+def ask(
+    client: Any,
+    number: int,
+    model: str = "gpt-test",
+    question: Callable[[int], str] = question,
+) -> str:
     """Make one model call about a document."""
     reply = client.chat.completions.create(
-        model="gpt-test", messages=[{"role": "user", "content": f"What of document {number}?"}]
+        model=model, messages=[{"role": "user", "content": question(number)}]
     )
     return str(reply.choices[0].message.content)
 
 
-def extractor(url: str, threads: int = 0) -> Callable[[Iterable[pd.DataFrame]], Any]:
+def extractor(
+    url: str,
+    threads: int = 0,
+    model: str = "gpt-test",
+    question: Callable[[int], str] = question,
+) -> Callable[[Iterable[pd.DataFrame]], Any]:
     """Return a function for mapInPandas that makes one call a row, as a user would write it."""
 
     def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
@@ -30,12 +45,16 @@ def extractor(url: str, threads: int = 0) -> Callable[[Iterable[pd.DataFrame]], 
         from openai import OpenAI
 
         client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
+
+        def call(number: int) -> str:
+            return ask(client, number, model, question)
+
         for batch in batches:
             if threads:
                 with ThreadPoolExecutor(threads) as pool:
-                    answers = list(pool.map(lambda number: ask(client, number), batch["id"]))
+                    answers = list(pool.map(call, batch["id"]))
             else:
-                answers = [ask(client, number) for number in batch["id"]]
+                answers = [call(number) for number in batch["id"]]
             yield batch.assign(answer=answers)
 
     return extract

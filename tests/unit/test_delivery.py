@@ -124,6 +124,12 @@ class Disk:
         self.called.set()
         self._answering.wait()
 
+    def hold_up(self, delivery: Delivery, record: Record) -> None:
+        """Hang, and be writing this record."""
+        self.hang()
+        delivery.submit(record)
+        assert self.called.wait(LONG)
+
     def hang(self) -> None:
         self.called.clear()
         self._answering.clear()
@@ -246,10 +252,8 @@ def test_submit_does_not_wait_for_a_disk_that_hangs(
     store: Store, disk: Disk, unhurried: Config
 ) -> None:
     """Handing over finished spans returns while the disk hangs, and they are stored after that."""
-    disk.hang()
     delivery = Delivery(A, store, unhurried)
-    delivery.submit(span(0))
-    assert disk.called.wait(LONG)
+    disk.hold_up(delivery, span(0))
 
     started = time.monotonic()
     submit_all(delivery, spans(names(1, 1001)))
@@ -265,10 +269,8 @@ def test_flush_does_not_wait_longer_than_it_should_for_a_disk_that_hangs(
     store: Store, disk: Disk, unhurried: Config
 ) -> None:
     """The end of a task does not wait for a hanging disk beyond the timeout."""
-    disk.hang()
     delivery = Delivery(A, store, unhurried)
-    delivery.submit(span(0))
-    assert disk.called.wait(LONG)
+    disk.hold_up(delivery, span(0))
 
     assert in_time(delivery.flush, 0.05) is False
 
@@ -277,10 +279,8 @@ def test_taking_does_not_wait_for_a_disk_that_hangs(
     store: Store, disk: Disk, unhurried: Config
 ) -> None:
     """What waits can be asked for while the disk hangs; there is nothing then."""
-    disk.hang()
     delivery = QuickToGiveUp(A, store, unhurried)
-    delivery.submit(span(0))
-    assert disk.called.wait(LONG)
+    disk.hold_up(delivery, span(0))
 
     assert in_time(delivery.take) == []
 
@@ -289,10 +289,8 @@ def test_new_settings_do_not_wait_for_a_disk_that_hangs(
     store: Store, disk: Disk, settings: Settings
 ) -> None:
     """The next task can begin with other settings while the disk hangs, and loses nothing."""
-    disk.hang()
     delivery = Delivery(A, store, settings())
-    delivery.submit(span(0))
-    assert disk.called.wait(LONG)
+    disk.hold_up(delivery, span(0))
 
     in_time(lambda: [delivery.configure(settings(batch_size=7))])
     disk.answer()
@@ -304,10 +302,8 @@ def test_spans_that_a_hanging_disk_has_no_room_for_are_lost(
     store: Store, disk: Disk, settings: Settings
 ) -> None:
     """While the disk hangs, memory is bounded: spans beyond it are lost, and nobody waits."""
-    disk.hang()
     delivery = Delivery(A, store, settings(max_waiting_bytes=1_000_000))
-    delivery.submit(span(0, size=400_000))
-    assert disk.called.wait(LONG)
+    disk.hold_up(delivery, span(0, size=400_000))
     submit_all(delivery, spans(names(1, 5), size=400_000))
 
     assert (delivery.waiting, delivery.lost) == (2, 3)
@@ -1115,10 +1111,8 @@ def test_record_that_is_replaced_before_it_is_written(
     store: Store, disk: Disk, unhurried: Config, spools: Path
 ) -> None:
     """Where an announcement and the end of a span are written together, only the end is sent."""
-    disk.hang()
     delivery = Delivery(A, store, unhurried)
-    delivery.submit(span("first"))
-    assert disk.called.wait(LONG)
+    disk.hold_up(delivery, span("first"))
     delivery.submit(Record("span", "a", b"open"))
     delivery.submit(Record("span", "a", b"ended", "task"))
     disk.answer()
