@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -304,10 +305,14 @@ def test_a_killed_driver_leaves_its_trace_to_recover(
 ) -> None:
     """With no store in reach and the driver killed, every finished call is on the disk."""
 
+    over = threading.Event()
+
     def answer(request: Request) -> str:
-        if len(endpoint.requests) == 9:
-            # The first partition of three has brought its spans home by now.
+        if len(endpoint.requests) == 11:
+            # Two partitions of three have brought their spans home, and two calls of the last
+            # have ended: Spark ends its workers while the third waits.
             os.killpg(driver.pid, signal.SIGKILL)
+            over.wait(60)
         return "as it says"
 
     with OpenAIEndpoint(answer) as endpoint, UnreliableProxy(server.uri) as proxy:
@@ -327,18 +332,15 @@ def test_a_killed_driver_leaves_its_trace_to_recover(
         proxy.mode = "refuse"
         driver.communicate(b"\n", timeout=120)
         _end_orphans(driver.pid)
+        over.set()
         assert mlflow.search_traces(locations=[experiment_id], return_type="list") == []
-        deadline = time.monotonic() + 60
-        while list(spools.iterdir()) and time.monotonic() < deadline:
-            # Spark's own processes may outlive the driver by some calls.
-            assert main(["recover", str(spools), "--tracking-uri", server.uri]) == 0
-            time.sleep(0.5)
+        assert main(["recover", str(spools), "--tracking-uri", server.uri]) == 0
 
     (found,) = mlflow.search_traces(locations=[experiment_id], return_type="list")
     trace = stored_trace(found.info.trace_id)
-    # One may have been in flight.
-    assert len(trace.calls) in (len(endpoint.requests) - 1, len(endpoint.requests))
-    assert len(trace.calls) >= 8
+    assert len(endpoint.requests) == 11
+    # The last was in flight.
+    assert len(trace.calls) == 10
     assert all(trace.is_nested(call) for call in trace.calls)
     assert trace.total_tokens == _tokens(trace)
     assert " stored, 0 left" in capsys.readouterr().out
