@@ -64,9 +64,11 @@ class Delivery:
 
     Attributes:
         store_is_down: Whether the last flush was in vain, and nothing was stored since.
+        is_unsupported: Whether the store has answered last that it takes no single spans.
         delivered: Records stored so far.
         lost: Records dropped so far.
-        first_error: The first reason why the store did not take records; None if there is none.
+        first_error: The first reason why the store did not take what waits or was lost; None
+            where all is well.
     """
 
     # How long a caller lets the writer take, in seconds, to have a span safe on the disk.
@@ -128,6 +130,7 @@ class Delivery:
         self._retry_at = 0.0
         self._wants_to_be_left_alone = False
         self.store_is_down = False
+        self.is_unsupported = False
         self._unbooked = 0  # Stored, and perhaps off the disk, but not counted yet.
         self._counts: dict[str, Counts] = {}
         self.delivered = 0
@@ -225,6 +228,8 @@ class Delivery:
     def flush(self, timeout: float, *, give_up: bool = False) -> bool:
         """Send all that waits now; return whether it was stored within ``timeout`` seconds.
 
+        What the store has refused once more, by itself, is not waited for.
+
         Args:
             timeout: Seconds to wait at most.
             give_up: Wait no longer than it makes sense where others deliver what is left: for
@@ -237,7 +242,8 @@ class Delivery:
             if self.destination.tracking_uri is None:
                 return self.waiting == 0
             goal = self.delivered + self.waiting
-            attempts = self._attempts + (1 if self.store_is_down or self._failures else 2)
+            attempted = self._attempts
+            attempts = attempted + (1 if self.store_is_down or self._failures else 2)
             if give_up and self.store_is_down:
                 deadline = min(deadline, time.monotonic() + self._patience_when_down)
             if not self._wants_to_be_left_alone:
@@ -252,7 +258,8 @@ class Delivery:
 
             def is_over() -> bool:
                 has_tried = self._failures > 0 and self._attempts >= attempts
-                return is_stored() or (give_up and has_tried)
+                is_refused = self.holds_only_refused and self._attempts > attempted
+                return is_stored() or is_refused or (give_up and has_tried)
 
             self._settled.wait_for(is_over, max(0.0, deadline - time.monotonic()))
             self._flushes -= 1
@@ -406,6 +413,7 @@ class Delivery:
                 pause = retry_after + scatter
             self._wants_to_be_left_alone = retry_after is not None
             self._retry_at = time.monotonic() + pause
+            self.is_unsupported = isinstance(error, StoreError) and error.unsupported
             reason = str(error) if isinstance(error, StoreError) else repr(error)
             self.first_error = self.first_error or reason
             self._settled.notify_all()
@@ -433,6 +441,7 @@ class Delivery:
             self._last_sent = self._oldest_since = time.monotonic()
             self._retry_at = 0.0
             self._wants_to_be_left_alone = self.store_is_down = self._is_full = False
+            self.is_unsupported = False
             if self._batch_limit is not None:
                 self._batch_limit = min(2 * self._batch_limit, self._config.batch_size)
             self.delivered += len(stored)
@@ -440,6 +449,8 @@ class Delivery:
                 self._refused.discard(record.key)
                 if number in stored:
                     self._counts_of(record).delivered += 1
+            if not self._refused and not self.lost:
+                self.first_error = None
             self._settled.notify_all()
         if failures:
             _logger.warning(

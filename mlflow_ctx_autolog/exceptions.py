@@ -44,7 +44,7 @@ class StoreError(CtxAutologError):
         message: What happened.
         refused: Whether it answered that it will not have this, rather than not now.
         retry_after: Seconds that it asks to be left alone, if it does.
-        unsupported: Whether this release of MLflow does not know what it was asked.
+        unsupported: Whether it does not know what it was asked: an old release, a file store.
     """
 
     def __init__(

@@ -258,6 +258,8 @@ class Ledger:
         book = self._books.get(trace.info.trace_id)
         if book is None:
             return False
+        if book.delivers:
+            self._take_back_if_unsupported(book, trace)
         # In a store for whole traces, those of workers are among its spans.
         own = _by_task(trace.data.spans).get(None, [])
         book.info = complete_info(trace)
@@ -271,6 +273,24 @@ class Ledger:
             self._last_trace_ended = time.monotonic()
             self._settle_and_warn(book, self._config().flush_timeout, give_up_if_down=True)
         return book.delivers
+
+    def _take_back_if_unsupported(self, book: _Book, trace: Any) -> None:
+        """Where the server takes no single spans after all, have MLflow store the whole trace."""
+        delivery = self._deliveries.to(book.destination)
+        if not delivery.waiting or delivery.flush(self._config().flush_timeout, give_up=True):
+            return
+        if not delivery.is_unsupported:
+            return
+        book.delivers = False
+        known = {span.span_id for span in trace.data.spans}
+        for record in delivery.take():
+            if record.kind == "span" and record.key in known:
+                continue
+            (span,) = spans_of([record]) or (None,)
+            if span is not None and span.trace_id == book.trace_id:
+                trace.data.spans.append(span)
+            elif record.key != book.trace_id:
+                delivery.submit_all([record])
 
     # What the user asks.
 
@@ -352,7 +372,9 @@ class Ledger:
         ]
 
     def _settle_and_warn(self, book: _Book, timeout: float, *, give_up_if_down: bool) -> None:
-        receipt = self._settle(book, timeout, give_up_if_down=give_up_if_down)
+        # Once the user was told that spans are missing, nobody is kept waiting for them again.
+        patient = not book.was_warned_of
+        receipt = self._settle(book, timeout, give_up_if_down=give_up_if_down, patient=patient)
         if not receipt.complete:
             if not book.was_warned_of:
                 book.was_warned_of = True
@@ -365,7 +387,9 @@ class Ledger:
                 'Where workers never reach the store, transport="driver" spares them the attempt.',
             )
 
-    def _settle(self, book: _Book, timeout: float, *, give_up_if_down: bool = False) -> Receipt:
+    def _settle(
+        self, book: _Book, timeout: float, *, give_up_if_down: bool = False, patient: bool = True
+    ) -> Receipt:
         deadline = time.monotonic() + timeout
         with _held(book.settling, timeout):
             delivery = self._deliveries.to(book.destination)
@@ -373,7 +397,11 @@ class Ledger:
             answered = delivery.flush(timeout, give_up=give_up)
             stored = None
             if answered or delivery.holds_only_refused:
-                stored = self._within(deadline, self._ask, book, deadline)
+                # Those that the store refuses do not arrive, however long one waits.
+                refused = 0 if answered else delivery.waiting
+                # With some time left to ask once more.
+                until = deadline - 0.2 * timeout if patient else 0.0
+                stored = self._within(deadline, self._ask, book, refused, until)
             if book.delivers and book.has_ended and not book.has_totals:
                 self._write_totals(book, delivery, deadline, ask=stored is not None)
             tasks = book.tasks()
@@ -394,15 +422,33 @@ class Ledger:
         _logger.info("Trace %s: %s", receipt.trace_id, receipt)
         return receipt
 
-    def _ask(self, book: _Book, deadline: float) -> int:
-        """Ask the store how many spans it has; where that is another number, learn why."""
-        stored = self._count(book)
+    def _ask(self, book: _Book, refused: int, until: float) -> int | None:
+        """Ask the store how many spans it has; where that is another number, learn why.
+
+        Args:
+            book: The trace's.
+            refused: Spans that are not on their way.
+            until: How long to wait for those that may be, on the monotonic clock.
+
+        Returns:
+            The number; None where the store cannot be asked again.
+        """
+        try:
+            stored = self._count(book)
+        except StoreError:
+            if book.is_complete:
+                return None
+            raise
         if not book.delivers or (book.receipts_come_home and stored == book.made):
             return stored
         if stored <= _READABLE:
             self._read_receipts(book)
-        while book.has_ended and stored < book.made and time.monotonic() < deadline:
-            time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
+
+        def may_arrive() -> bool:
+            return stored + refused + sum(task.lost for task in book.tasks()) < book.made
+
+        while book.has_ended and may_arrive() and (remaining := until - time.monotonic()) > 0:
+            time.sleep(min(0.5, remaining))
             stored = self._count(book)
         return stored
 

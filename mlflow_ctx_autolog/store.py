@@ -6,6 +6,7 @@ import email.utils
 import functools
 import inspect
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,12 @@ def worker_tracking_uri() -> tuple[str | None, str]:
         raise UnsupportedStoreError(
             "The traces of this process go to a Unity Catalog schema, which is not supported yet. "
             "Set an MLflow experiment as their destination."
+        )
+    workspace = os.environ.get("MLFLOW_WORKSPACE")
+    if workspace not in (None, "", "default"):
+        raise UnsupportedStoreError(
+            f"The workspace {workspace!r} of the tracking server is active, which is not supported "
+            "yet: workers would store their calls in the default one. Set no workspace."
         )
     if not store_takes_spans():
         kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
@@ -285,17 +292,21 @@ def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list
     # Not by the client's method, which takes what this process knows of an open trace for what is
     # stored.
     store = _store(destination)
-    if _is_remote(store):
-        question = {"trace_id": trace_id, "allow_partial": "true"}
-        answer = GetTrace.Response()
-        parse_dict(_ask(store, "GET", f"{TRACES_PATH}/get", params=question), answer)
-        trace = Trace.from_proto(answer.trace)
-    else:
-        with _own_errors():
-            try:
+    try:
+        if _is_remote(store):
+            question = {"trace_id": trace_id, "allow_partial": "true"}
+            answer = GetTrace.Response()
+            parse_dict(_ask(store, "GET", f"{TRACES_PATH}/get", params=question), answer)
+            trace = Trace.from_proto(answer.trace)
+        else:
+            with _own_errors():
                 trace = store.get_trace(trace_id, allow_partial=True)
-            except MlflowNotImplementedException:
-                trace = _client(str(destination.tracking_uri)).get_trace(trace_id)
+    except StoreError as error:
+        if not error.unsupported:
+            raise
+        # A store for whole traces keeps the spans in a file.
+        with _own_errors():
+            trace = _client(str(destination.tracking_uri)).get_trace(trace_id)
     return trace.info, list(trace.data.spans)
 
 
@@ -320,7 +331,7 @@ def _own_errors() -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except NotImplementedError as error:
+    except (NotImplementedError, MlflowNotImplementedException) as error:
         raise StoreError(str(error), unsupported=True) from error
     except Exception as error:
         refused = isinstance(error, MlflowException) and error.get_http_status_code() == 400

@@ -107,12 +107,15 @@ def current_experiment_id() -> str:
 
 
 def active_trace() -> TraceInfo | None:
-    """Return what is known of the trace of the active span; None if it is not this process's."""
+    """Return what is known of the trace of the active span; None if it is not ours to export."""
     span = mlflow.get_current_active_span()
     if span is None or isinstance(span, NoOpSpan):
         return None
     with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
         if trace is None or trace.is_remote_trace or trace.info.trace_location is None:
+            return None
+        # Which MLflow does by itself, for a workspace of its own choice.
+        if getattr(trace, "workspace", None):
             return None
         return copy.deepcopy(trace.info)
 

@@ -1,4 +1,4 @@
-"""An MLflow tracking server in a process of its own, on an SQLite file."""
+"""An MLflow tracking server in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class TrackingServer:
     Without ``directory`` a temporary one is used and removed by `close`; a given directory is
     created when missing (mode 0700) and kept. Without ``port`` a free one is chosen; the port
     stays the same over `kill` and `start`. ``timeout`` is the time in seconds that `start` waits
-    for the server to answer.
+    for the server to answer. ``backend_store_uri`` is where it keeps what it is told, by default
+    an SQLite file in ``directory``.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class TrackingServer:
         directory: str | os.PathLike[str] | None = None,
         port: int | None = None,
         timeout: float = 60.0,
+        backend_store_uri: str | None = None,
     ) -> None:
         self._temporary = directory is None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="mlflow-server-")).resolve()
         self.port = _free_port() if port is None else port
         self.timeout = timeout
+        self.backend_store_uri = backend_store_uri or f"sqlite:///{self.directory}/mlflow.db"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -111,7 +114,7 @@ class TrackingServer:
     def _command(self) -> list[str]:
         return [
             *(sys.executable, "-m", "mlflow", "server"),
-            *("--backend-store-uri", f"sqlite:///{self.directory}/mlflow.db"),
+            *("--backend-store-uri", self.backend_store_uri),
             *("--artifacts-destination", (self.directory / "artifacts").as_uri()),
             *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
         ]

@@ -40,6 +40,31 @@ def test_a_file_store_gets_the_whole_trace(
     assert len(stored_trace(span.trace_id).tasks) == 5
 
 
+def test_a_server_that_takes_no_spans_gets_the_whole_trace(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A server on a folder of files has no OTLP endpoint: the spans come home, none is missing."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    files = (tmp_path / "files").as_uri()
+    with TrackingServer(tmp_path / "server", backend_store_uri=files) as server:
+        mlflow.set_tracking_uri(server.uri)
+        mlflow.set_experiment("files")
+        with ctx_autolog.enable(), mlflow.start_span("job") as span, mlflow.start_span("step"):
+            spark.range(0, 12, 1, 3).mapInPandas(extractor(endpoint.base_url), SCHEMA).collect()
+        trace = stored_trace(span.trace_id)
+        assert ctx_autolog.receipt().complete
+
+    assert len(trace.calls) == len(endpoint.requests) == 12
+    assert {task.parent_id for task in trace.tasks} == {trace.children_of(trace.root)[0].span_id}
+    assert trace.total_tokens == endpoint.total_tokens > 0
+    assert trace.trace.info.state == "OK"
+    assert "is not complete" not in caplog.text
+
+
 def test_workers_need_no_path_to_the_store(
     spark: SparkSession, endpoint: OpenAIEndpoint, tmp_path: Path
 ) -> None:

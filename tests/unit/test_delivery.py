@@ -835,7 +835,45 @@ def test_first_reason_is_remembered(store: Store, unhurried: Config) -> None:
     assert delivery.first_error == "it answered 503"
 
 
+def test_reason_is_forgotten_when_all_is_well(store: Store, unhurried: Config) -> None:
+    """After an outage that cost nothing, a later one is told by its own reason."""
+    delivery = QuickToRetry(A, store, unhurried)
+    for reason in ("it answered 503", "it answered 500"):
+        store.fail(StoreError(reason))
+        delivery.submit(span(reason))
+        delivery.flush(0.05)
+        until(lambda: delivery.first_error is not None)
+        assert delivery.first_error == reason
+        store.recover()
+        assert flushed(delivery)
+        assert delivery.first_error is None
+
+
+def test_store_that_takes_no_spans_is_known_until_it_does(store: Store, unhurried: Config) -> None:
+    """Whether the store's last answer was that it takes no single spans can be asked."""
+    delivery = QuickToRetry(A, store, unhurried)
+    store.fail(StoreError("it answered 501", unsupported=True))
+    delivery.submit(span(0))
+    assert delivery.flush(LONG, give_up=True) is False
+    assert delivery.is_unsupported
+
+    store.recover()
+    assert flushed(delivery)
+    assert not delivery.is_unsupported
+
+
 # A record that the store refuses.
+
+
+def test_flush_does_not_wait_for_what_is_refused(store: Store, unhurried: Config) -> None:
+    """A record that the store never takes does not cost each flush its whole timeout."""
+    store.refuses = {"0"}
+    delivery = Delivery(A, store, unhurried)
+    submit_all(delivery, spans(names(3)))
+
+    assert in_time(delivery.flush, LONG) is False
+    assert in_time(delivery.flush, LONG) is False
+    assert sorted(store.stored) == ["1", "2"]
 
 
 def test_batch_that_is_refused_is_halved(store: Store, unhurried: Config) -> None:

@@ -554,6 +554,26 @@ def _incomplete_trace(book: Ledger) -> None:
         book.receive([task.arrival()])
 
 
+def test_nobody_waits_again_for_what_is_known_to_be_missing(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the user was warned, later flushes ask once; who asks for a receipt waits for it."""
+    ctx_autolog.enable(flush_timeout=1)
+    _incomplete_trace(book)
+    asked: list[str] = []
+    count = ledger.count_spans
+
+    def counting(destination: Destination, trace_id: str) -> int:
+        asked.append(trace_id)
+        return count(destination, trace_id)
+
+    monkeypatch.setattr(ledger, "count_spans", counting)
+    assert ctx_autolog.flush(30)
+    assert len(asked) == 1
+    assert not ctx_autolog.receipt(timeout=1).complete
+    assert len(asked) > 2
+
+
 def test_strict_raises_from_receipt(book: Ledger) -> None:
     """With strict, asking for a receipt that is not complete raises, with the receipt."""
     ctx_autolog.enable(strict=True, flush_timeout=1)
