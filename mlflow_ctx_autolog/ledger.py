@@ -551,7 +551,9 @@ class Ledger:
             # For the end of a trace, which MLflow's own exit handler has waited for.
             timeout = max(_LULL, timeout - waited)
         deadline = time.monotonic() + timeout
-        self.flush(timeout, give_up_if_down=True)
+        # MLflow may have the end of a trace still to export, from which it is known what is down.
+        self._within(deadline, flush_exports)
+        self.flush(max(0.0, deadline - time.monotonic()), give_up_if_down=True)
         for book in list(self._books.values()):
             # Of tasks that have finished since, nobody has told.
             if book.has_ended and book.delivers and not book.receipts_come_home:

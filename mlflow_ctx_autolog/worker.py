@@ -27,8 +27,8 @@ __all__ = ["attach", "process_id", "read_carrier", "task_runner"]
 _logger = logging.getLogger(__name__)
 
 # How long the end of a task whose spans can go home waits for the store: a share of the time that
-# the task took, and at least so many seconds.
-_SHARE_OF_TASK, _PATIENCE = 0.1, 1.0
+# the task took, and at least so many seconds, unless the last task has waited in vain.
+_SHARE_OF_TASK, _PATIENCE = 0.05, 1.0
 
 _process_token = uuid.uuid4().hex
 
@@ -307,7 +307,8 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     timeout = task.context.config.flush_timeout
     if goes_home:
         # Rather than hold up a job for a store that is slow, let the driver wait for it.
-        timeout = min(timeout, max(_PATIENCE, _SHARE_OF_TASK * (started - task.began)))
+        patience = 0.0 if delivery.store_is_down else _PATIENCE
+        timeout = min(timeout, max(patience, _SHARE_OF_TASK * (started - task.began)))
     is_stored = delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
     seconds = time.monotonic() - started
     counts = delivery.counts(task.span_id)
