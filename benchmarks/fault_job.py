@@ -24,7 +24,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 import mlflow_ctx_autolog as ctx_autolog
 
-PARTITIONS, CALLS_IN_EACH = 8, 100
+PARTITIONS, CALLS_IN_EACH = 8, 60
 CALLS = PARTITIONS * CALLS_IN_EACH
 WARM_UP = "Are you there?"
 DOCUMENT = "The licensee may read the data, and may not pass them on to third parties.\n" * 15

@@ -43,7 +43,7 @@ from mlflow_ctx_autolog.testing import (
     UnreliableProxy,
 )
 
-LATENCY = 0.02
+LATENCY = 0.1
 MASTER = "local[2,3]"
 EARLY = CALLS // 8
 JOB_TIMEOUT, EXIT_TIMEOUT = 100.0, 60.0
