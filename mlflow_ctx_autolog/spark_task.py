@@ -96,6 +96,7 @@ _ENDS = (
     ("pyspark.worker", "handle_worker_exception", False),
     ("__main__", "handle_worker_exception", False),
     ("__main__", "compute_real_exit_code", False),
+    ("pyspark.daemon", "compute_real_exit_code", False),
 )
 _end_patches: list[Patch] = []
 

@@ -19,17 +19,20 @@ cloudpickle.register_pickle_by_value(functions)
 
 @pytest.fixture(scope="module")
 def spark(request: pytest.FixtureRequest) -> Iterator[SparkSession]:
-    """A classic Spark session; its master is the module's MASTER, ``local[2]`` by default."""
+    """A classic Spark session; its master is the module's MASTER, ``local[2]`` by default.
+
+    A module's CONF has settings of its own.
+    """
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    session = (
+    builder = (
         SparkSession.builder.master(getattr(request.module, "MASTER", "local[2]"))
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.shuffle.partitions", "2")
         # Several batches a partition, so that a function is suspended between them.
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "3")
-        .getOrCreate()
     )
+    session = builder.config(map=getattr(request.module, "CONF", {})).getOrCreate()
     session.sparkContext.setLogLevel("OFF")
     yield session
     session.stop()
