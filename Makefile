@@ -7,7 +7,7 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 # A Java that set-up found or fetched; empty where the one on PATH will do.
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
-.PHONY: setup demo test test-unit lint format benchmark faults clean
+.PHONY: setup demo test test-unit lint format benchmark faults coverage-table clean
 
 setup: .venv/library
 
@@ -57,6 +57,9 @@ benchmark: setup
 # Takes a quarter of an hour.
 faults: setup
 	@$(RUN) $(BIN)/python benchmarks/faults.py --write docs/faults.md
+
+coverage-table: setup
+	$(BIN)/python tests/support/coverage_table.py
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info

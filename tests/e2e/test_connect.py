@@ -14,6 +14,7 @@ import functions
 import mlflow
 import pyspark
 import pytest
+from coverage_table import SPARK, cases
 from workload import stored_trace
 
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
@@ -50,18 +51,30 @@ with mlflow.start_span("job") as span:
 
 ways = {}
 for name, job in functions.ON_FRAMES.items():
+    if not functions.is_there(name):
+        continue
     with mlflow.start_span(name) as way_span:
         job(spark.range(0, functions.ROWS, 1, 2), functions.asker(url))
     ways[name] = way_span.trace_id
+
+try:
+    frame.rdd
+    has_rdds = True
+except Exception:
+    has_rdds = False
 
 ctx_autolog.disable()
 untraced = frame.mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
 assert sorted(rows) == sorted(untraced)
 mlflow.flush_trace_async_logging()
 spark.stop()
-print(json.dumps(
-    {"trace_id": span.trace_id, "rows": len(rows), "carrier": carrier, "ways": ways}
-))
+print(json.dumps({
+    "trace_id": span.trace_id,
+    "rows": len(rows),
+    "carrier": carrier,
+    "ways": ways,
+    "has_rdds": has_rdds,
+}))
 """
 
 
@@ -96,7 +109,7 @@ def test_the_one_line_works_on_spark_connect(result: dict[str, Any]) -> None:
     assert json.loads(result["carrier"])["version"] == 1
 
 
-@pytest.mark.parametrize("way", functions.ON_FRAMES)
+@pytest.mark.parametrize("way", functions.covered("Spark Connect", functions.ON_FRAMES))
 def test_every_way_works_on_spark_connect(result: dict[str, Any], way: str) -> None:
     """Every call of a function handed over in this way is below its task and the driver's span."""
     trace = stored_trace(result["ways"][way])
@@ -105,3 +118,17 @@ def test_every_way_works_on_spark_connect(result: dict[str, Any], way: str) -> N
     assert {task.name for task in trace.tasks} == {"extract"}
     attempts = [task.attributes["spark.task.attempt_id"] for task in trace.tasks]
     assert len(attempts) == len(set(attempts))
+
+
+@pytest.mark.parametrize(
+    "way",
+    cases(
+        SPARK,
+        "Spark Connect",
+        functions.ON_RDDS,
+        limit="there are no RDDs. Use a DataFrame's `mapInPandas` or `foreachPartition`.",
+    ),
+)
+def test_there_are_no_rdds_on_spark_connect(result: dict[str, Any], way: str) -> None:
+    """Spark Connect refuses to make an RDD."""
+    assert not result["has_rdds"]

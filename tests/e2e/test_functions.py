@@ -20,7 +20,7 @@ from mlflow_ctx_autolog.testing import OpenAIEndpoint
 JOBS = {**functions.ON_FRAMES, **functions.ON_RDDS}
 
 
-@pytest.mark.parametrize("way", JOBS)
+@pytest.mark.parametrize("way", functions.covered("classic Spark", JOBS))
 def test_calls_are_below_the_driver_and_results_unchanged(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str, way: str
 ) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pandas as pd
+import pyspark
+import pytest
+from coverage_table import SPARK, case
 from pyspark.sql import DataFrame, functions
 from workload import ask
 
@@ -25,6 +28,14 @@ def asker(url: str) -> Callable[[int], str]:
         return ask(clients[0], int(number))
 
     return call
+
+
+def map_in_pandas(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            yield batch.assign(answer=[call(number) for number in batch["id"]])
+
+    return list(frame.mapInPandas(extract, "id long, answer string").collect())
 
 
 def map_in_arrow(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
@@ -137,6 +148,15 @@ def foreach(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     return []
 
 
+def foreach_partition(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(rows: Iterable[Any]) -> None:
+        for row in rows:
+            call(row.id)
+
+    frame.foreachPartition(extract)
+    return []
+
+
 def rdd_map(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     def extract(row: Any) -> tuple[int, str]:
         return row.id, call(row.id)
@@ -152,21 +172,62 @@ def rdd_foreach(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     return []
 
 
-ON_FRAMES: dict[str, Job] = {
-    "DataFrame.mapInArrow": map_in_arrow,
-    "DataFrame.foreach": foreach,
-    "groupBy().applyInPandas": apply_in_pandas,
-    "groupBy().applyInPandas with key": apply_in_pandas_with_key,
-    "cogroup().applyInPandas": cogroup_apply_in_pandas,
-    "pandas_udf": pandas_udf,
-    "pandas_udf over iterators": iterator_pandas_udf,
-    "pandas_udf, grouped aggregate": grouped_aggregate_pandas_udf,
-    "udf": udf,
-    "udf, Arrow-optimised": arrow_optimised_udf,
-}
-if hasattr(functions, "arrow_udf"):
-    ON_FRAMES["arrow_udf"] = arrow_udf
-if hasattr(functions, "try_parse_json"):  # From Spark 4.0, as applyInArrow.
-    ON_FRAMES["groupBy().applyInArrow"] = apply_in_arrow
+def rdd_map_partitions(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(rows: Iterable[Any]) -> Iterator[tuple[int, str]]:
+        for row in rows:
+            yield row.id, call(row.id)
 
-ON_RDDS: dict[str, Job] = {"RDD.map": rdd_map, "RDD.foreach": rdd_foreach}
+    return list(frame.rdd.mapPartitions(extract).collect())
+
+
+def rdd_foreach_partition(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(rows: Iterable[Any]) -> None:
+        for row in rows:
+            call(row.id)
+
+    frame.rdd.foreachPartition(extract)
+    return []
+
+
+ON_FRAMES: dict[str, Job] = {
+    "`DataFrame.mapInPandas`": map_in_pandas,
+    "`DataFrame.mapInArrow`": map_in_arrow,
+    "`DataFrame.foreach`": foreach,
+    "`DataFrame.foreachPartition`": foreach_partition,
+    "`groupBy().applyInPandas`": apply_in_pandas,
+    "`groupBy().applyInPandas` with key": apply_in_pandas_with_key,
+    "`groupBy().applyInArrow`": apply_in_arrow,
+    "`cogroup().applyInPandas`": cogroup_apply_in_pandas,
+    "`pandas_udf`": pandas_udf,
+    "`pandas_udf` over iterators": iterator_pandas_udf,
+    "`pandas_udf`, grouped aggregate": grouped_aggregate_pandas_udf,
+    "`udf`": udf,
+    "`udf`, Arrow-optimised": arrow_optimised_udf,
+    "`arrow_udf`": arrow_udf,
+}
+
+ON_RDDS: dict[str, Job] = {
+    "`RDD.map`": rdd_map,
+    "`RDD.mapPartitions`": rdd_map_partitions,
+    "`RDD.foreach`": rdd_foreach,
+    "`RDD.foreachPartition`": rdd_foreach_partition,
+}
+
+# The release of Spark that brought it, where that is not in all that are supported.
+SINCE = {"`groupBy().applyInArrow`": (4, 0), "`arrow_udf`": (4, 1)}
+
+
+def is_there(way: str) -> bool:
+    """Whether the installed Spark has it."""
+    return tuple(map(int, pyspark.__version__.split(".")[:2])) >= SINCE.get(way, ())
+
+
+def covered(column: str, ways: Iterable[str]) -> list[Any]:
+    """Return cases of a test that shows that functions handed over in these ways are traced."""
+    cases = []
+    for way in ways:
+        release = ".".join(map(str, SINCE.get(way, ())))
+        note = f"from Spark {release}" if release else ""
+        skip = pytest.mark.skipif(not is_there(way), reason=note) if release else None
+        cases.append(case(way, SPARK, way, column, skip=skip, note=note))
+    return cases
