@@ -84,14 +84,17 @@ def active_span_headers() -> dict[str, str]:
     Also for a span that was dropped by sampling: its children must be dropped with it.
     """
     headers: dict[str, str] = {}
-    _propagator.inject(headers, context=mlflow_provider.get_current_context())
+    if has_active_span():
+        _propagator.inject(headers, context=mlflow_provider.get_current_context())
     return headers
 
 
 def has_active_span() -> bool:
     """Whether a span, recorded or not, is active in this execution context."""
     span = mlflow_provider.get_current_otel_span()
-    return span is not None and span.get_span_context().is_valid
+    # Where MLflow could not start a span, the one that it pretends to be in has no context.
+    context = None if span is None else span.get_span_context()
+    return context is not None and context.is_valid
 
 
 def current_experiment_id() -> str:

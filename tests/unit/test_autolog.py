@@ -13,6 +13,7 @@ import mlflow
 import openai
 import pytest
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
+from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from openai.resources.chat.completions import AsyncCompletions, Completions
 from packaging.version import Version
 from pyspark import RDD
@@ -306,3 +307,26 @@ def test_in_the_drivers_own_process_attach_only_activates(
     (call,) = trace.calls
     assert call.parent_id == trace.root.span_id
     assert trace.tasks == []
+
+
+def test_a_span_that_mlflow_could_not_start_is_no_parent(
+    database: Destination, endpoint: OpenAIEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call inside it is made as ever and is a trace of its own, and no context is carried."""
+    client = openai.OpenAI(base_url=endpoint.base_url, api_key="not-a-key", max_retries=0)
+
+    def fail(*args: Any) -> None:
+        raise ConnectionError("the tracking server is away")
+
+    ctx_autolog.enable()
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowV3SpanProcessor, "_start_trace", fail)
+        span = mlflow.start_span("job")
+        with span:
+            patched.undo()
+            ask(client, 1)
+            with pytest.warns(ctx_autolog.CtxAutologWarning, match="No MLflow span is active"):
+                context = ctx_autolog.capture()
+
+    assert context.traceparent is None
+    assert len(stored_traces(database.experiment_id)) == 1
