@@ -5,16 +5,20 @@ Importing this package needs the standard library only; `TrackingServer` runs th
 command.
 """
 
-from .endpoint import EndpointError, OpenAIEndpoint, Request
+from .endpoint import OpenAIEndpoint
+from .model import Answer, EndpointError, Request, ToolCall, script
 from .proxy import Slow, Status, UnreliableProxy
 from .server import TrackingServer
 
 __all__ = [
+    "Answer",
     "EndpointError",
     "OpenAIEndpoint",
     "Request",
     "Slow",
     "Status",
+    "ToolCall",
     "TrackingServer",
     "UnreliableProxy",
+    "script",
 ]

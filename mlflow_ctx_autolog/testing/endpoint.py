@@ -1,4 +1,4 @@
-"""An HTTP server that speaks the OpenAI chat API, with answers given by a Python function."""
+"""An HTTP server that speaks the OpenAI API, with answers given by a Python function."""
 
 from __future__ import annotations
 
@@ -6,92 +6,54 @@ import json
 import re
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
+from .model import Answer, AnswerFunction, EndpointError, Request, as_answer, default_answer
+from .openai_api import APIS, error_document, usage
 from .tcp import DroppingServer
 
-
-class EndpointError(Exception):
-    """Raised by an answer function to make the endpoint reply with an HTTP error."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.headers = dict(headers or {})
-
-
-@dataclass(frozen=True)
-class Request:
-    """One chat completion request as the server received it."""
-
-    path: str
-    headers: dict[str, str]
-    """Header values by lower-case name."""
-    body: dict[str, Any]
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation, oldest message first."""
-        messages: list[dict[str, Any]] = self.body["messages"]
-        return messages
-
-    @property
-    def model(self) -> str:
-        """The name of the model asked for."""
-        return str(self.body["model"])
-
-    @property
-    def prompt(self) -> str:
-        """The text of the last user message, or "" when there is none."""
-        for message in reversed(self.messages):
-            if message.get("role") == "user":
-                return message_text(message)
-        return ""
-
-
-def message_text(message: Mapping[str, Any]) -> str:
-    """Return the text of a message whose content is a string or a list of parts."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return ""
-    parts = [part.get("text") for part in content if isinstance(part, dict)]
-    return "\n".join(part for part in parts if isinstance(part, str))
-
-
-def count_tokens(text: str) -> int:
-    """Count one token per whitespace-separated word."""
-    return len(text.split())
-
-
-def default_answer(request: Request) -> str:
-    """Echo the first 40 characters of the prompt in a sentence."""
-    return f'You asked: "{request.prompt[:40]}".'
+# Of OpenAI, of Azure, with or without a deployment, and of a Databricks workspace.
+_ADDRESS = re.compile(
+    r"(?:/v1|/openai/v1|(?P<azure>/openai)(?:/deployments/(?P<deployment>[^/]+))?"
+    r"|/serving-endpoints|/ai-gateway/(?:mlflow|openai)/v1)/(?P<api>.+)"
+)
+_APIS_BY_PATH = {api.path: name for name, api in APIS.items()}
 
 
 class OpenAIEndpoint:
-    """A local OpenAI endpoint: POST /v1/chat/completions and GET /v1/models.
+    """A local OpenAI endpoint: chat completions, responses, completions, embeddings and images.
 
-    It listens from construction until `close` and is its own context manager. ``answer`` maps
-    a `Request` to the assistant's text; it is called from many threads at once. When it raises
-    `EndpointError` the client gets that status; any other exception becomes a 500 that names
-    the exception's type. ``latency`` is the wait in seconds before each completion.
+    Streamed or not, at the addresses of OpenAI (`base_url`), and, below `url`, at those of Azure
+    and of a Databricks workspace::
+
+        OpenAI(base_url=endpoint.base_url, api_key="any")
+        AzureOpenAI(azure_endpoint=endpoint.url, api_version="2024-10-21", api_key="any")
+        DatabricksOpenAI(WorkspaceClient(host=endpoint.url, token="any"))
+
+    It listens from construction until `close` and is its own context manager.
 
     Usage figures follow one rule: one token per whitespace-separated word, over the text of all
-    messages (prompt) and of the answer (completion).
+    messages (prompt) and of the answer (completion). An embedding depends on its text alone, and
+    an image is one pixel.
+
+    Args:
+        answer: Maps a `Request` to what the model answers: a text, a dict as JSON for structured
+            output, or an `Answer` with tool calls or a stream that breaks. It is called for each
+            request, from many threads at once. When it raises `EndpointError` the client gets
+            that status; any other exception becomes a 500 that names the exception's type. See
+            `script` for answers in turn.
+        latency: Seconds to wait before each answer.
+        port: Where to listen on 127.0.0.1; 0 for any free port.
     """
 
     def __init__(
         self,
-        answer: Callable[[Request], str] = default_answer,
+        answer: AnswerFunction = default_answer,
         latency: float = 0.0,
         port: int = 0,
     ) -> None:
@@ -113,19 +75,24 @@ class OpenAIEndpoint:
         self._thread.start()
 
     @property
+    def url(self) -> str:
+        """The address to give to ``AzureOpenAI(azure_endpoint=...)``, or as a workspace's host."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
     def base_url(self) -> str:
         """The address to give to ``OpenAI(base_url=...)``."""
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{self.url}/v1"
 
     @property
     def requests(self) -> list[Request]:
-        """The well-formed completion requests received so far, in order of arrival (a copy)."""
+        """The well-formed requests to a model received so far, in order of arrival (a copy)."""
         with self._lock:
             return list(self._requests)
 
     @property
     def total_tokens(self) -> int:
-        """The sum of ``usage.total_tokens`` over all completions sent."""
+        """The sum of ``usage.total_tokens`` over all answers given."""
         with self._lock:
             return self._total_tokens
 
@@ -170,9 +137,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] == "/v1/models":
+        path = self.path.partition("?")[0]
+        if path == "/v1/models":
             model = {"id": "local", "object": "model", "created": 0, "owned_by": "local"}
             self._reply(200, {"object": "list", "data": [model]})
+        elif path == "/.well-known/databricks-config":
+            # What a WorkspaceClient asks its host when it is made.
+            self._reply(200, {"oidc_endpoint": f"{self.server.endpoint.url}/oidc"})
         else:
             self._reply_error(404, f"Unknown request URL: GET {self.path}")
 
@@ -183,44 +154,54 @@ class _Handler(BaseHTTPRequestHandler):
             endpoint._received(request)
             if endpoint.latency > 0:
                 time.sleep(endpoint.latency)
-            answer = endpoint.answer(request)
+            answer = as_answer(endpoint.answer(request))
         except EndpointError as error:
             self._reply_error(error.status, error.message, error.headers)
         except Exception as error:
             self._reply_error(500, f"The answer function raised {type(error).__name__}.")
         else:
-            self._reply_completion(request, answer)
+            self._reply_answer(request, answer)
 
     def _read_request(self) -> Request:
-        """Read the request's body; raises EndpointError when it is not a completion request."""
+        """Read the request's body; raises EndpointError when it is no request to a model."""
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
             # The unread body would be taken for the next request.
             self.close_connection = True
             raise EndpointError(411, "Send the body with a Content-Length header.")
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path.partition("?")[0] != "/v1/chat/completions":
-            raise EndpointError(404, f"Unknown request URL: POST {self.path}")
+        name, deployment = self._called()
         try:
             body = json.loads(content)
         except ValueError:
             raise EndpointError(400, "We could not parse the JSON body of your request.") from None
-        _check(body)
+        if not isinstance(body, dict):
+            raise EndpointError(400, "The request body must be a JSON object.")
+        if not deployment and not isinstance(body.get("model"), str):
+            raise EndpointError(400, "You must provide a model parameter.")
+        APIS[name].check(body)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        return Request(self.path, headers, body)
+        return Request(self.path, headers, body, name, deployment)
 
-    def _reply_completion(self, request: Request, answer: str) -> None:
-        prompt_tokens = sum(count_tokens(message_text(m)) for m in request.messages)
-        completion_tokens = count_tokens(answer)
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }
-        self.server.endpoint._billed(usage["total_tokens"])
-        if request.body.get("stream"):
-            self._reply_events(_chunks(request, answer, usage))
+    def _called(self) -> tuple[str, str]:
+        """Return the name of the API that was called, and the deployment, if any."""
+        address = urlsplit(self.path)
+        found = _ADDRESS.fullmatch(address.path)
+        name = found and _APIS_BY_PATH.get(found["api"])
+        if not found or not name:
+            raise EndpointError(404, f"Unknown request URL: POST {self.path}")
+        if found["azure"] and "api-version" not in parse_qs(address.query):
+            raise EndpointError(404, "Resource not found: an Azure address needs api-version=...")
+        return name, unquote(found["deployment"] or "")
+
+    def _reply_answer(self, request: Request, answer: Answer) -> None:
+        api = APIS[request.api]
+        if not api.answers:
+            answer = Answer()
+        self.server.endpoint._billed(usage(request, answer)["total_tokens"])
+        if request.body.get("stream") and api.events is not None:
+            self._reply_events(api.events(request, answer), named=request.api == "responses")
         else:
-            self._reply(200, _completion(request, answer, usage))
+            self._reply(200, api.reply(request, answer))
 
     def _reply(
         self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
@@ -233,17 +214,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply_error(
         self, status: int, message: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        error = {"message": message, "type": kind, "param": None, "code": None}
-        self._reply(status, {"error": error}, headers)
+        self._reply(status, error_document(status, message), headers)
 
-    def _reply_events(self, events: Iterator[Mapping[str, Any]]) -> None:
+    def _reply_events(self, events: Iterator[Mapping[str, Any]], *, named: bool) -> None:
         fields = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
         pending = self._head(200, fields)
-        for event in events:
-            self.wfile.write(pending + _frame(json.dumps(event)))
-            pending = b""
-        self.wfile.write(_frame("[DONE]") + b"0\r\n\r\n")
+        try:
+            for event in events:
+                self.wfile.write(pending + _frame(event, named))
+                pending = b""
+        except EndpointError as error:
+            document = {"type": "error", **error_document(error.status, error.message)}
+            self.wfile.write(_frame(document, named) + _LAST_CHUNK)
+        except ConnectionAbortedError:
+            self.close_connection = True
+        else:
+            self.wfile.write((b"" if named else _chunk("data: [DONE]")) + _LAST_CHUNK)
 
     def _head(self, status: int, fields: Mapping[str, str]) -> bytes:
         try:
@@ -270,60 +256,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep standard error free of access logs."""
 
 
-def _check(body: Any) -> None:
-    """Raise EndpointError when a parsed body is not a completion request."""
-    if not isinstance(body, dict):
-        raise EndpointError(400, "The request body must be a JSON object.")
-    if not isinstance(body.get("model"), str):
-        raise EndpointError(400, "You must provide a model parameter.")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise EndpointError(400, "You must provide messages: a list of objects.")
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
-def _completion(request: Request, answer: str, usage: Mapping[str, int]) -> dict[str, Any]:
-    message = {"role": "assistant", "content": answer, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-    return {
-        "id": _completion_id(),
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": request.model,
-        "choices": [choice],
-        "usage": dict(usage),
-    }
+def _frame(event: Mapping[str, Any], named: bool) -> bytes:
+    """Encode one server-sent event."""
+    name = f"event: {event['type']}\n" if named else ""
+    return _chunk(f"{name}data: {json.dumps(event)}")
 
 
-def _chunks(request: Request, answer: str, usage: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """Yield the chat.completion.chunk objects of a streamed answer, a word at a time."""
-    options = request.body.get("stream_options")
-    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    common: dict[str, Any] = {
-        "id": _completion_id(),
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": request.model,
-    }
-    if include_usage:
-        common["usage"] = None
-
-    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**common, "choices": [choice]}
-
-    yield chunk({"role": "assistant", "content": ""})
-    for piece in re.findall(r"\s*\S+\s*", answer) or [answer]:
-        yield chunk({"content": piece})
-    yield chunk({}, "stop")
-    if include_usage:
-        yield {**common, "choices": [], "usage": dict(usage)}
-
-
-def _completion_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
-
-
-def _frame(data: str) -> bytes:
-    """Encode one server-sent event as one HTTP chunk."""
-    event = f"data: {data}\n\n".encode()
+def _chunk(text: str) -> bytes:
+    """Encode the text of one server-sent event as one HTTP chunk."""
+    event = f"{text}\n\n".encode()
     return f"{len(event):x}\r\n".encode() + event + b"\r\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import socket
@@ -15,9 +16,20 @@ from typing import Any
 
 import openai
 import pytest
-from openai import OpenAI
+from openai import AzureOpenAI, OpenAI
 
-from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request
+from mlflow_ctx_autolog.testing import (
+    Answer,
+    EndpointError,
+    OpenAIEndpoint,
+    Request,
+    ToolCall,
+    script,
+)
+
+needs_responses = pytest.mark.skipif(
+    not hasattr(OpenAI, "responses"), reason="this openai has no responses API"
+)
 
 
 def ask(endpoint: OpenAIEndpoint, prompt: str = "How many words?", **options: Any) -> Any:
@@ -149,6 +161,170 @@ def test_unexpected_error() -> None:
             ask(endpoint)
         assert len(endpoint.requests) == 1
     assert "secret" not in str(caught.value)
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+LOOK_UP = Answer(tool_calls=[ToolCall("look_up", {"clause": 7}), ToolCall("stop")])
+
+
+def test_tool_calls() -> None:
+    """An answer can ask for tools, whole or in the pieces of a stream."""
+    with OpenAIEndpoint(lambda request: LOOK_UP) as endpoint:
+        (choice,) = ask(endpoint, tools=TOOLS).choices
+        chunks = list(ask(endpoint, tools=TOOLS, stream=True))
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+    assert calls == [("look_up", '{"clause": 7}'), ("stop", "{}")]
+    streamed: dict[int, list[str]] = {}
+    for chunk in chunks:
+        for call in chunk.choices[0].delta.tool_calls or []:
+            parts = streamed.setdefault(call.index, ["", ""])
+            parts[0] += call.function.name or ""
+            parts[1] += call.function.arguments
+    assert [tuple(parts) for parts in streamed.values()] == calls
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_structured_output() -> None:
+    """An answer that is a dict arrives as JSON, and the function sees the schema."""
+    schema = {"type": "object", "properties": {"clause": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with OpenAIEndpoint(lambda request: {"seen": request.schema}) as endpoint:
+        reply = ask(endpoint, response_format=wanted)
+    assert json.loads(reply.choices[0].message.content) == {"seen": schema}
+
+
+def test_structured_output_needs_an_answer() -> None:
+    """The default answer says that it cannot follow a schema."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+    with OpenAIEndpoint() as endpoint, pytest.raises(openai.BadRequestError, match="a dict"):
+        ask(endpoint, response_format=wanted)
+
+
+def test_a_stream_that_breaks() -> None:
+    """A stream ends after the pieces that the answer says, in silence or with an error."""
+    silent = Answer("one two three", breaks_after=2)
+    loud = Answer("one two three", breaks_after=1, break_with=EndpointError(500, "Too hot."))
+    with OpenAIEndpoint(script(silent, loud, "whole again")) as endpoint:
+        pieces: list[str] = []
+        stream = ask(endpoint, stream=True)
+        # Which is an exception of the HTTP library in older releases.
+        with pytest.raises(Exception, match="onnection"):
+            pieces.extend(chunk.choices[0].delta.content for chunk in stream)
+        with pytest.raises(openai.APIError, match="Too hot"):
+            pieces.extend(chunk.choices[0].delta.content for chunk in ask(endpoint, stream=True))
+        assert ask(endpoint).choices[0].message.content == "whole again"
+    assert pieces == ["", "one ", "two ", "", "one "]
+
+
+def test_a_script_is_followed_step_by_step() -> None:
+    """Answers and errors come in turn, and the last one ever after."""
+    steps = EndpointError(429, "Slow down.", {"Retry-After": "0"}), "yes", "no"
+    with OpenAIEndpoint(script(*steps)) as endpoint:
+        with pytest.raises(openai.RateLimitError):
+            ask(endpoint)
+        answers = [ask(endpoint).choices[0].message.content for _ in range(3)]
+    assert answers == ["yes", "no", "no"]
+    with pytest.raises(ValueError, match="at least one step"):
+        script()
+
+
+@needs_responses
+def test_responses() -> None:
+    """A response has the answer, usage, and the tools that are asked for; items are messages."""
+    with OpenAIEndpoint(script("a b c", LOOK_UP)) as endpoint:
+        client = OpenAI(base_url=endpoint.base_url, api_key="key", max_retries=0)
+        text = [{"role": "user", "content": [{"type": "input_text", "text": "one two"}]}]
+        reply = client.responses.create(model="m", input=text, instructions="Be brief.")  # type: ignore[arg-type]
+        tools = client.responses.create(model="m", input="go")
+        request = endpoint.requests[0]
+    assert (reply.output_text, reply.status) == ("a b c", "completed")
+    assert reply.usage is not None
+    assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 3)
+    calls = [(item.name, item.arguments) for item in tools.output]  # type: ignore[union-attr]
+    assert calls == [("look_up", '{"clause": 7}'), ("stop", "{}")]
+    assert (request.api, request.prompt) == ("responses", "one two")
+
+
+@needs_responses
+def test_streamed_responses() -> None:
+    """The events of a streamed response come in OpenAI's order, and add up to the response."""
+    answer = Answer("one two", tool_calls=LOOK_UP.tool_calls)
+    failing = Answer("one two", breaks_after=1, break_with=EndpointError(500, "Too hot."))
+    with OpenAIEndpoint(script(answer, failing)) as endpoint:
+        client = OpenAI(base_url=endpoint.base_url, api_key="key", max_retries=0)
+        with client.responses.stream(model="m", input="go") as stream:
+            events = [event.type for event in stream]
+            final = stream.get_final_response()
+        with pytest.raises(openai.APIError, match="Too hot"):
+            list(client.responses.create(model="m", input="go", stream=True))
+    assert events[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert events[-1] == "response.completed"
+    assert final.output_text == "one two"
+    assert len(final.output) == 3
+    assert final.usage is not None
+
+
+def test_embeddings() -> None:
+    """An embedding depends on the text alone, and has length 1 and the dimensions asked for."""
+    with OpenAIEndpoint() as endpoint:
+        client = OpenAI(base_url=endpoint.base_url, api_key="key", max_retries=0)
+        reply = client.embeddings.create(model="m", input=["a b", "c", "a b"], dimensions=5)
+        plain = client.embeddings.create(
+            model="m", input="a b", dimensions=5, encoding_format="float"
+        )
+    first, second, third = (item.embedding for item in reply.data)
+    assert first == third != second
+    assert len(first) == 5
+    assert sum(value * value for value in first) == pytest.approx(1)
+    assert plain.data[0].embedding == pytest.approx(first)
+    assert reply.usage.total_tokens == 5
+
+
+def test_images_and_completions() -> None:
+    """Images are PNGs of one pixel; the old completions API answers a prompt, streamed or not."""
+    with OpenAIEndpoint(lambda request: f"{request.prompt} there") as endpoint:
+        client = OpenAI(base_url=endpoint.base_url, api_key="key", max_retries=0)
+        images = client.images.generate(model="m", prompt="a cat", n=2).data or []
+        reply = client.completions.create(model="m", prompt="hello")
+        chunks = client.completions.create(model="m", prompt="hello", stream=True)
+        pieces = [chunk.choices[0].text for chunk in chunks]
+        assert [request.api for request in endpoint.requests] == [
+            "images",
+            "completions",
+            "completions",
+        ]
+    assert len(images) == 2
+    assert base64.b64decode(images[0].b64_json or "").startswith(b"\x89PNG")
+    assert (reply.choices[0].text, "".join(pieces)) == ("hello there", "hello there")
+    assert reply.usage is not None
+    assert reply.usage.total_tokens == 3
+
+
+def test_azure() -> None:
+    """Azure's addresses name the deployment, and need the version of the API."""
+    with OpenAIEndpoint() as endpoint:
+        azure = AzureOpenAI(azure_endpoint=endpoint.url, api_version="2024-10-21", api_key="key")
+        messages: Any = [{"role": "user", "content": "hello"}]
+        azure.chat.completions.create(model="my-gpt", messages=messages)
+        azure.embeddings.create(model="my-embedding", input="a")
+        path = "/openai/deployments/my%20gpt/chat/completions"
+        body = json.dumps({"messages": messages}).encode()
+        assert post(endpoint, body, path)[0] == 404
+        assert post(endpoint, body, f"{path}?api-version=1")[0] == 200
+        deployments = [request.deployment for request in endpoint.requests]
+        assert endpoint.requests[-1].model == "my gpt"
+    assert deployments == ["my-gpt", "my-embedding", "my gpt"]
+
+
+@pytest.mark.parametrize("prefix", ["/serving-endpoints", "/ai-gateway/mlflow/v1", "/openai/v1"])
+def test_other_addresses(prefix: str) -> None:
+    """A Databricks workspace's addresses, and Azure's newer one, are those of the same APIs."""
+    with OpenAIEndpoint() as endpoint:
+        client = OpenAI(base_url=endpoint.url + prefix, api_key="key", max_retries=0)
+        client.embeddings.create(model="m", input="a")
+        assert endpoint.requests[0].path == f"{prefix}/embeddings"
 
 
 @pytest.mark.parametrize(
