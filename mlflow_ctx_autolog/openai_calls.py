@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import importlib
+import time
 from collections.abc import Callable
 from typing import Any
 
 import mlflow.openai
+from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging_is_disabled
 
+from mlflow_ctx_autolog.openai_client import OpenAIClient
 from mlflow_ctx_autolog.patching import Patch
-from mlflow_ctx_autolog.task import current_task
-from mlflow_ctx_autolog.tracing import has_active_span
+from mlflow_ctx_autolog.task import Task, current_task
+from mlflow_ctx_autolog.tracing import has_active_span, record_usage
 
 __all__ = ["OpenAICalls"]
 
 _FLAVOR = mlflow.openai.FLAVOR_NAME
 # The function of the same name hides the module from an import statement.
 _autolog_module = importlib.import_module("mlflow.openai.autolog")
+
+# By OpenTelemetry's names.
+_RESEND_COUNT = "http.request.resend_count"
+_TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 
 
 class OpenAICalls:
@@ -28,6 +37,10 @@ class OpenAICalls:
     the Spark task that this process is running, from whichever thread the call comes; else
     there is none, as in MLflow.
 
+    What MLflow does not record is added: how often the client has sent the request again, usage
+    of calls other than chat, the time to the first chunk of a stream; and the end of the spans of
+    calls that were cancelled, and of streams that fail or are not read to their end.
+
     Args:
         only_in_tasks: Trace calls only while a task is open; for worker processes, which are
             used again by jobs that have nothing to do with this one.
@@ -35,22 +48,52 @@ class OpenAICalls:
 
     def __init__(self, *, only_in_tasks: bool) -> None:
         self._only_in_tasks = only_in_tasks
-        self._patch = Patch(_autolog_module, "start_span_no_context", self._start_span)
+        self._patches = [
+            Patch(_autolog_module, "start_span_no_context", self._start_span),
+            Patch(_autolog_module, "_end_span_on_success", self._end_span),
+        ]
+        self._client = OpenAIClient(self)
         self._our_autolog: object = None
+        self._unread: set[_Answer] = set()
+        # The span of the call that is being made, until the client returns from it.
+        self._calling: contextvars.ContextVar[Any] = contextvars.ContextVar(
+            "ctx_autolog_calling", default=None
+        )
 
     def install(self) -> None:
         """Turn autolog on, unless the user has done so. Idempotent."""
         if autologging_is_disabled(_FLAVOR):
             mlflow.openai.autolog()
             self._our_autolog = AUTOLOGGING_INTEGRATIONS[_FLAVOR]
-        self._patch.apply()
+        for patch in self._patches:
+            patch.apply()
+        self._client.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`; an autolog that the user turned on stays on. Idempotent."""
-        self._patch.revert()
+        for patch in self._patches:
+            patch.revert()
+        self._client.uninstall()
         if self._autolog_is_ours():
             mlflow.openai.autolog(disable=True)
         self._our_autolog = None
+
+    def close_answers(self, task: Task) -> None:
+        """End the spans of those answers that the task has not read to their end."""
+        self._client.close_dropped()
+        for answer in list(self._unread):
+            if answer.task is task:
+                answer.closed()
+
+    def resends(self) -> None:
+        span = self._calling.get()
+        if span is not None and span.end_time_ns is None:
+            span.set_attribute(_RESEND_COUNT, (span.get_attribute(_RESEND_COUNT) or 0) + 1)
+
+    def interrupted(self, error: BaseException) -> None:
+        span = self._calling.get()
+        if span is not None and span.end_time_ns is None:
+            _autolog_module._end_span_on_exception(span, error)
 
     def _autolog_is_ours(self) -> bool:
         # Each call of autolog() makes a new entry, so a later one by the user shows here.
@@ -59,12 +102,116 @@ class OpenAICalls:
         )
 
     def _start_span(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._client.close_dropped()
+        if self._calling.get() is not None and _is_of_parse(kwargs.get("inputs")):
+            return NoOpSpan()
         task = current_task()
         if task is None:
             if self._only_in_tasks and self._autolog_is_ours():
                 return NoOpSpan()
-            return original(*args, **kwargs)
-        task.count_call()
-        if not has_active_span():
-            kwargs.setdefault("parent_span", task.span)
-        return original(*args, **kwargs)
+        else:
+            task.count_call()
+            if not has_active_span():
+                kwargs.setdefault("parent_span", task.span)
+        if kwargs.get("span_type") == "UNKNOWN" and "messages" in (kwargs.get("inputs") or {}):
+            # Of a client derived from OpenAI's, such as Databricks', before MLflow 3.14.
+            kwargs["span_type"] = "CHAT_MODEL"
+        span = original(*args, **kwargs)
+        self._calling.set(None if isinstance(span, NoOpSpan) else span)
+        return span
+
+    def _end_span(
+        self,
+        original: Callable[..., None],
+        span: Any,
+        inputs: dict[str, Any],
+        raw_result: Any,
+        is_responses_api: bool,
+    ) -> None:
+        if self._calling.get() is span:
+            self._calling.set(None)
+        result = _autolog_module._try_parse_raw_response(raw_result)
+        if not isinstance(span, NoOpSpan):
+            answer = _Answer(span, inputs, is_responses_api, current_task(), self._unread)
+            if self._client.follow(result, answer):
+                self._unread.add(answer)
+                return
+            record_usage(span, getattr(result, "usage", None))
+        original(span, inputs, result, is_responses_api)
+
+
+def _is_of_parse(inputs: Any) -> bool:
+    """Whether a call is a part of parse(), which has a span of its own, as before openai 1.92."""
+    headers = (inputs or {}).get("extra_headers") or {}
+    return str(headers.get("X-Stainless-Helper-Method")).endswith(".completions.parse")
+
+
+class _Answer:
+    """An answer that is read after the call has returned, and the span that lasts as long."""
+
+    def __init__(
+        self,
+        span: Any,
+        inputs: dict[str, Any],
+        is_responses_api: bool,
+        task: Task | None,
+        unread: set[_Answer],
+    ) -> None:
+        self.task = task
+        self._span = span
+        self._inputs = inputs
+        self._is_responses_api = is_responses_api
+        self._unread = unread
+        self._chunks: list[Any] = []
+        self._latest = time.time_ns()
+
+    def received(self, chunk: Any) -> None:
+        if self not in self._unread:
+            return
+        self._latest = time.time_ns()
+        if not self._chunks:
+            seconds = (self._latest - self._span.start_time_ns) / 1e9
+            self._span.set_attribute(_TIME_TO_FIRST_CHUNK, seconds)
+        _autolog_module._add_span_event(self._span, len(self._chunks), chunk)
+        self._chunks.append(chunk)
+
+    def answered(self, result: Any) -> None:
+        if self._is_taken():
+            _autolog_module._end_span_on_success(
+                self._span, self._inputs, result, self._is_responses_api
+            )
+
+    def ended(self) -> None:
+        if self._is_taken():
+            self._end_with_chunks()
+
+    def failed(self, error: BaseException) -> None:
+        if self._is_taken():
+            self._span.add_event(SpanEvent.from_exception(error))
+            self._span.set_status("ERROR")
+            self._end_with_chunks()
+
+    def closed(self) -> None:
+        if self._is_taken():
+            self._span.set_attribute("llm.stream.outcome", "closed early")
+            # It may come to light long after the last chunk was read.
+            self._span.end = functools.partial(self._span.end, end_time_ns=self._latest)
+            self._end_with_chunks()
+
+    def _is_taken(self) -> bool:
+        """Take the right to end the span, which may be claimed from several threads."""
+        try:
+            self._unread.remove(self)
+        except KeyError:
+            return False
+        return True
+
+    def _end_with_chunks(self) -> None:
+        chunks, self._chunks = self._chunks, []
+        latest = chunks[-1] if chunks else None
+        _autolog_module._process_last_chunk(
+            self._span, latest, self._inputs, chunks, self._is_responses_api
+        )
+        if self._span.end_time_ns is None:
+            # MLflow could not put the chunks together.
+            self._span.end()

@@ -46,6 +46,18 @@ class WorkerProcess:
         if span is not None:
             self.deliveries.to(task.destination).submit(span_record(span))
 
+    def settle(self, task: Task) -> None:
+        """See to the task's spans that are open when it ends.
+
+        Those of streams that it has left unread end. The others, of calls that are still being
+        made, are sent as they are; when they end, they are sent again.
+        """
+        self._openai_calls.close_answers(task)
+        for span in self.tracing.open_spans(task, task.span.trace_id):
+            if span.span_id != task.span_id:
+                record = span_record(span, owner=task.span_id)
+                self.deliveries.to(task.destination).submit(record)
+
     def _submit(self, task: Task, span: Any) -> None:
         task.count_span(span.span_id, span.parent_id, usage_of(span), cost_of(span))
         self.deliveries.to(task.destination).submit(span_record(span, owner=task.span_id))

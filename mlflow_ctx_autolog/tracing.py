@@ -54,6 +54,7 @@ __all__ = [
     "open_spans",
     "parent_activated",
     "record_totals",
+    "record_usage",
     "snapshot",
     "task_span_activated",
     "totals_of",
@@ -139,6 +140,20 @@ def is_task(span: Span) -> bool:
 def usage_of(span: Span) -> Amounts:
     """Return the token usage that a span reports itself."""
     return parse_amounts(span.get_attribute(_USAGE_OF_SPAN))
+
+
+def record_usage(span: LiveSpan, usage: Any) -> None:
+    """Write the tokens that the server has counted, unless MLflow has.
+
+    Args:
+        span: The span of a call.
+        usage: The ``usage`` of the client's reply, by the names of any of its APIs; or None.
+    """
+    if getattr(usage, "total_tokens", None) is None or span.get_attribute(_USAGE_OF_SPAN):
+        return
+    names = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
+    counts = {name: getattr(usage, name, getattr(usage, other, 0)) for name, other in names.items()}
+    span.set_attribute(_USAGE_OF_SPAN, {**counts, "total_tokens": usage.total_tokens})
 
 
 def cost_of(span: Span) -> Amounts:
@@ -359,6 +374,11 @@ class WorkerTracing(Generic[OwnerT]):
             mlflow_provider.set_span_in_context(span)
         return span
 
+    def open_spans(self, owner: OwnerT, trace_id: str) -> list[Span]:
+        """Return the spans of an owner in a trace that have not ended, as they are now."""
+        ids = self._processor.open_ids(owner)
+        return [span for span in open_spans(trace_id) if span.span_id in ids]
+
 
 def _rebuild_provider() -> None:
     # A provider shared with other OpenTelemetry libraries is not ours to drop.
@@ -416,6 +436,12 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
             if trace is not None:
                 trace.span_dict.pop(encode_span_id(span.context.span_id), None)
         self._submit(owner, Span(span))
+
+    def open_ids(self, owner: OwnerT) -> set[str]:
+        """Return the ids of an owner's spans that have not ended."""
+        with self._lock:
+            found = [span_id for span_id, other in self._owners.items() if other is owner]
+        return {encode_span_id(span_id) for span_id in found}
 
     def forget_traces(self) -> None:
         """Drop the placeholders of traces whose spans have all been handed over."""

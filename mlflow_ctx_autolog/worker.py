@@ -282,6 +282,7 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     worker = worker_process()
     delivery = worker.deliveries.to(task.destination)
     try:
+        worker.settle(task)
         made = delivery.counts(task.span_id).made + 1
         receipt = TaskReceipt.attributes(made, task.usage.total, task.cost.total)
         task.span.set_attributes({**task.counts(), **receipt})
