@@ -138,6 +138,9 @@ class OpenAICalls:
                 return
             record_usage(span, getattr(result, "usage", None))
         original(span, inputs, result, is_responses_api)
+        if span.end_time_ns is None:
+            # MLflow could not make sense of it: of a tool without parameters, for one.
+            span.end(outputs=result)
 
 
 def _is_of_parse(inputs: Any) -> bool:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import calls
 import functions
 import pytest
 import workload
@@ -15,6 +16,7 @@ from pyspark.sql import SparkSession
 # Workers cannot import the tests' modules.
 cloudpickle.register_pickle_by_value(workload)
 cloudpickle.register_pickle_by_value(functions)
+cloudpickle.register_pickle_by_value(calls)
 
 
 @pytest.fixture(scope="module")

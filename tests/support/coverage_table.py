@@ -51,6 +51,8 @@ class Section:
 
 
 SPARK = "Ways to hand a function to Spark"
+CLIENTS = "Clients"
+CALLS = "Calls"
 
 SECTIONS = {
     SPARK: Section(
@@ -59,6 +61,21 @@ SECTIONS = {
         "Each call is below the span of its task, and that below the driver's span, with Spark's "
         "facts; the spans are in the store before the driver's span ends; results are the same "
         "without `enable()`.",
+    ),
+    CLIENTS: Section(
+        "client",
+        ("sync", "async"),
+        "The plain call, its stream and an embedding are each one span, below that of the task, "
+        "with the tokens that the server reports.",
+    ),
+    CALLS: Section(
+        "call",
+        ("sync", "async"),
+        "Each call is one span, below that of the task, with the status and the tokens that the "
+        "server reports, `http.request.resend_count` where the client has sent the request again, "
+        "`gen_ai.response.time_to_first_chunk` where the answer is streamed, and "
+        '`llm.stream.outcome` = "closed early" where it was not read to its end. What the caller '
+        "gets is the same without `enable()`.",
     ),
 }
 

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from typing import Any
 
 import openai
@@ -28,7 +29,7 @@ from mlflow_ctx_autolog.testing import (
 )
 
 needs_responses = pytest.mark.skipif(
-    not hasattr(OpenAI, "responses"), reason="this openai has no responses API"
+    find_spec("openai.resources.responses") is None, reason="this openai has no responses API"
 )
 
 
