@@ -350,36 +350,23 @@ CALLS = [
 ]
 
 
-def sync_client(kind: str, url: str) -> Any:
+def client_of(kind: str, mode: str, url: str) -> Any:
     """Return a client of the endpoint at an address."""
     import openai
 
-    if kind == "AzureOpenAI":
-        return openai.AzureOpenAI(
-            azure_endpoint=url, api_version="2024-10-21", api_key="not-a-key", max_retries=0
-        )
+    name = f"Async{kind}" if mode == "async" else kind
     if kind == "DatabricksOpenAI":
+        import databricks_openai
         from databricks.sdk import WorkspaceClient
-        from databricks_openai import DatabricksOpenAI
 
-        return DatabricksOpenAI(WorkspaceClient(host=url, token="not-a-token"), max_retries=0)
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="not-a-key", max_retries=0)
-
-
-def async_client(kind: str, url: str) -> Any:
-    """Return an async client of the endpoint at an address."""
-    import openai
-
-    if kind == "AzureOpenAI":
-        return openai.AsyncAzureOpenAI(
-            azure_endpoint=url, api_version="2024-10-21", api_key="not-a-key", max_retries=0
-        )
-    if kind == "DatabricksOpenAI":
-        from databricks.sdk import WorkspaceClient
-        from databricks_openai import AsyncDatabricksOpenAI
-
-        return AsyncDatabricksOpenAI(WorkspaceClient(host=url, token="not-a-token"), max_retries=0)
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="not-a-key", max_retries=0)
+        workspace = WorkspaceClient(host=url, token="not-a-token")
+        return getattr(databricks_openai, name)(workspace, max_retries=0)
+    address = (
+        {"azure_endpoint": url, "api_version": "2024-10-21"}
+        if kind == "AzureOpenAI"
+        else {"base_url": f"{url}/v1"}
+    )
+    return getattr(openai, name)(api_key="not-a-key", max_retries=0, **address)
 
 
 def prompt_of(kind: str, mode: str, row: str) -> str:
@@ -393,7 +380,7 @@ def caller(url: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame
 
     def make_calls(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         async def make(call: Call, kind: str, prompt: str) -> Any:
-            async with async_client(kind, url) as client:
+            async with client_of(kind, "async", url) as client:
                 return await call.asynchronous(client, prompt)
 
         for batch in batches:
@@ -403,7 +390,7 @@ def caller(url: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame
                 if mode == "async":
                     result = asyncio.run(make(calls[row], kind, prompt))
                 else:
-                    result = calls[row].sync(sync_client(kind, url), prompt)
+                    result = calls[row].sync(client_of(kind, mode, url), prompt)
                 got.append(json.dumps(result))
             yield batch.assign(got=got)
 
