@@ -26,8 +26,10 @@ __all__ = [
     "Spool",
     "SpoolFile",
     "default_directory",
+    "directory_problem",
     "first_of",
     "spool_files",
+    "without_credentials",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -94,6 +96,20 @@ def first_of(
 def default_directory() -> Path:
     """Return this user's directory for spools among the host's temporary files."""
     return Path(tempfile.gettempdir()) / f"mlflow-ctx-autolog-{os.getuid()}"
+
+
+def directory_problem(directory: Path | None) -> str | None:
+    """Return why spools cannot be kept in a directory, None if they can. Leaves nothing there."""
+    folder = directory or default_directory()
+    try:
+        if directory is None and folder.exists():
+            _check_is_private(folder)
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return str(error)
 
 
 class Spool:
@@ -291,7 +307,7 @@ class SpoolFile:
                     "CREATE TABLE destination "
                     "(tracking_uri TEXT, experiment_id TEXT, driver_id TEXT)"
                 )
-                uri = _without_credentials(destination.tracking_uri)
+                uri = without_credentials(destination.tracking_uri)
                 connection.execute(
                     "INSERT INTO destination VALUES (?, ?, ?)",
                     (uri, destination.experiment_id, destination.driver_id),
@@ -455,7 +471,8 @@ def _check_is_private(folder: Path) -> None:
         raise PermissionError(f"{folder} belongs to, or can be written by, somebody else")
 
 
-def _without_credentials(uri: str | None) -> str | None:
+def without_credentials(uri: str | None) -> str | None:
+    """Return a URI without user name and password, in its query neither."""
     if uri is None:
         return None
     parts = urlsplit(uri)

@@ -38,8 +38,10 @@ from mlflow_ctx_autolog.spool import Destination, Record
 
 __all__ = [
     "TRACE_KEY",
+    "access",
     "count_spans",
     "current_tracking_uri",
+    "delete_trace",
     "read_trace",
     "send",
     "send_to",
@@ -54,9 +56,14 @@ __all__ = [
 
 # Metadata of a trace by which its spans can be counted without reading them.
 TRACE_KEY = "mlflow_ctx_autolog.trace_id"
+# Tag of a trace that was made to try the store, where it cannot be deleted.
+PROBE_TAG = "mlflow_ctx_autolog.probe"
 
-# Seconds that the store may take to answer one request.
+# Seconds that the store may take to answer one request, and to answer whether it is there.
 _ANSWER_TIME = 30.0
+_PROBE_TIME = 5.0
+_EXPERIMENT_PATH = "/api/2.0/mlflow/experiments/get"
+_MISSING = "RESOURCE_DOES_NOT_EXIST"
 # A store does not get to silence a worker for longer than this, in seconds.
 _LONGEST_RETRY_AFTER = 300.0
 
@@ -310,6 +317,87 @@ def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list
     return trace.info, list(trace.data.spans)
 
 
+def delete_trace(destination: Destination, trace_id: str) -> None:
+    """Delete a trace with all its spans; where that is not allowed, tag it as a probe.
+
+    Raises:
+        StoreError: The store allows neither.
+    """
+    client = _client(str(destination.tracking_uri))
+    try:
+        with _own_errors():
+            client.delete_traces(destination.experiment_id, trace_ids=[trace_id])
+    except StoreError:
+        with _own_errors():
+            client.set_trace_tag(trace_id, PROBE_TAG, "true")
+
+
+def access(
+    tracking_uri: str, experiment_id: str | None = None, records: Sequence[Record] = ()
+) -> dict[str, str | None]:
+    """Return how far this process gets with a tracking store, in seconds rather than minutes.
+
+    Args:
+        tracking_uri: The store.
+        experiment_id: An experiment in it; None to ask no further than for the log-in.
+        records: What to store there, to see whether that is allowed.
+
+    Returns:
+        For each step that was taken what is wrong there, None where nothing is. The steps are
+        ``"reach"``, ``"login"``, ``"experiment"`` and ``"write"``; the first that fails is the
+        last.
+    """
+    destination = Destination(tracking_uri, experiment_id or "0")
+    last, problem = _try_experiment(destination)
+    if experiment_id is None and last == "experiment":
+        last, problem = "login", None
+    elif problem is None and records:
+        try:
+            last = "write"
+            send(destination, records)
+        except StoreError as error:
+            # A server that takes whole traces only is no failure.
+            last, problem = ("experiment", None) if error.unsupported else ("write", str(error))
+    steps = ("reach", "login", "experiment", "write")
+    return {**dict.fromkeys(steps[: steps.index(last)]), last: problem}
+
+
+def _try_experiment(destination: Destination) -> tuple[str, str | None]:
+    """Return the last step towards reading an experiment, and what is wrong there."""
+    named = f"the experiment {destination.experiment_id}"
+    try:
+        store = _store(destination)
+        if _is_remote(store):
+            question = {"experiment_id": destination.experiment_id}
+            answer = _exchange(store, "GET", _EXPERIMENT_PATH, timeout=_PROBE_TIME, params=question)
+            if answer.status_code == 401:
+                return "login", "it answered 401 to this process's log-in"
+            if answer.status_code == 403:
+                return "experiment", f"this log-in may not read {named}"
+            document = _json_object(answer) or {}
+            stage = document.get("experiment", {}).get("lifecycle_stage")
+            is_missing = document.get("error_code") == _MISSING
+            if stage is None and not is_missing:
+                return "reach", f"it answered {answer.status_code}, and with no experiment"
+        else:
+            with _own_errors():
+                stage, is_missing = _local_stage(store, destination.experiment_id)
+    except StoreError as error:
+        return "reach", str(error)
+    if is_missing:
+        return "experiment", f"{named} does not exist"
+    return "experiment", None if stage == "active" else f"{named} is {stage}"
+
+
+def _local_stage(store: Any, experiment_id: str) -> tuple[str | None, bool]:
+    try:
+        return str(store.get_experiment(experiment_id).lifecycle_stage), False
+    except MlflowException as error:
+        if error.error_code != _MISSING:
+            raise
+        return None, True
+
+
 @functools.lru_cache(maxsize=8)
 def _client(tracking_uri: str) -> TracingClient:
     return TracingClient(tracking_uri)
@@ -341,30 +429,42 @@ def _own_errors() -> Iterator[None]:
 
 def _ask(store: Any, method: str, path: str, **content: Any) -> dict[str, Any]:
     """Make one request whose answer is a JSON object, and return that."""
-    answer = _request(store, method, path, **content)
-    try:
-        document = answer.json()
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
+    document = _json_object(_request(store, method, path, **content))
+    if document is None:
         raise StoreError(f"{store.get_host_creds().host} did not answer in JSON to {path}")
     return document
 
 
-def _request(store: Any, method: str, path: str, **content: Any) -> Any:
+def _json_object(answer: Any) -> dict[str, Any] | None:
+    """Return the JSON object of an answer; None where it is none."""
+    try:
+        document = answer.json()
+    except ValueError:
+        document = None
+    return document if isinstance(document, dict) else None
+
+
+def _exchange(
+    store: Any, method: str, path: str, *, timeout: float = _ANSWER_TIME, **content: Any
+) -> Any:
     """Make one request, with MLflow's own log-in, and without its retries of several minutes."""
     try:
-        answer = http_request(
+        return http_request(
             host_creds=store.get_host_creds(),
             endpoint=path,
             method=method,
             max_retries=0,
             raise_on_status=False,
-            timeout=_ANSWER_TIME,
+            timeout=timeout,
             **content,
         )
     except MlflowException as error:
         raise StoreError(f"it cannot be reached: {_root_cause(error)}") from error
+
+
+def _request(store: Any, method: str, path: str, **content: Any) -> Any:
+    """Make one request that has to succeed."""
+    answer = _exchange(store, method, path, **content)
     if answer.status_code == 200:
         return answer
     if answer.status_code in (401, 403):

@@ -431,7 +431,7 @@ def test_disk_that_is_full_is_not_strewn_with_empty_files(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(spool_module, "_without_credentials", fail)
+        patch.setattr(spool_module, "without_credentials", fail)
         spool = make()
         for key in "abc":
             assert spool.add([span(key)]) == []
