@@ -6,7 +6,7 @@ import contextvars
 import functools
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlflow.openai
@@ -19,7 +19,7 @@ from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.task import Task, current_task
 from mlflow_ctx_autolog.tracing import has_active_span, record_usage
 
-__all__ = ["OpenAICalls"]
+__all__ = ["OpenAICalls", "autolog_is_on", "layers_on_calls"]
 
 _FLAVOR = mlflow.openai.FLAVOR_NAME
 # The function of the same name hides the module from an import statement.
@@ -218,3 +218,49 @@ class _Answer:
         if self._span.end_time_ns is None:
             # MLflow could not put the chunks together.
             self._span.end()
+
+
+def autolog_is_on() -> bool:
+    """Whether MLflow's OpenAI autolog traces calls of this process."""
+    return not autologging_is_disabled(_FLAVOR)
+
+
+# Where other libraries are known to put themselves between a user and the model.
+_CALLS = (
+    ("openai", "OpenAI.request"),
+    ("openai", "AsyncOpenAI.request"),
+    ("openai.resources.chat.completions", "Completions.create"),
+    ("openai.resources.chat.completions", "AsyncCompletions.create"),
+    ("openai.resources.responses", "Responses.create"),
+    ("openai.resources.embeddings", "Embeddings.create"),
+)
+_EXPECTED_LAYERS = {"openai", "mlflow", "mlflow_ctx_autolog"}
+
+
+def layers_on_calls() -> list[str]:
+    """Return the modules of others that have wrapped the OpenAI client's calls, sorted."""
+    found: set[str] = set()
+    for module, path in _CALLS:
+        owner, _, name = path.partition(".")
+        try:
+            function = getattr(getattr(importlib.import_module(module), owner), name)
+        except (ImportError, AttributeError):
+            continue
+        found.update(_layers(function))
+    return sorted(each for each in found if each.partition(".")[0] not in _EXPECTED_LAYERS)
+
+
+def _layers(function: Any) -> Iterator[str]:
+    """Yield the module of each layer of a function, from the outside to the inside."""
+    while function is not None:
+        if hasattr(function, "__dd_wrapped__"):
+            # Whose wrapper is in the bytecode of the function itself.
+            yield "ddtrace"
+        # Of a proxy by wrapt, what it calls; of a function, where it was written, since wrappers
+        # take on the __module__ of what they wrap.
+        wrapper = getattr(function, "_self_wrapper", None)
+        if wrapper is None:
+            yield str(getattr(function, "__globals__", {}).get("__name__", "openai"))
+        else:
+            yield str(getattr(wrapper, "__module__", None) or type(wrapper).__module__)
+        function = getattr(function, "__wrapped__", None)

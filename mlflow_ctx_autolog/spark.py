@@ -8,8 +8,9 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,11 @@ __all__ = [
     "application_id",
     "broadcast_text",
     "carrying",
+    "has_accumulators",
+    "run_on_workers",
     "session_of",
+    "settings_of",
+    "started_session",
     "way_home",
 ]
 
@@ -242,6 +247,34 @@ def active_session() -> Any:
     return SparkSession.getActiveSession()
 
 
+@contextlib.contextmanager
+def started_session(master: str | None, remote: str | None) -> Iterator[tuple[Any, str | None]]:
+    """Start a Spark session for a block; yield it, or None and why there is none.
+
+    Args:
+        master: Spark's master; by default what Spark is configured for.
+        remote: The address of a Spark Connect server instead.
+    """
+    session, problem = None, None
+    try:
+        from pyspark.sql import SparkSession
+
+        builder = SparkSession.builder.appName("mlflow-ctx-autolog doctor")
+        if remote is not None:
+            builder = builder.remote(remote)
+        else:
+            builder = builder.config("spark.ui.showConsoleProgress", "false")
+            builder = builder if master is None else builder.master(master)
+        session = builder.getOrCreate()
+    except Exception as error:
+        problem = f"there is no Spark session: {type(error).__name__}: {error}"
+    try:
+        yield session, problem
+    finally:
+        if session is not None:
+            session.stop()
+
+
 def session_of(receiver: Any) -> Any:
     """Return the session of a DataFrame, the context of an RDD; else the active session."""
     # Asked of the class: a DataFrame has its columns as attributes.
@@ -261,10 +294,76 @@ def application_id(spark: Any) -> str | None:
         return None
 
 
+def settings_of(spark: Any, names: Sequence[str]) -> dict[str, str | None]:
+    """Return settings of Spark's, None for those not set; those that it does not tell are left out.
+
+    Args:
+        spark: A session, classic or Connect.
+        names: The settings.
+    """
+    context = _spark_context(spark)
+    found: dict[str, str | None] = {}
+    for name in names:
+        with contextlib.suppress(Exception):
+            found[name] = (
+                spark.conf.get(name, None) if context is None else context.getConf().get(name, None)
+            )
+    return found
+
+
+# Tasks by which workers are asked: on Spark Connect, which does not say how many can run at once;
+# elsewhere at least and at most.
+_TASKS_ON_CONNECT, _FEWEST_TASKS, _MOST_TASKS = 4, 2, 32
+
+
+def run_on_workers(
+    spark: Any, function: Callable[[str], str], argument: str, tasks: int | None = None
+) -> list[str]:
+    """Call a function once in each of some tasks, and return what it returned.
+
+    It is a plain UDF, so that a worker needs nothing but Python and Spark's own code.
+
+    Args:
+        spark: A session, classic or Connect.
+        function: The function; it and the other functions of its module travel by value.
+        argument: What it is called with.
+        tasks: How many; by default as many as run at once, within reason.
+
+    Raises:
+        Exception: What Spark raises where a task fails.
+    """
+    from pyspark import cloudpickle
+    from pyspark.sql.functions import udf
+
+    if tasks is None:
+        context = _spark_context(spark)
+        at_once = _TASKS_ON_CONNECT if context is None else int(context.defaultParallelism)
+        tasks = min(max(at_once, _FEWEST_TASKS), _MOST_TASKS)
+
+    def call(_: int) -> str:
+        return function(argument)
+
+    # Not a user's function, which would be traced.
+    setattr(call, _CARRIES, True)
+    module = sys.modules[function.__module__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        ask = udf(call, "string", useArrow=False)
+        rows = spark.range(0, tasks, 1, tasks).select(ask("id")).collect()
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    return [str(row[0]) for row in rows]
+
+
 def broadcast_text(spark: Any, text: str) -> Any:
     """Return a Spark broadcast of ``text``; the text itself on Spark Connect, which has none."""
     context = _spark_context(spark)
     return text if context is None else context.broadcast(text)
+
+
+def has_accumulators(spark: Any) -> bool:
+    """Whether tasks can hand something back by an accumulator: not on Spark Connect."""
+    return _spark_context(spark) is not None
 
 
 def way_home(spark: Any, receive: Callable[[Sequence[Any]], None]) -> Any:

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,10 @@ import mlflow
 import mlflow.tracing.provider as mlflow_provider
 from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceState
 from mlflow.entities.span import NoOpSpan, create_mlflow_span
-from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
+from mlflow.environment_variables import (
+    MLFLOW_TRACE_SAMPLING_RATIO,
+    MLFLOW_USE_DEFAULT_TRACER_PROVIDER,
+)
 from mlflow.tracing.constant import TraceTagKey
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.trace_manager import InMemoryTraceManager
@@ -32,6 +36,7 @@ from mlflow.tracing.utils import (
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as OTelSpan
+from opentelemetry.trace import SpanContext, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mlflow_ctx_autolog.context import DriverContext
@@ -50,14 +55,20 @@ __all__ = [
     "current_experiment_id",
     "flush_exports",
     "has_active_span",
+    "is_recorded",
     "is_task",
+    "lone_span",
+    "new_trace",
     "open_spans",
     "parent_activated",
     "record_totals",
     "record_usage",
+    "sampling_ratio",
     "snapshot",
     "task_span_activated",
     "totals_of",
+    "trace_id_of",
+    "tracing_problem",
     "usage_of",
 ]
 
@@ -232,6 +243,60 @@ def snapshot(span: LiveSpan) -> Span | None:
     readable = span._span._readable_span()
     readable._end_time = time.time_ns()
     return Span(readable)
+
+
+def is_recorded(span: Span) -> bool:
+    """Whether a span was made, rather than dropped by sampling or since tracing is off."""
+    return not isinstance(span, NoOpSpan)
+
+
+def trace_id_of(context: DriverContext) -> str | None:
+    """Return the id of the driver's trace, if its spans are recorded."""
+    if context.traceparent is None:
+        return None
+    _, otel_trace_id, _, flags = context.traceparent.split("-")
+    if not int(flags, 16) & TraceFlags.SAMPLED:
+        return None
+    return str(generate_mlflow_trace_id_from_otel_trace_id(int(otel_trace_id, 16)))
+
+
+def tracing_problem() -> str | None:
+    """Return why this process makes no spans; None if it does."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return "OTEL_SDK_DISABLED is true"
+    if not mlflow_provider.is_tracing_enabled():
+        return "mlflow.tracing.disable() was called"
+    return None
+
+
+def sampling_ratio() -> float:
+    """Return the share of traces that this process records."""
+    ratio = MLFLOW_TRACE_SAMPLING_RATIO.get()
+    return 1.0 if ratio is None or not 0.0 <= ratio <= 1.0 else float(ratio)
+
+
+def lone_span(name: str, trace_id: str) -> Span:
+    """Return a finished span of its own, in a trace of that id (``tr-`` and 32 hex digits)."""
+    now = time.time_ns()
+    context = SpanContext(
+        trace_id=int(trace_id.removeprefix("tr-"), 16),
+        span_id=random.getrandbits(64) or 1,
+        is_remote=False,
+        trace_flags=TraceFlags(TraceFlags.SAMPLED),
+    )
+    attributes = {"mlflow.traceRequestId": json.dumps(trace_id)}
+    return Span(ReadableSpan(name, context, attributes=attributes, start_time=now, end_time=now))
+
+
+@contextmanager
+def new_trace(name: str) -> Iterator[str]:
+    """Run a block in a trace of its own, whatever span is active; yield the trace's id."""
+    token = mlflow_provider.get_context_api().attach(Context())
+    try:
+        with mlflow.start_span(name) as span:
+            yield str(span.trace_id)
+    finally:
+        mlflow_provider.get_context_api().detach(token)
 
 
 class TakesTraces(Protocol):
