@@ -23,6 +23,7 @@ from mlflow_ctx_autolog.exceptions import (
     CarrierError,
     CtxAutologError,
     CtxAutologWarning,
+    DiagnosisError,
     IncompleteTraceError,
     UnsupportedStoreError,
     UnsupportedVersionError,
@@ -31,6 +32,7 @@ from mlflow_ctx_autolog.receipts import Receipt
 
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
+    from mlflow_ctx_autolog.doctor import Diagnosis, doctor
     from mlflow_ctx_autolog.driver import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.worker import attach
 
@@ -39,6 +41,8 @@ __all__ = [
     "Config",
     "CtxAutologError",
     "CtxAutologWarning",
+    "Diagnosis",
+    "DiagnosisError",
     "DriverContext",
     "Handle",
     "IncompleteTraceError",
@@ -49,6 +53,7 @@ __all__ = [
     "broadcast",
     "capture",
     "disable",
+    "doctor",
     "enable",
     "flush",
     "receipt",
@@ -58,11 +63,13 @@ __all__ = [
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow is therefore imported on first use.
 _LAZY = {
+    "Diagnosis": "doctor",
     "Handle": "autolog",
     "attach": "worker",
     "broadcast": "driver",
     "capture": "driver",
     "disable": "autolog",
+    "doctor": "doctor",
     "enable": "autolog",
     "flush": "driver",
     "receipt": "driver",

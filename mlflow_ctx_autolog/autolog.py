@@ -9,13 +9,16 @@ from types import TracebackType
 from typing import Any
 
 from mlflow_ctx_autolog import process, versions
+from mlflow_ctx_autolog.checks import Facts, examine
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.driver import describe_transport, driver, warn_of_old_store
+from mlflow_ctx_autolog.driver import describe_transport, driver, warn, warn_of_old_store
+from mlflow_ctx_autolog.exceptions import DiagnosisError
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.probe import facts_of_process
 from mlflow_ctx_autolog.spark import Handovers
 from mlflow_ctx_autolog.spark_task import in_spark_task
 
-__all__ = ["Handle", "disable", "enable"]
+__all__ = ["Handle", "disable", "enable", "switch_on"]
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -47,7 +50,7 @@ class Handle:
                 with _lock:
                     _uninstall()
             else:
-                enable(self._before)
+                switch_on(self._before)
 
 
 def enable(config: Config | None = None, **settings: Any) -> Handle:
@@ -61,6 +64,7 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
       that runs it is a span below the driver's active span, and each call a span below that.
     - At the end of each task, its spans are in the tracking store.
 
+    What it finds wrong on the driver, such as tracing that is switched off, is one warning.
     Calling it again changes the settings and nothing else. It may be used as a context manager
     that restores what was before. On a worker it does nothing: the context arrives there by
     itself.
@@ -74,11 +78,31 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
         TypeError: A setting is of the wrong type.
         UnsupportedVersionError: mlflow, openai or pyspark is too old or too new.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
+        DiagnosisError: With ``strict=True``, something on the driver is wrong.
     """
     if in_spark_task():
         return Handle(None)
     resolved = Config.from_env(**settings) if config is None else config.updated(settings)
     versions.check()
+    _check_driver(resolved)
+    return switch_on(resolved)
+
+
+def _check_driver(config: Config) -> None:
+    """Warn of what is wrong on the driver, or raise; asks nobody, and takes milliseconds."""
+    has_spool = config.spool_max_bytes > 0
+    process = facts_of_process(has_spool=has_spool, spool_directory=config.spool_directory)
+    findings = examine(Facts(process), at_enable=True)
+    if not findings:
+        return
+    message = " ".join(str(finding) for finding in findings)
+    if config.strict:
+        raise DiagnosisError(message, findings)
+    warn(f"{message} mlflow_ctx_autolog.doctor() examines the workers, too.")
+
+
+def switch_on(resolved: Config) -> Handle:
+    """Do what :func:`enable` does, with settings and a driver that have been checked."""
     with _lock:
         before = driver.config
         if before is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sqlite3
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 where something cannot work."""
+    """Run the command and return its exit status.
+
+    0, or 2 where something cannot work; 1 for warnings of ``doctor --strict``.
+    """
     parser = argparse.ArgumentParser(
         prog="mlflow-ctx-autolog",
         description="Trace the OpenAI calls of Spark workers under the driver's MLflow trace.",
@@ -32,7 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where to store them; by default where they were to go, and for spans that only the "
         "driver could store, MLflow's configured tracking URI",
     )
+    doctor = commands.add_parser(
+        "doctor", help="find out what makes traces go missing, on this host and on the workers"
+    )
+    session = doctor.add_mutually_exclusive_group()
+    session.add_argument("--master", help="Spark's master; by default what Spark is configured for")
+    session.add_argument("--remote", help="a Spark Connect server, such as sc://host:15002")
+    doctor.add_argument("--model-url", help="the model endpoint that workers have to reach")
+    doctor.add_argument("--strict", action="store_true", help="exit with 1 for warnings")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(arguments)
+    if given.command == "doctor":
+        return _doctor(given)
     if given.command == "recover":
         return _recover(given.path, given.tracking_uri)
     return _show_versions()
@@ -80,6 +95,19 @@ def _recover(path: Path, tracking_uri: str | None) -> int:
             print(f"{trace_id}: its tokens and cost could not be added up: {error}")
             status = 2
     return status
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    # Imports MLflow and starts Spark.
+    from mlflow_ctx_autolog.doctor import diagnose
+    from mlflow_ctx_autolog.spark import started_session
+
+    with started_session(given.master, given.remote) as (session, problem):
+        diagnosis = diagnose(session, model_url=given.model_url, session_error=problem)
+    print(json.dumps(diagnosis.to_dict(), indent=2) if given.json else diagnosis)
+    if diagnosis.failures:
+        return 2
+    return 1 if given.strict and diagnosis.warnings else 0
 
 
 def _show_versions() -> int:

@@ -32,6 +32,8 @@ __all__ = [
     "receipt",
     "settings",
     "traced",
+    "transport",
+    "warn",
     "warn_of_old_store",
 ]
 
@@ -55,9 +57,9 @@ class Driver:
             session = spark_api.session_of(receiver)
             return self.carrying(function, session, required=False, repeated=repeated)
         except UnsupportedStoreError as error:
-            _warn(f"The model calls of {_named(function)} will not be traced. {error}")
+            warn(f"The model calls of {_named(function)} will not be traced. {error}")
         except Exception as error:
-            _warn(
+            warn(
                 f"The model calls of {_named(function)} will not be traced, since the trace "
                 f"context could not be captured: {type(error).__name__}: {error}"
             )
@@ -96,7 +98,7 @@ def describe_transport() -> str:
     Raises:
         UnsupportedStoreError: They cannot.
     """
-    uri, reason = _transport()
+    uri, reason = transport()
     way = "with the task to the driver, which stores them" if uri is None else "from the workers"
     return f"Spans travel {way}: {reason}."
 
@@ -109,7 +111,7 @@ def warn_of_old_store() -> None:
         # Whether the store can be reached is not the question here.
         return
     if version is not None and versions.is_older(version, than="3.10"):
-        _warn(
+        warn(
             f"The traces are kept by MLflow {version}, which fails when a trace ends that workers "
             "have stored calls in: the end of the driver's span then waits for minutes. The calls "
             "themselves are kept. Upgrade the tracking server to 3.10 or newer."
@@ -119,18 +121,22 @@ def warn_of_old_store() -> None:
 def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:
     if not has_accumulators:
         raise UnsupportedStoreError(
-            f"Spans would have to come home to the driver, since {_transport()[1]}; Spark Connect "
+            f"Spans would have to come home to the driver, since {transport()[1]}; Spark Connect "
             "has no way for them. Use a tracking server that its workers can reach."
         )
     if not has_parent and not store.store_takes_spans():
         raise UnsupportedStoreError(
-            f"No MLflow span is active, and {_transport()[1]}, so that their spans cannot be "
+            f"No MLflow span is active, and {transport()[1]}, so that their spans cannot be "
             'stored without one. Hand the function to Spark inside with mlflow.start_span("my-job")'
         )
 
 
-def _transport() -> tuple[str | None, str]:
-    """Return the tracking URI for workers, None where spans come home; and why."""
+def transport() -> tuple[str | None, str]:
+    """Return the tracking URI for workers, None where spans come home; and why.
+
+    Raises:
+        UnsupportedStoreError: Spans can take neither way.
+    """
     uri, reason = store.worker_tracking_uri()
     wanted = settings().transport
     if wanted == "driver":
@@ -204,7 +210,7 @@ def broadcast(spark: Any = None) -> Any:
     context = _capture(session, receipts_come_home=False)
     if context.tracking_uri is None:
         raise UnsupportedStoreError(
-            f"Spans would have to come home to the driver, since {_transport()[1]}; those of "
+            f"Spans would have to come home to the driver, since {transport()[1]}; those of "
             "attach() cannot. Use enable() or traced()."
         )
     return spark_api.broadcast_text(session, context.to_json())
@@ -236,7 +242,7 @@ def traced(function: F, spark: Any = None) -> F:
 
 def _capture(session: Any, *, receipts_come_home: bool) -> DriverContext:
     headers = tracing.active_span_headers()
-    tracking_uri, _ = _transport()
+    tracking_uri, _ = transport()
     driver.ledger.open(receipts_come_home=receipts_come_home)
     if not headers and store.store_takes_spans():
         _warn_of_no_span()
@@ -255,7 +261,7 @@ def _capture(session: Any, *, receipts_come_home: bool) -> DriverContext:
 def _warn_of_no_span() -> None:
     if not driver.warned_of_no_span:
         driver.warned_of_no_span = True
-        _warn(
+        warn(
             "No MLflow span is active, so each Spark task becomes a trace of its own; the tasks "
             "of one job share a session. To get one trace, hand the function to Spark inside a "
             'span: with mlflow.start_span("my-job"): ...'
@@ -266,7 +272,7 @@ def _named(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Warn at the line of the user's that led here."""
     frame, depth = sys._getframe(1), 2
     ours = ("mlflow_ctx_autolog", "pyspark")

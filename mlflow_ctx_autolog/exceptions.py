@@ -8,6 +8,7 @@ __all__ = [
     "CarrierError",
     "CtxAutologError",
     "CtxAutologWarning",
+    "DiagnosisError",
     "IncompleteTraceError",
     "StoreError",
     "UnsupportedStoreError",
@@ -72,6 +73,19 @@ class IncompleteTraceError(CtxAutologError):
     def __init__(self, message: str, receipt: Any = None) -> None:
         super().__init__(message)
         self.receipt = receipt
+
+
+class DiagnosisError(CtxAutologError):
+    """With ``strict=True``: something on the driver will make spans go missing.
+
+    Args:
+        message: What was found, and what to do.
+        findings: The :class:`Finding` of each check that did not pass.
+    """
+
+    def __init__(self, message: str, findings: Any = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
 
 
 class CtxAutologWarning(UserWarning):

@@ -343,6 +343,10 @@ class Ledger:
             if not receipt.complete:
                 raise IncompleteTraceError(self.explain(receipt), receipt)
 
+    def forget(self, trace_id: str) -> None:
+        """Strike a trace off that nobody is to ask for."""
+        self._books.pop(trace_id, None)
+
     def close(self) -> None:
         """Leave export to MLflow again, once the traces that are open have ended."""
         self._is_closing = True

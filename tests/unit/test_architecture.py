@@ -24,7 +24,7 @@ def documented() -> dict[str, tuple[set[str], set[str]]]:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", text, re.MULTILINE)
     return {
-        name: (set(re.findall(r"`(\w+)`", foreign)), set(re.findall(r"`(\w+)`", ours)))
+        name: (set(re.findall(r"`(\w+)`", foreign)), set(re.findall(r"`([\w.]+)`", ours)))
         for name, foreign, ours in rows
     }
 

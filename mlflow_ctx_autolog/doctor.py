@@ -1,0 +1,308 @@
+"""``doctor``: asks driver, workers and store all that can make a trace go missing."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import textwrap
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlflow_ctx_autolog import autolog, probe, store, tracing
+from mlflow_ctx_autolog import spark as spark_api
+from mlflow_ctx_autolog.checks import (
+    SPARK_SETTINGS,
+    VARIABLES,
+    Facts,
+    Finding,
+    Level,
+    examine,
+)
+from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.driver import driver, settings, transport
+from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
+from mlflow_ctx_autolog.spool import Destination, without_credentials
+from mlflow_ctx_autolog.versions import SUPPORTED
+
+__all__ = ["Diagnosis", "diagnose", "doctor"]
+
+_NAME = "mlflow-ctx-autolog doctor"
+_OPENAI = "https://api.openai.com/v1"
+_MARKS: dict[Level, str] = {"pass": "pass", "warn": "WARN", "fail": "FAIL", "unknown": "?"}
+_WORDS: dict[Level, str] = {
+    "fail": "failed",
+    "warn": "to be looked at",
+    "pass": "passed",
+    "unknown": "could not be found out",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`doctor` has found. Prints as a table, and is one in a notebook.
+
+    Args:
+        findings: One for each check and place.
+        seconds: How long it took.
+    """
+
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def failures(self) -> list[Finding]:
+        """Findings by which traces will be missing."""
+        return [finding for finding in self.findings if finding.level == "fail"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """Findings by which they may be, or which cost something."""
+        return [finding for finding in self.findings if finding.level == "warn"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: ``findings``, each with its fields, and ``seconds``."""
+        return {
+            "findings": [asdict(finding) for finding in self.findings],
+            "seconds": round(self.seconds, 3),
+        }
+
+    def summary(self) -> str:
+        """Return how many checks came out how, in one line."""
+        counts = Counter(finding.level for finding in self.findings)
+        parts = [f"{counts[level]} {word}" for level, word in _WORDS.items() if counts[level]]
+        return f"{', '.join(parts)}, in {self.seconds:.0f} s"
+
+    def __str__(self) -> str:
+        lines = []
+        for finding in self.findings:
+            head = f"{_MARKS[finding.level]:<4}  {finding.where:<7}  "
+            lines.append(f"{head}{finding.title}: {finding.found}")
+            if finding.advice:
+                lines += textwrap.wrap(
+                    f"-> {finding.advice}",
+                    width=100,
+                    initial_indent=" " * len(head),
+                    subsequent_indent=" " * (len(head) + 3),
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+        return "\n".join([*lines, self.summary()])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (_MARKS[each.level], each.where, each.title, each.found, each.advice)
+            for each in self.findings
+        ]
+        head = _html_row(("", "where", "what has to be so", "found", "what to do"), "th")
+        body = "".join(_html_row(row, "td") for row in rows)
+        return f"<table>{head}{body}</table><p>{html.escape(self.summary())}</p>"
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    inner = "".join(
+        f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>' for cell in cells
+    )
+    return f"<tr>{inner}</tr>"
+
+
+def doctor(spark: Any = None, *, model_url: str | None = None) -> Diagnosis:
+    """Check on the driver, on the workers and in the store what can make traces go missing.
+
+    It runs three small Spark jobs, and makes one call to a stand-in for a model inside a task.
+    It leaves nothing behind: its traces are deleted, or tagged ``mlflow_ctx_autolog.probe`` where
+    that is not allowed. It spends no token, and shows no secret.
+
+    Args:
+        spark: A Spark session, classic or Connect; by default the active one. Without any, only
+            the driver is examined.
+        model_url: The endpoint that your functions call; by default each process's
+            ``OPENAI_BASE_URL``, else OpenAI's.
+
+    Returns:
+        A table of findings: print it, show it in a notebook, or read ``failures``.
+
+    Raises:
+        ValueError: A ``MLFLOW_CTX_AUTOLOG_*`` variable cannot be read.
+    """
+    session = spark_api.active_session() if spark is None else spark
+    return diagnose(session, model_url=model_url, has_active_span=tracing.has_active_span())
+
+
+def diagnose(
+    session: Any,
+    *,
+    model_url: str | None = None,
+    has_active_span: bool | None = None,
+    session_error: str | None = None,
+) -> Diagnosis:
+    """See :func:`doctor`.
+
+    Args:
+        session: A Spark session; None where there is none.
+        model_url: See :func:`doctor`.
+        has_active_span: Whether a span is active; None where it makes no sense to ask.
+        session_error: Why there is no session, where there should be one.
+    """
+    started = time.monotonic()
+    examination = _Examination(session, model_url, has_active_span, session_error)
+    findings = examination.run()
+    return Diagnosis(tuple(findings), time.monotonic() - started)
+
+
+class _Examination:
+    """Collects the facts, and puts them to the checks."""
+
+    def __init__(
+        self,
+        session: Any,
+        model_url: str | None,
+        has_active_span: bool | None,
+        session_error: str | None,
+    ) -> None:
+        self._session = session
+        self._config = settings()
+        self._uri = store.current_tracking_uri()
+        self._experiment_id: str | None = None
+        self._facts = Facts(
+            driver={},
+            workers_error=session_error,
+            tracking_uri=without_credentials(self._uri) or "",
+            has_active_span=has_active_span,
+            model_url_was_named=(model_url or os.environ.get("OPENAI_BASE_URL")) is not None,
+            takes_spans=store.store_takes_spans(),
+        )
+        self._question: dict[str, Any] = {
+            "packages": [*(supported.package for supported in SUPPORTED), "mlflow_ctx_autolog"],
+            "variables": list(VARIABLES),
+            "has_spool": self._config.spool_max_bytes > 0,
+            "spool_directory": self._config.spool_directory,
+        }
+        self._model_url = model_url
+
+    def run(self) -> list[Finding]:
+        """Return the findings of all checks."""
+        facts = self._facts
+        worker_uri = None
+        try:
+            worker_uri, facts.transport_reason = transport()
+            facts.transport = "driver" if worker_uri is None else "direct"
+        except UnsupportedStoreError as error:
+            facts.transport_reason = str(error)
+        if facts.transport is not None:
+            self._find_experiment()
+        # MLflow's form of an id that OpenTelemetry has made up.
+        trace_id = f"tr-{uuid.uuid4().hex}" if self._experiment_id and facts.takes_spans else None
+        asked_of_store: dict[str, Any] = {
+            "experiment_id": self._experiment_id,
+            "trace_id": trace_id,
+        }
+        try:
+            own = {} if facts.transport is None else {"tracking_uri": self._uri, **asked_of_store}
+            facts.driver = probe.facts_of_process(**self._question, **own)
+            if self._session is not None:
+                theirs = {} if worker_uri is None else {"tracking_uri": worker_uri}
+                self._ask_workers({**self._question, **theirs, **asked_of_store})
+            if trace_id is not None:
+                with suppress(StoreError):
+                    _, spans = store.read_trace(self._destination(), trace_id)
+                    facts.spans_found = [span.span_id for span in spans]
+        finally:
+            if facts.spans_found and trace_id is not None:
+                self._delete(trace_id)
+        findings = examine(facts)
+        facts.round_trip_skipped = self._reason_to_stay(findings)
+        if facts.round_trip_skipped is None:
+            facts.round_trip = self._make_round_trip()
+        return examine(facts)
+
+    def _find_experiment(self) -> None:
+        # Only where the store answers: MLflow asks it for minutes where it does not.
+        if all(problem is None for problem in store.access(self._uri).values()):
+            with suppress(Exception):
+                self._experiment_id = tracing.current_experiment_id()
+
+    def _ask_workers(self, question: dict[str, Any]) -> None:
+        facts, session = self._facts, self._session
+        facts.spark = spark_api.settings_of(session, SPARK_SETTINGS)
+        facts.has_accumulators = spark_api.has_accumulators(session)
+        question["model_url"] = self._model_url
+        question["default_model_url"] = _OPENAI
+        try:
+            answers = spark_api.run_on_workers(session, probe.tell, json.dumps(question))
+            facts.workers = [json.loads(answer) for answer in answers]
+            # In a job of its own, since what is known of a clock is no more exact than a job is
+            # short.
+            before = time.time()
+            told = spark_api.run_on_workers(session, probe.tell_time, "")
+            after = time.time()
+        except Exception as error:
+            facts.workers_error = _excerpt(error)
+            return
+        clocks = [json.loads(text) for text in told]
+        facts.clock_difference = max(
+            ((host, max(before - clock, clock - after, 0.0)) for host, clock in clocks),
+            key=lambda difference: difference[1],
+        )
+
+    def _reason_to_stay(self, findings: Sequence[Finding]) -> str | None:
+        if self._session is None:
+            return "there is no Spark session"
+        if any(finding.level == "fail" for finding in findings):
+            return "something else has to be put right first"
+        if self._experiment_id is None:
+            return "the experiment is not known"
+        if self._facts.driver["sampling_ratio"] < 1:
+            return "sampling may drop it"
+        return None
+
+    def _make_round_trip(self) -> str | None:
+        """Make a call in a task, and return why it is not in the store; None where it is."""
+        before = driver.config
+        try:
+            if before is None:
+                autolog.switch_on(Config.from_env(strict=False))
+            return self._call_and_look()
+        except Exception as error:
+            return _excerpt(error)
+        finally:
+            if before is None:
+                autolog.disable()
+
+    def _call_and_look(self) -> str | None:
+        with tracing.new_trace(_NAME) as trace_id:
+            function = driver.carrying(
+                probe.call_stand_in, self._session, required=True, repeated=True
+            )
+            spark_api.run_on_workers(self._session, function, "", tasks=1)
+        try:
+            receipt = driver.ledger.receipt(trace_id, self._config.flush_timeout)
+            _, spans = store.read_trace(self._destination(), trace_id)
+        finally:
+            driver.ledger.forget(trace_id)
+            self._delete(trace_id)
+        tasks = {span.span_id for span in spans if tracing.is_task(span)}
+        if any(span.parent_id in tasks for span in spans):
+            return None
+        reason = receipt.first_error or "no process has said why"
+        return f"the call is not among the {len(spans)} spans in the store: {receipt}; {reason}"
+
+    def _destination(self) -> Destination:
+        return Destination(self._uri, str(self._experiment_id))
+
+    def _delete(self, trace_id: str) -> None:
+        # Where neither deleting nor tagging is allowed, the trace's name says what it is.
+        with suppress(StoreError):
+            store.delete_trace(self._destination(), trace_id)
+
+
+def _excerpt(error: BaseException) -> str:
+    """Return what went wrong in one line: of a stack trace, its last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    python = [line for line in lines if "Error: " in line and not line.startswith("at ")]
+    return shortened((python or lines or [type(error).__name__])[-1 if python else 0])
