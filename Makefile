@@ -7,7 +7,7 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 # A Java that set-up found or fetched; empty where the one on PATH will do.
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
-.PHONY: setup demo test test-unit lint format benchmark faults coverage-table clean
+.PHONY: setup demo test test-unit lint format benchmark faults coverage-table no-traces-page clean
 
 setup: .venv/library
 
@@ -60,6 +60,10 @@ faults: setup
 
 coverage-table: setup
 	$(BIN)/python tests/support/coverage_table.py
+
+# From what the checks of doctor() say of themselves.
+no-traces-page: setup
+	@$(BIN)/python tools/no_traces_page.py
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info

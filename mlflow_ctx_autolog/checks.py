@@ -22,10 +22,12 @@ __all__ = [
     "Finding",
     "Level",
     "examine",
-    "titles_explaining_silence",
+    "likely_causes",
 ]
 
 Level = Literal["pass", "warn", "fail", "unknown"]
+# Tasks whose model calls left no span, and functions whose tasks left none.
+Silence = Literal["calls", "tasks"]
 Place = Literal["driver", "workers", "both", "job"]
 # What a process says of itself, see probe.facts_of_process.
 Process = dict[str, Any]
@@ -154,7 +156,7 @@ class Check:
         why: What happens then.
         judge: Returns the verdict on a process; None where the facts do not tell.
         at_enable: The least level at which ``enable()`` speaks of it; None if it does not ask.
-        explains_silence: Whether it is a likely cause where functions ran and no span arrived.
+        explains: Which silences after a job it is a likely cause of.
     """
 
     name: str
@@ -164,7 +166,7 @@ class Check:
     why: str
     judge: Judge
     at_enable: Level | None = None
-    explains_silence: bool = False
+    explains: Sequence[Silence] = ()
 
 
 CHECKS: list[Check] = []
@@ -176,13 +178,13 @@ def check(
     where: Place,
     advice: str,
     at_enable: Level | None = None,
-    explains_silence: bool = False,
+    explains: Sequence[Silence] = (),
 ) -> Callable[[Judge], Judge]:
     """Register a check; see :class:`Check`."""
 
     def register(judge: Judge) -> Judge:
         name, why = judge.__name__, " ".join((judge.__doc__ or "").split())
-        CHECKS.append(Check(name, title, where, advice, why, judge, at_enable, explains_silence))
+        CHECKS.append(Check(name, title, where, advice, why, judge, at_enable, explains))
         return judge
 
     return register
@@ -212,9 +214,10 @@ def examine(facts: Facts, *, at_enable: bool = False) -> list[Finding]:
     return findings
 
 
-def titles_explaining_silence() -> list[str]:
-    """Return the titles of the checks that most likely explain why no span arrived."""
-    return [each.title for each in CHECKS if each.explains_silence]
+def likely_causes(silence: Silence) -> str:
+    """Return a text that names the checks which most likely explain a silence."""
+    titles = "; ".join(each.title for each in CHECKS if silence in each.explains)
+    return f"Most likely, one of these is not so: {titles}. ctx_autolog.doctor() checks them."
 
 
 _BADNESS: dict[Level, int] = {"unknown": 0, "pass": 1, "warn": 2, "fail": 3}
@@ -273,7 +276,7 @@ def workers_answer(subject: Subject) -> Verdict | None:
     where="both",
     advice="Install mlflow-ctx-autolog on every node of the cluster, into the Python that runs the "
     "workers: pip install mlflow-ctx-autolog, or the cluster's list of libraries.",
-    explains_silence=True,
+    explains=("tasks",),
 )
 def library_is_installed(subject: Subject) -> Verdict | None:
     """Spark does not take a package along to the workers.
@@ -290,7 +293,7 @@ def library_is_installed(subject: Subject) -> Verdict | None:
     "All nodes have the same version of the library",
     where="workers",
     advice="Install the version of the driver on every node of the cluster.",
-    explains_silence=True,
+    explains=("calls", "tasks"),
 )
 def library_is_the_same(subject: Subject) -> Verdict | None:
     """What travels from the driver to the workers has a version.
@@ -359,7 +362,7 @@ def versions_are_the_same(subject: Subject) -> Verdict | None:
     advice="Call mlflow.tracing.enable(), take mlflow.tracing.disable() out of your code, and "
     "unset OTEL_SDK_DISABLED where this process runs.",
     at_enable="fail",
-    explains_silence=True,
+    explains=("calls", "tasks"),
 )
 def tracing_is_on(subject: Subject) -> Verdict | None:
     """Where MLflow's tracing is switched off, calls work and leave no span.
@@ -377,7 +380,7 @@ def tracing_is_on(subject: Subject) -> Verdict | None:
     where="both",
     advice="Unset MLFLOW_TRACE_SAMPLING_RATIO, or set it to 1, where this process runs.",
     at_enable="fail",
-    explains_silence=True,
+    explains=("calls", "tasks"),
 )
 def all_is_sampled(subject: Subject) -> Verdict | None:
     """By MLFLOW_TRACE_SAMPLING_RATIO, MLflow drops a share of the traces, with all their calls.
@@ -512,7 +515,7 @@ def spans_can_travel(subject: Subject) -> Verdict | None:
     advice="Set the tracking URI (mlflow.set_tracking_uri, or MLFLOW_TRACKING_URI) to an address "
     "that driver and workers can reach: not localhost, and open in the firewall. Where workers "
     'never reach it, transport="driver" brings spans home with the task.',
-    explains_silence=True,
+    explains=("tasks",),
 )
 def store_is_reachable(subject: Subject) -> Verdict | None:
     """MLflow's export logs failures at DEBUG and drops the spans.
@@ -528,7 +531,7 @@ def store_is_reachable(subject: Subject) -> Verdict | None:
     where="both",
     advice="Set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
     "in the environment of driver and executors; this library sends no password along.",
-    explains_silence=True,
+    explains=("tasks",),
 )
 def log_in_is_accepted(subject: Subject) -> Verdict | None:
     """Workers inherit neither the environment of the driver nor what it has logged in with.
@@ -562,7 +565,7 @@ def experiment_exists(subject: Subject) -> Verdict | None:
     where="both",
     advice="Give the log-in the right to edit the experiment (in MLflow, EDIT), on driver and "
     "workers.",
-    explains_silence=True,
+    explains=("tasks",),
 )
 def experiment_is_writable(subject: Subject) -> Verdict | None:
     """A log-in that may only read sees everything and stores nothing."""

@@ -75,7 +75,7 @@ class Driver:
                 the driver.
         """
         way_home = spark_api.way_home(session, self.ledger.receive)
-        context = _capture(session, receipts_come_home=way_home is not None)
+        context = _capture(session, receipts_come_home=way_home is not None, functions=1)
         if context.tracking_uri is None:
             _check_way_home(way_home is not None, context.traceparent is not None)
         carrier = spark_api.broadcast_text(session, context.to_json())
@@ -240,10 +240,10 @@ def traced(function: F, spark: Any = None) -> F:
     return cast(F, driver.carrying(function, session, required=True, repeated=True))
 
 
-def _capture(session: Any, *, receipts_come_home: bool) -> DriverContext:
+def _capture(session: Any, *, receipts_come_home: bool, functions: int = 0) -> DriverContext:
     headers = tracing.active_span_headers()
     tracking_uri, _ = transport()
-    driver.ledger.open(receipts_come_home=receipts_come_home)
+    driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
     if not headers and store.store_takes_spans():
         _warn_of_no_span()
     return DriverContext(

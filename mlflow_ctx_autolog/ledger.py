@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from mlflow_ctx_autolog.checks import likely_causes
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery import Deliveries, Delivery
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
@@ -83,6 +84,8 @@ class _Book:
         written_totals: What the totals came to when they were written; None if they were not.
         is_complete: Whether the store had all spans when it was last asked.
         was_warned_of: Whether the user knows that it is not complete.
+        was_silence_told: Whether the user knows that tasks left no spans of their calls.
+        handed_over: Functions that were handed to Spark in it.
         settling: Held while the store is asked.
         opened: When it was handed to Spark first, on the monotonic clock.
     """
@@ -101,6 +104,8 @@ class _Book:
     written_totals: tuple[Amounts, Amounts] | None = None
     is_complete: bool = False
     was_warned_of: bool = False
+    was_silence_told: bool = False
+    handed_over: int = 0
     settling: threading.Lock = field(default_factory=threading.Lock)
     opened: float = field(default_factory=time.monotonic)
 
@@ -155,11 +160,12 @@ class Ledger:
 
     # What is captured, and what comes home.
 
-    def open(self, *, receipts_come_home: bool) -> None:
+    def open(self, *, receipts_come_home: bool, functions: int = 0) -> None:
         """Announce the trace of the active span, if there is one.
 
         Args:
             receipts_come_home: Whether tasks that succeed bring a receipt to :meth:`receive`.
+            functions: How many functions are handed to Spark with it.
         """
         info = active_trace()
         if info is None:
@@ -174,6 +180,7 @@ class Ledger:
                 book = _Book(destination, info, store_takes_spans(), receipts_come_home)
                 self._books[info.trace_id] = book
             book.receipts_come_home &= receipts_come_home
+            book.handed_over += functions
             over = [trace_id for trace_id, each in self._books.items() if each.has_ended]
             for trace_id in over[: max(0, len(self._books) - _TRACES)]:
                 del self._books[trace_id]
@@ -215,13 +222,17 @@ class Ledger:
     def _enter(self, receipt: TaskReceipt) -> None:
         book = self._books.get(receipt.trace_id)
         if book is None:
+            if receipt.silence is not None:
+                self._warn("silence", _silence("Tasks", receipt.silence))
             self._without_trace[receipt.task_span_id] = receipt
             if len(self._without_trace) > _TASKS:
                 del self._without_trace[next(iter(self._without_trace))]
             return
         book.receipts[receipt.task_span_id] = receipt
-        if book.has_ended and book.delivers:
-            self._settle_soon()
+        if book.has_ended:
+            self._warn_of_silence(book)
+            if book.delivers:
+                self._settle_soon()
 
     def _store(
         self, destination: Destination, records: Sequence[Record], receipt: TaskReceipt | None
@@ -272,6 +283,7 @@ class Ledger:
         if book.delivers:
             self._last_trace_ended = time.monotonic()
             self._settle_and_warn(book, self._config().flush_timeout, give_up_if_down=True)
+        self._warn_of_silence(book)
         return book.delivers
 
     def _take_back_if_unsupported(self, book: _Book, trace: Any) -> None:
@@ -390,6 +402,29 @@ class Ledger:
                 f"came home and the driver has stored them. The first reason: {self._came_home}. "
                 'Where workers never reach the store, transport="driver" spares them the attempt.',
             )
+
+    def _warn_of_silence(self, book: _Book) -> None:
+        """Say once that functions ran with tracing on and left no spans, where nothing else does.
+
+        That a function made no model call is no silence: its task has a span, or a receipt.
+        """
+        if book.was_silence_told:
+            return
+        tasks = book.tasks()
+        reasons = [task.silence for task in tasks if task.silence is not None]
+        if reasons:
+            subject = f"{len(reasons)} of {len(tasks)} tasks of trace {book.trace_id}"
+            message = _silence(subject, reasons[0])
+        elif book.handed_over and not tasks and not book.receipts_come_home and book.is_complete:
+            message = (
+                f"{book.handed_over} functions were handed to Spark in trace {book.trace_id}, and "
+                "there is not a span of their tasks. If they have run by now, something has kept "
+                f"all spans from the store. {likely_causes('tasks')}"
+            )
+        else:
+            return
+        book.was_silence_told = True
+        _logger.warning("%s", message)
 
     def _settle(
         self, book: _Book, timeout: float, *, give_up_if_down: bool = False, patient: bool = True
@@ -570,6 +605,11 @@ class Ledger:
                 return
             self._warned.add(subject)
         _logger.warning("%s", message)
+
+
+def _silence(subject: str, reason: str) -> str:
+    said = f"{subject} ran on workers, and their model calls left no span: {reason}."
+    return f"{said} {likely_causes('calls')}"
 
 
 @contextmanager

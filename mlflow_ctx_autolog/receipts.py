@@ -12,6 +12,7 @@ from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 __all__ = ["Receipt", "TaskReceipt"]
 
 _MADE = "spans.made"
+_SILENCE = "llm.silence"
 _TOKENS = "llm.tokens."
 _COST = "llm.cost."
 
@@ -31,6 +32,7 @@ class TaskReceipt:
         seconds_waiting: How long the end of the task waited for its spans to be stored.
         usage: Tokens of its model calls, by MLflow's names.
         cost: Cost of its model calls in US dollars, where their spans say so.
+        silence: Why its model calls left no span, where that is known.
     """
 
     trace_id: str
@@ -43,6 +45,7 @@ class TaskReceipt:
     seconds_waiting: float = 0.0
     usage: Amounts = field(default_factory=dict)
     cost: Amounts = field(default_factory=dict)
+    silence: str | None = None
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
@@ -64,10 +67,13 @@ class TaskReceipt:
             raise ValueError(f"not the receipt of a task: {text[:200]!r}") from error
 
     @staticmethod
-    def attributes(made: int, usage: Amounts, cost: Amounts) -> dict[str, Any]:
+    def attributes(
+        made: int, usage: Amounts, cost: Amounts, silence: str | None = None
+    ) -> dict[str, Any]:
         """Return the attributes by which a task's span is a receipt of its own."""
         return {
             _MADE: made,
+            **({} if silence is None else {_SILENCE: silence}),
             **{_TOKENS + name.removesuffix("_tokens"): n for name, n in usage.items()},
             **{_COST + name.removesuffix("_cost"): amount for name, amount in cost.items()},
         }
@@ -82,7 +88,8 @@ class TaskReceipt:
             return None
         usage = _amounts(attributes, _TOKENS, "_tokens")
         cost = _amounts(attributes, _COST, "_cost")
-        return cls(trace_id, span_id, made, delivered=made, usage=usage, cost=cost)
+        silence = attributes.get(_SILENCE)
+        return cls(trace_id, span_id, made, delivered=made, usage=usage, cost=cost, silence=silence)
 
 
 def _amounts(attributes: Mapping[str, Any], prefix: str, suffix: str) -> Amounts:

@@ -16,11 +16,18 @@ from typing import Any
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery import Counts, Delivery
 from mlflow_ctx_autolog.exceptions import CarrierError
+from mlflow_ctx_autolog.openai_calls import autolog_is_on
 from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.receipts import TaskReceipt
 from mlflow_ctx_autolog.spark_task import is_batch, on_task_end, row_count, task_attributes
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import parent_activated, task_span_activated
+from mlflow_ctx_autolog.tracing import (
+    is_recorded,
+    parent_activated,
+    task_span_activated,
+    trace_id_of,
+    tracing_problem,
+)
 
 __all__ = ["attach", "process_id", "read_carrier", "task_runner"]
 
@@ -140,6 +147,7 @@ def _begin_or_warn(
     carrier: object, name: str, required: bool, repeated: bool, way_home: Any
 ) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
+    context = None
     try:
         context = read_carrier(carrier)
         if repeated:
@@ -148,13 +156,15 @@ def _begin_or_warn(
     except CarrierError as error:
         if required:
             raise
-        _warn_once("carrier", f"This worker's calls are not traced: {error}")
+        problem = str(error)
     except Exception as error:
-        _warn_once(
-            "begin",
-            f"This worker's calls are not traced, since tracing could not begin: "
-            f"{type(error).__name__}: {error}",
-        )
+        problem = f"tracing could not begin: {type(error).__name__}: {error}"
+    _warn_once("begin", f"This worker's calls are not traced, since {problem}")
+    if way_home is not None:
+        # Nobody reads the log of a worker.
+        trace_id = None if context is None else trace_id_of(context)
+        receipt = TaskReceipt(trace_id or "", uuid.uuid4().hex, made=0, silence=problem)
+        way_home.add([(receipt.to_json(), None, "", [])])
     return None
 
 
@@ -281,10 +291,12 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
         return
     worker = worker_process()
     delivery = worker.deliveries.to(task.destination)
+    silence = None
     try:
         worker.settle(task)
         made = delivery.counts(task.span_id).made + 1
-        receipt = TaskReceipt.attributes(made, task.usage.total, task.cost.total)
+        silence = _reason_for_silence(task, made)
+        receipt = TaskReceipt.attributes(made, task.usage.total, task.cost.total, silence)
         task.span.set_attributes({**task.counts(), **receipt})
         if error is None:
             task.span.set_attribute("spark.task.outcome", "completed")
@@ -315,7 +327,7 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     counts = delivery.counts(task.span_id)
     delivery.forget(task.span_id)
     if goes_home:
-        _send_home(task, delivery, counts, seconds, is_stored)
+        _send_home(task, delivery, counts, seconds, is_stored, silence)
     elif not is_stored:
         _warn_once(
             "flush",
@@ -325,12 +337,38 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
         )
 
 
+def _reason_for_silence(task: Task, made: int) -> str | None:
+    """Return why the task's model calls left no span, if they may have left none for a reason.
+
+    A function that calls no model is none.
+
+    Args:
+        task: The task.
+        made: Spans that it has made, its own among them.
+    """
+    trace_id = trace_id_of(task.context)
+    if not is_recorded(task.span):
+        is_expected = task.context.traceparent is not None and trace_id is None
+        return None if is_expected else (tracing_problem() or "sampling dropped the task's span")
+    if made > 1:
+        return None
+    if task.calls:
+        problem = tracing_problem() or "MLflow made none"
+        return f"{task.calls} calls were made, and there is no span of them: {problem}"
+    return None if autolog_is_on() else "MLflow's OpenAI autolog is switched off in the worker"
+
+
 def _send_home(
-    task: Task, delivery: Delivery, counts: Counts, seconds: float, is_stored: bool
+    task: Task,
+    delivery: Delivery,
+    counts: Counts,
+    seconds: float,
+    is_stored: bool,
+    silence: str | None,
 ) -> None:
     """Hand back the task's receipt, and what this worker could not store, along with the task."""
     receipt = TaskReceipt(
-        trace_id=str(task.span.trace_id),
+        trace_id=trace_id_of(task.context) or str(task.span.trace_id),
         task_span_id=task.span_id,
         made=counts.made,
         delivered=counts.delivered,
@@ -340,6 +378,7 @@ def _send_home(
         seconds_waiting=seconds,
         usage=task.usage.total,
         cost=task.cost.total,
+        silence=silence,
     )
     arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]
     for other in worker_process().deliveries.all():
