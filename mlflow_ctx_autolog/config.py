@@ -33,7 +33,8 @@ class Config:
             spool has no room; beyond it, new ones are counted as lost. At least 1,000,000.
         strict: Raise on the driver, from :func:`~mlflow_ctx_autolog.receipt`,
             :func:`~mlflow_ctx_autolog.disable` and on leaving ``with enable():``, when the store
-            does not have all spans that were made; otherwise this is one warning.
+            does not have all spans that were made, and from :func:`~mlflow_ctx_autolog.enable`,
+            when something on the driver is wrong; otherwise this is one warning.
         transport: How spans reach the store: ``"direct"`` from the workers; ``"driver"``: they
             come home with the task, and the driver stores them; ``"auto"``: directly where the
             store takes spans from other processes, else by way of the driver.

@@ -109,7 +109,7 @@ def directory_problem(directory: Path | None) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return str(error)
+        return f"{folder}: {error.strerror or error}"
 
 
 class Spool:

@@ -1,0 +1,239 @@
+"""What ``doctor()`` finds on real workers, and what is said of silence after a job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pyspark
+import pytest
+from pyspark.sql import SparkSession
+from workload import SCHEMA, ask, stored_traces
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
+
+
+def causes(diagnosis: ctx_autolog.Diagnosis) -> dict[tuple[str, str], str]:
+    """Return what does not pass, by check and place."""
+    complaints = [*diagnosis.failures, *diagnosis.warnings]
+    return {(finding.check, finding.where): finding.level for finding in complaints}
+
+
+def test_a_cluster_on_which_all_is_well(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    experiment_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is found, the call of the round trip arrives, and nothing is left behind."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-that-is-secret")
+    with ctx_autolog.enable(strict=True), mlflow.start_span("job") as span:
+        diagnosis = ctx_autolog.doctor(spark, model_url=endpoint.base_url)
+        spark.range(4).mapInPandas(lambda batches: batches, "id long").collect()
+
+    assert causes(diagnosis) == {}
+    assert {finding.level for finding in diagnosis.findings} == {"pass"}
+    assert diagnosis.findings[-1].check == "round_trip"
+    assert ctx_autolog.receipt().trace_id == span.trace_id
+    assert [trace.root.name for trace in stored_traces(experiment_id)] == ["job"]
+    assert endpoint.requests == []
+    assert "secret" not in str(diagnosis)
+    assert diagnosis.seconds < 60
+
+
+def test_a_store_and_an_endpoint_that_nobody_reaches(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """A wrong tracking URI, and a wrong model endpoint, are found on the workers as well."""
+    endpoint.close()
+    mlflow.set_tracking_uri(endpoint.base_url.removesuffix("/v1"))
+    with mlflow.start_span("job"):
+        diagnosis = ctx_autolog.doctor(spark, model_url=endpoint.base_url)
+        mlflow.set_tracking_uri("http://127.0.0.1:9")
+
+    assert causes(diagnosis) == {
+        ("store_is_reachable", "driver"): "fail",
+        ("store_is_reachable", "workers"): "fail",
+        ("model_is_reachable", "workers"): "fail",
+    }
+    assert "something else has to be put right" in diagnosis.findings[-1].found
+
+
+@contextmanager
+def _interpreter(spark: SparkSession, folder: Path) -> Iterator[Path]:
+    """Give the workers another interpreter for a block: this one, with a folder before its path."""
+    packages = folder / "packages"
+    packages.mkdir()
+    python = folder / "python"
+    base = os.path.realpath(sys.executable)
+    site_packages = Path(ctx_autolog.__file__).parents[1]
+    for entry in site_packages.iterdir():
+        (packages / entry.name).symlink_to(entry)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}:$PYTHONPATH" exec "{base}" "$@"\n')
+    python.chmod(0o755)
+    before = spark.sparkContext.pythonExec
+    spark.sparkContext.pythonExec = str(python)
+    try:
+        yield packages
+    finally:
+        spark.sparkContext.pythonExec = before
+
+
+def _take_the_library_away(packages: Path) -> None:
+    for entry in packages.glob("mlflow_ctx_autolog*"):
+        entry.unlink()
+
+
+def _make_the_library_older(packages: Path) -> None:
+    (installed,) = packages.glob("mlflow_ctx_autolog-*.dist-info")
+    installed.unlink()
+    older = packages / "mlflow_ctx_autolog-0.0.1.dist-info"
+    older.mkdir()
+    lines = ("Metadata-Version: 2.1", "Name: mlflow-ctx-autolog", "Version: 0.0.1", "")
+    (older / "METADATA").write_text("\n".join(lines))
+
+
+def _set_the_clock_back(packages: Path) -> None:
+    code = "import time\nright = time.time\ntime.time = lambda: right() - 3600\n"
+    (packages / "sitecustomize.py").write_text(code)
+
+
+def _disable_tracing(packages: Path) -> None:
+    code = "import os\nos.environ['OTEL_SDK_DISABLED'] = 'true'\n"
+    (packages / "sitecustomize.py").write_text(code)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause", "level", "found"),
+    [
+        (_take_the_library_away, "library_is_installed", "fail", "No module named"),
+        (_make_the_library_older, "library_is_the_same", "fail", "0.0.1 there"),
+        (_set_the_clock_back, "clocks_agree", "warn", "is off by 3"),
+        (_disable_tracing, "tracing_is_on", "fail", "OTEL_SDK_DISABLED"),
+    ],
+)
+def test_what_is_wrong_on_workers_only(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    experiment_id: str,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    cause: str,
+    level: str,
+    found: str,
+) -> None:
+    """The cause is named, and no other: not even that workers without the library lack the rest."""
+    with _interpreter(spark, tmp_path) as packages, mlflow.start_span("job"):
+        spoil(packages)
+        diagnosis = ctx_autolog.doctor(spark, model_url=endpoint.base_url)
+
+    (finding,) = [*diagnosis.failures, *diagnosis.warnings]
+    assert (finding.check, finding.level) == (cause, level)
+    assert found in finding.found
+    assert finding.where != "driver"
+
+
+def _function(url: str, prepare: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame]]:
+    def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        import mlflow
+        from openai import OpenAI
+
+        exec(prepare, {"mlflow": mlflow})
+        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
+        for batch in batches:
+            yield batch.assign(answer=[ask(client, number) for number in batch["id"]])
+
+    return extract
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        ("mlflow.tracing.disable()", "mlflow.tracing.disable() was called"),
+        ("mlflow.openai.autolog(disable=True)", "autolog is switched off"),
+        ("mlflow.tracing.enable()", None),
+    ],
+)
+def test_calls_that_leave_no_span(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    experiment_id: str,
+    caplog: pytest.LogCaptureFixture,
+    prepare: str,
+    reason: str | None,
+) -> None:
+    """Where functions ran and their calls left no span, the driver says so once, and why."""
+    with caplog.at_level(logging.WARNING, logger="mlflow_ctx_autolog"), ctx_autolog.enable():
+        with mlflow.start_span("job") as span:
+            extract = _function(endpoint.base_url, prepare)
+            spark.range(0, 4, 1, 2).mapInPandas(extract, SCHEMA).collect()
+            # Without a model call, which is no silence.
+            spark.range(0, 4, 1, 2).mapInPandas(lambda batches: batches, "id long").collect()
+        mlflow.flush_trace_async_logging()
+
+    warned = [text for text in caplog.messages if "left no span" in text]
+    assert len(warned) == (reason is not None)
+    if reason is not None:
+        assert span.trace_id in warned[0]
+        assert reason in warned[0]
+        assert "Tracing is on" in warned[0]
+
+
+_CONNECT = pytest.param(
+    "--remote",
+    marks=pytest.mark.skipif(
+        pyspark.__version__ < "4", reason="Spark 3.5 fetches its Connect server from the network"
+    ),
+)
+
+
+@pytest.mark.parametrize("option", ["--master", _CONNECT])
+def test_the_command(
+    server: TrackingServer,
+    endpoint: OpenAIEndpoint,
+    experiment_id: str,
+    tmp_path: Path,
+    option: str,
+) -> None:
+    """On classic Spark and Spark Connect it finds what Spark is told to repeat, and says so."""
+    settings = "spark.speculation true\nspark.task.maxFailures 8\nspark.python.worker.reuse false\n"
+    (tmp_path / "spark-defaults.conf").write_text(settings)
+    command = Path(sys.executable).with_name("mlflow-ctx-autolog")
+    finished = subprocess.run(
+        [command, "doctor", "--json", "--strict", option, "local[2]"],
+        env={
+            **os.environ,
+            "PYSPARK_PYTHON": sys.executable,
+            "SPARK_CONF_DIR": str(tmp_path),
+            "MLFLOW_TRACKING_URI": server.uri,
+            "MLFLOW_EXPERIMENT_ID": experiment_id,
+            "OPENAI_BASE_URL": endpoint.base_url,
+        },
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        timeout=200,
+        check=False,
+    )
+    findings = {each["check"]: each for each in json.loads(finished.stdout)["findings"]}
+    levels = {name: each["level"] for name, each in findings.items()}
+
+    assert finished.returncode == 1
+    assert {name for name in levels if levels[name] != "pass"} == {
+        "no_speculation",
+        "few_retries",
+        "workers_are_reused",
+        "span_is_active",
+    }
+    assert levels["no_speculation"] == "warn"
+    assert levels["span_is_active"] == "unknown"
+    assert "read back from the store" in findings["round_trip"]["found"]
+    assert stored_traces(experiment_id) == []

@@ -1,0 +1,313 @@
+"""What ``doctor()`` and ``enable()`` find on a driver, each cause provoked for real."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import json
+import socket
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import openai
+import openai.resources.chat.completions
+import pytest
+from mlflow.entities.trace_location import MlflowExperimentLocation
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.checks import Finding
+from mlflow_ctx_autolog.openai_calls import _CALLS
+from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog.testing import Status, UnreliableProxy
+
+Completions = openai.resources.chat.completions.Completions
+
+
+def causes(diagnosis: ctx_autolog.Diagnosis) -> dict[str, str]:
+    """Return what does not pass, by check; each is on the driver here."""
+    complaints = [*diagnosis.failures, *diagnosis.warnings]
+    assert {finding.where for finding in complaints} <= {"driver", "job"}
+    return {finding.check: finding.level for finding in complaints}
+
+
+def examine_in_span() -> ctx_autolog.Diagnosis:
+    with mlflow.start_span("job"):
+        return ctx_autolog.doctor()
+
+
+@pytest.fixture
+def store(database: Destination) -> Iterator[Destination]:
+    """A store in which nothing of the doctor's remains."""
+    yield database
+    mlflow.flush_trace_async_logging()
+    with sqlite3.connect(str(database.tracking_uri).removeprefix("sqlite:///")) as connection:
+        query = "SELECT count(*) FROM spans WHERE name LIKE '%doctor%'"
+        assert connection.execute(query).fetchone() == (0,)
+
+
+@pytest.fixture
+def tracing_is_restored() -> Iterator[None]:
+    yield
+    mlflow.tracing.enable()
+
+
+def test_a_driver_on_which_all_is_well(store: Destination) -> None:
+    """Nothing is found; without a Spark session, what needs one is said not to be known."""
+    diagnosis = examine_in_span()
+
+    assert causes(diagnosis) == {}
+    by_check = {finding.check: finding for finding in diagnosis.findings}
+    assert by_check["experiment_is_writable"].found == "a span was stored"
+    assert by_check["workers_answer"].level == "unknown"
+    assert "there is no Spark session" in by_check["round_trip"].found
+
+
+def test_no_active_span(store: Destination) -> None:
+    """That no span is active at this moment is a warning."""
+    assert causes(ctx_autolog.doctor()) == {"span_is_active": "warn"}
+
+
+def test_a_store_where_nobody_listens(store: Destination) -> None:
+    """A wrong tracking URI is found in a moment, and nothing else is put down to it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    mlflow.set_tracking_uri(uri)
+    diagnosis = ctx_autolog.doctor()
+
+    assert causes(diagnosis) == {"store_is_reachable": "fail", "span_is_active": "warn"}
+    (failure,) = diagnosis.failures
+    assert uri in failure.found
+    assert "mlflow.set_tracking_uri" in failure.advice
+
+
+@pytest.mark.parametrize(
+    ("status", "cause"), [(401, "log_in_is_accepted"), (503, "store_is_reachable")]
+)
+def test_a_store_that_does_not_let_in(store: Destination, status: int, cause: str) -> None:
+    """A log-in that is refused is told from a server that does not work."""
+    with UnreliableProxy("http://127.0.0.1:9") as proxy:
+        proxy.mode = Status(status)
+        mlflow.set_tracking_uri(proxy.uri)
+        diagnosis = ctx_autolog.doctor()
+
+    assert causes(diagnosis) == {cause: "fail", "span_is_active": "warn"}
+    assert str(status) in diagnosis.failures[0].found
+
+
+@pytest.mark.parametrize("what", ["deleted", "missing"])
+def test_an_experiment_that_is_gone(store: Destination, what: str) -> None:
+    """An experiment that was deleted after this process had chosen it is found."""
+    experiment = mlflow.set_experiment("gone")
+    number = experiment.experiment_id
+    if what == "deleted":
+        mlflow.delete_experiment(number)
+    else:
+        number = "4711"
+        mlflow.tracing.set_destination(MlflowExperimentLocation(number))
+    try:
+        diagnosis = ctx_autolog.doctor()
+    finally:
+        mlflow.tracing.reset()
+
+    assert causes(diagnosis) == {"experiment_exists": "fail", "span_is_active": "warn"}
+    assert f"the experiment {number}" in diagnosis.failures[0].found
+
+
+def test_an_experiment_that_takes_nothing(store: Destination) -> None:
+    """That reading is allowed and writing is not is found by writing."""
+    with sqlite3.connect(str(store.tracking_uri).removeprefix("sqlite:///")) as connection:
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON spans "
+            "BEGIN SELECT RAISE(ABORT, 'you may not write'); END"
+        )
+    diagnosis = ctx_autolog.doctor()
+
+    assert causes(diagnosis) == {"experiment_is_writable": "fail", "span_is_active": "warn"}
+    assert "you may not write" in diagnosis.failures[0].found
+
+
+def test_a_file_store(store: Destination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of files takes no spans of workers: a warning that says how they travel."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "files").as_uri())
+    diagnosis = ctx_autolog.doctor()
+
+    assert causes(diagnosis) == {"spans_can_travel": "warn", "span_is_active": "warn"}
+    assert "file store" in diagnosis.warnings[0].found
+
+
+def test_a_transport_that_cannot_be_had(
+    store: Destination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What enable() would raise is one failure."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_TRANSPORT", "direct")
+    mlflow.set_tracking_uri((tmp_path / "files").as_uri())
+
+    assert causes(ctx_autolog.doctor()) == {"spans_can_travel": "fail", "span_is_active": "warn"}
+
+
+def test_buffers_that_are_set_low(store: Destination, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings by which MLflow drops spans are named with their values."""
+    monkeypatch.setenv("MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE", "10")
+    monkeypatch.setenv("MLFLOW_TRACE_BUFFER_TTL_SECONDS", "7200")
+    diagnosis = examine_in_span()
+
+    assert causes(diagnosis) == {"nothing_is_forgotten": "warn"}
+    assert "MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE=10" in diagnosis.warnings[0].found
+    assert "TTL" not in diagnosis.warnings[0].found
+
+
+def switch_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.tracing.disable()
+
+
+def disable_opentelemetry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+
+
+def sample_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0")
+
+
+def put_a_file_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY", str(tmp_path / "file" / "spools"))
+
+
+def wrap_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the shape in which Langfuse and others do it: a wrapt proxy around the method.
+    wrapt = pytest.importorskip("wrapt")
+
+    def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return wrapped(*args, **kwargs)
+
+    wrapper.__module__ = "langfuse.openai"
+    monkeypatch.setattr(Completions, "create", wrapt.FunctionWrapper(Completions.create, wrapper))
+
+
+FAULTS = [
+    (switch_off, "tracing_is_on", "fail"),
+    (disable_opentelemetry, "tracing_is_on", "fail"),
+    (sample_nothing, "all_is_sampled", "fail"),
+    (put_a_file_in_the_way, "spool_is_writable", "fail"),
+    (wrap_calls, "nobody_else_traces", "warn"),
+]
+
+
+@pytest.mark.usefixtures("tracing_is_restored")
+@pytest.mark.parametrize(("provoke", "check", "level"), FAULTS)
+def test_what_enable_finds_too(
+    store: Destination,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    provoke: Callable[[Path, pytest.MonkeyPatch], None],
+    check: str,
+    level: str,
+) -> None:
+    """The doctor names the cause and no other; enable() warns once of it, or raises if strict."""
+    provoke(tmp_path, monkeypatch)
+    diagnosis = ctx_autolog.doctor()
+    assert causes(diagnosis) == {check: level, "span_is_active": "warn"}
+    (found,) = [each for each in diagnosis.findings if each.check == check]
+
+    with pytest.warns(ctx_autolog.CtxAutologWarning) as warned:
+        ctx_autolog.enable()
+    assert len(warned) == 1
+    assert str(found) in str(warned[0].message)
+    assert warned[0].filename == __file__
+    ctx_autolog.disable()
+
+    with pytest.raises(ctx_autolog.DiagnosisError) as caught:
+        ctx_autolog.enable(strict=True)
+    assert caught.value.findings == (found,)
+    assert found.advice in str(caught.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ctx_autolog.disable()
+
+
+def test_a_share_that_the_user_has_chosen(
+    store: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling a share is a warning of the doctor's, and for enable() nothing to speak of."""
+    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0.5")
+
+    assert causes(ctx_autolog.doctor()) == {"all_is_sampled": "warn", "span_is_active": "warn"}
+    with ctx_autolog.enable(strict=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("openinference.instrumentation.openai", "OpenInference"),
+        ("opentelemetry.instrumentation.openai", "OpenLLMetry"),
+    ],
+)
+def test_a_real_instrumentation(
+    store: Destination, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    """A library that instruments the client is found by what it leaves on the client."""
+    instrumentor = pytest.importorskip(module).OpenAIInstrumentor()
+    for where, path in _CALLS:
+        # To have back what it does not clean up.
+        owner, _, method = path.partition(".")
+        holder = getattr(importlib.import_module(where), owner)
+        if method in vars(holder):
+            monkeypatch.setattr(holder, method, vars(holder)[method])
+    mlflow.openai.autolog()
+    instrumentor.instrument()
+    try:
+        diagnosis = examine_in_span()
+    finally:
+        instrumentor.uninstrument()
+
+    assert causes(diagnosis) == {"nobody_else_traces": "warn"}
+    assert name in diagnosis.warnings[0].found
+
+
+SECRETS = {
+    "MLFLOW_TRACKING_TOKEN": "token-that-is-secret",
+    "OPENAI_API_KEY": "sk-that-is-secret",
+    "DATABRICKS_TOKEN": "dapi-that-is-secret",
+    "COMPANY_PASSWORD": "word-that-is-secret",
+}
+
+
+def test_no_secret_is_shown(store: Destination, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what secret variables hold nor what a URI does is in any form of the diagnosis."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:proxy-that-is-secret@127.0.0.1:9")
+    with UnreliableProxy("http://127.0.0.1:9") as proxy:
+        proxy.mode = Status(401)
+        host = proxy.uri.removeprefix("http://")
+        mlflow.set_tracking_uri(f"http://name-that-is-secret:uri-that-is-secret@{host}/?password=x")
+        diagnosis = ctx_autolog.doctor()
+
+    assert causes(diagnosis)["log_in_is_accepted"] == "fail"
+    shown = f"{diagnosis} {diagnosis._repr_html_()} {json.dumps(diagnosis.to_dict())} {diagnosis!r}"
+    assert "MLFLOW_TRACKING_TOKEN" in shown
+    assert "that-is-secret" not in shown
+
+
+def test_the_diagnosis_is_a_table(store: Destination) -> None:
+    """It prints a line for each finding, and in a notebook escapes what it shows."""
+    advice = "do <b>this</b>"
+    finding = Finding("name", "A & B", "driver", "fail", "<script>", advice)
+    diagnosis = ctx_autolog.Diagnosis((finding,), 1.4)
+
+    assert str(diagnosis).splitlines() == [
+        "FAIL  driver   A & B: <script>",
+        f"{' ' * 15}-> {advice}",
+        "1 failed, in 1 s",
+    ]
+    page = diagnosis._repr_html_()
+    assert html.escape(advice) in page
+    assert "<script>" not in page
+    assert json.loads(json.dumps(diagnosis.to_dict()))["findings"][0]["level"] == "fail"
