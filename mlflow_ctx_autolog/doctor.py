@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlflow_ctx_autolog import autolog, probe, store, tracing
@@ -152,7 +152,8 @@ def diagnose(
     started = time.monotonic()
     examination = _Examination(session, model_url, has_active_span, session_error)
     findings = examination.run()
-    return Diagnosis(tuple(findings), time.monotonic() - started)
+    shown = (replace(each, found=probe.without_secrets(each.found)) for each in findings)
+    return Diagnosis(tuple(shown), time.monotonic() - started)
 
 
 class _Examination:
@@ -169,6 +170,7 @@ class _Examination:
         self._config = settings()
         self._uri = store.current_tracking_uri()
         self._experiment_id: str | None = None
+        self._experiment_error: str | None = None
         self._facts = Facts(
             driver={},
             workers_error=session_error,
@@ -205,6 +207,8 @@ class _Examination:
         try:
             own = {} if facts.transport is None else {"tracking_uri": self._uri, **asked_of_store}
             facts.driver = probe.facts_of_process(**self._question, **own)
+            if self._experiment_error is not None and "store" in facts.driver:
+                facts.driver["store"]["experiment"] = self._experiment_error
             if self._session is not None:
                 theirs = {} if worker_uri is None else {"tracking_uri": worker_uri}
                 self._ask_workers({**self._question, **theirs, **asked_of_store})
@@ -224,8 +228,10 @@ class _Examination:
     def _find_experiment(self) -> None:
         # Only where the store answers: MLflow asks it for minutes where it does not.
         if all(problem is None for problem in store.access(self._uri).values()):
-            with suppress(Exception):
+            try:
                 self._experiment_id = tracing.current_experiment_id()
+            except Exception as error:
+                self._experiment_error = _excerpt(error)
 
     def _ask_workers(self, question: dict[str, Any]) -> None:
         facts, session = self._facts, self._session
@@ -302,7 +308,7 @@ class _Examination:
 
 
 def _excerpt(error: BaseException) -> str:
-    """Return what went wrong in one line: of a stack trace, its last."""
+    """Return what went wrong in one line: the last of a Python traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    python = [line for line in lines if "Error: " in line and not line.startswith("at ")]
-    return shortened((python or lines or [type(error).__name__])[-1 if python else 0])
+    raised = [line for line in lines if "Error: " in line and not line.startswith("at ")]
+    return shortened([type(error).__name__, *lines[:1], *raised][-1])

@@ -20,7 +20,7 @@ from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["call_stand_in", "facts_of_process", "tell", "tell_time"]
+__all__ = ["call_stand_in", "facts_of_process", "tell", "tell_time", "without_secrets"]
 
 # Seconds that a model endpoint may take to let itself be connected to.
 _CONNECT_TIME = 5.0
@@ -77,7 +77,7 @@ def facts_of_process(
     except Exception as error:
         # Not installed, of another release, or broken.
         facts["library_error"] = f"{type(error).__name__}: {error}"
-    return {name: _without_secrets(fact) for name, fact in facts.items()}
+    return {name: without_secrets(fact) for name, fact in facts.items()}
 
 
 def _facts_by_the_library(
@@ -204,15 +204,19 @@ def _is_secret(name: str) -> bool:
     return re.search("TOKEN|PASSWORD|SECRET|KEY", name) is not None
 
 
-def _without_secrets(fact: Any) -> Any:
-    """Return a fact without what secret variables of this process hold, and without log-ins."""
+def without_secrets(fact: Any) -> Any:
+    """Return a fact without what secret variables of this process hold.
+
+    Of URIs, user, password and query are left out, too.
+    """
     if isinstance(fact, dict):
-        return {name: _without_secrets(value) for name, value in fact.items()}
+        return {name: without_secrets(value) for name, value in fact.items()}
     if isinstance(fact, list):
-        return [_without_secrets(each) for each in fact]
+        return [without_secrets(each) for each in fact]
     if not isinstance(fact, str):
         return fact
     for name, value in os.environ.items():
         if _is_secret(name) and len(value) > 3:
             fact = fact.replace(value, "***")
-    return re.sub(r"(?<=//)[^/@\s\"']+@", "***@", fact)
+    fact = re.sub(r"(?<=//)[^/@\s\"']+@", "***@", fact)
+    return re.sub(r"(//[^\s?\"']+)\?[^\s\"']*", r"\1", fact)

@@ -98,6 +98,19 @@ def test_a_store_that_does_not_let_in(store: Destination, status: int, cause: st
     assert str(status) in diagnosis.failures[0].found
 
 
+def test_an_experiment_whose_name_is_unknown(
+    store: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An experiment that the environment names and the store does not have is found."""
+    mlflow.tracing.reset()
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
+    diagnosis = ctx_autolog.doctor()
+
+    assert causes(diagnosis) == {"experiment_exists": "fail", "span_is_active": "warn"}
+    assert "4711" in diagnosis.failures[0].found
+
+
 @pytest.mark.parametrize("what", ["deleted", "missing"])
 def test_an_experiment_that_is_gone(store: Destination, what: str) -> None:
     """An experiment that was deleted after this process had chosen it is found."""
@@ -287,7 +300,9 @@ def test_no_secret_is_shown(store: Destination, monkeypatch: pytest.MonkeyPatch)
     with UnreliableProxy("http://127.0.0.1:9") as proxy:
         proxy.mode = Status(401)
         host = proxy.uri.removeprefix("http://")
-        mlflow.set_tracking_uri(f"http://name-that-is-secret:uri-that-is-secret@{host}/?password=x")
+        mlflow.set_tracking_uri(
+            f"http://name-that-is-secret:uri-that-is-secret@{host}/?key=query-that-is-secret"
+        )
         diagnosis = ctx_autolog.doctor()
 
     assert causes(diagnosis)["log_in_is_accepted"] == "fail"
