@@ -32,7 +32,7 @@ from mlflow_ctx_autolog.receipts import Receipt
 
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
-    from mlflow_ctx_autolog.doctor import Diagnosis, doctor
+    from mlflow_ctx_autolog.diagnosis import Diagnosis, doctor
     from mlflow_ctx_autolog.driver import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.worker import attach
 
@@ -63,13 +63,13 @@ __all__ = [
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow is therefore imported on first use.
 _LAZY = {
-    "Diagnosis": "doctor",
+    "Diagnosis": "diagnosis",
     "Handle": "autolog",
     "attach": "worker",
     "broadcast": "driver",
     "capture": "driver",
     "disable": "autolog",
-    "doctor": "doctor",
+    "doctor": "diagnosis",
     "enable": "autolog",
     "flush": "driver",
     "receipt": "driver",

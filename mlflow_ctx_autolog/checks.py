@@ -369,10 +369,15 @@ def tracing_is_on(subject: Subject) -> Verdict | None:
 
     There is no error.
     """
-    if "tracing" not in subject.process:
+    return _fact(subject, "tracing", well="it is", badly="it is off")
+
+
+def _fact(subject: Subject, name: str, *, well: str, badly: str) -> Verdict | None:
+    """Return the verdict on a fact that is what is wrong with something, None if nothing is."""
+    if name not in subject.process:
         return None
-    problem = subject.process["tracing"]
-    return _passed("it is") if problem is None else _failed(f"it is off: {problem}")
+    problem = subject.process[name]
+    return _passed(well) if problem is None else _failed(f"{badly}: {problem}")
 
 
 @check(
@@ -443,10 +448,7 @@ def spool_is_writable(subject: Subject) -> Verdict | None:
 
     Where they cannot, they wait in memory, and are lost with a worker that is killed.
     """
-    if "spool" not in subject.process:
-        return None
-    problem = subject.process["spool"]
-    return _passed("it can") if problem is None else _failed(f"it cannot: {problem}")
+    return _fact(subject, "spool", well="it can", badly="it cannot")
 
 
 @check(

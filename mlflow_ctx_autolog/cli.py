@@ -99,7 +99,7 @@ def _recover(path: Path, tracking_uri: str | None) -> int:
 
 def _doctor(given: argparse.Namespace) -> int:
     # Imports MLflow and starts Spark.
-    from mlflow_ctx_autolog.doctor import diagnose
+    from mlflow_ctx_autolog.diagnosis import diagnose
     from mlflow_ctx_autolog.spark import started_session
 
     with started_session(given.master, given.remote) as (session, problem):

@@ -352,12 +352,7 @@ def access(
     if experiment_id is None and last == "experiment":
         last, problem = "login", None
     elif problem is None and records:
-        try:
-            last = "write"
-            send(destination, records)
-        except StoreError as error:
-            # A server that takes whole traces only is no failure.
-            last, problem = ("experiment", None) if error.unsupported else ("write", str(error))
+        last, problem = _try_write(destination, records)
     steps = ("reach", "login", "experiment", "write")
     return {**dict.fromkeys(steps[: steps.index(last)]), last: problem}
 
@@ -375,7 +370,8 @@ def _try_experiment(destination: Destination) -> tuple[str, str | None]:
             if answer.status_code == 403:
                 return "experiment", f"this log-in may not read {named}"
             document = _json_object(answer) or {}
-            stage = document.get("experiment", {}).get("lifecycle_stage")
+            experiment = document.get("experiment")
+            stage = experiment.get("lifecycle_stage") if isinstance(experiment, dict) else None
             is_missing = document.get("error_code") == _MISSING
             if stage is None and not is_missing:
                 return "reach", f"it answered {answer.status_code}, and with no experiment"
@@ -387,6 +383,16 @@ def _try_experiment(destination: Destination) -> tuple[str, str | None]:
     if is_missing:
         return "experiment", f"{named} does not exist"
     return "experiment", None if stage == "active" else f"{named} is {stage}"
+
+
+def _try_write(destination: Destination, records: Sequence[Record]) -> tuple[str, str | None]:
+    """Return the last step towards storing spans, and what is wrong there."""
+    try:
+        send(destination, records)
+    except StoreError as error:
+        # To take whole traces only is no failure.
+        return ("experiment", None) if error.unsupported else ("write", str(error))
+    return "write", None
 
 
 def _local_stage(store: Any, experiment_id: str) -> tuple[str | None, bool]:

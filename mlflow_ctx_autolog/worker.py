@@ -353,8 +353,9 @@ def _reason_for_silence(task: Task, made: int) -> str | None:
     if made > 1:
         return None
     if task.calls:
-        problem = tracing_problem() or "MLflow made none"
-        return f"{task.calls} calls were made, and there is no span of them: {problem}"
+        # Else they have not returned yet.
+        problem = tracing_problem()
+        return None if problem is None else f"{task.calls} calls were made, but {problem}"
     return None if autolog_is_on() else "MLflow's OpenAI autolog is switched off in the worker"
 
 

@@ -47,7 +47,6 @@ def test_a_cluster_on_which_all_is_well(
     assert [trace.root.name for trace in stored_traces(experiment_id)] == ["job"]
     assert endpoint.requests == []
     assert "secret" not in str(diagnosis)
-    assert diagnosis.seconds < 60
 
 
 def test_a_store_and_an_endpoint_that_nobody_reaches(

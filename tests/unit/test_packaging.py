@@ -85,3 +85,9 @@ def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'mlflow_ctx_autolog' has no attribute 'enabel'"):
         mlflow_ctx_autolog.enabel  # noqa: B018
     assert not hasattr(mlflow_ctx_autolog, "enabel")
+
+
+def test_no_public_name_is_that_of_a_module() -> None:
+    """Importing a module puts it into the package, where it would hide a function of its name."""
+    modules = {path.stem for path in Path(mlflow_ctx_autolog.__file__).parent.iterdir()}
+    assert not modules & set(mlflow_ctx_autolog.__all__)
