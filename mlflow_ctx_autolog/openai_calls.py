@@ -71,6 +71,7 @@ class OpenAICalls:
 
     def uninstall(self) -> None:
         """Undo :meth:`install`; an autolog that the user turned on stays on. Idempotent."""
+        self._client.close_dropped()
         for patch in self._patches:
             patch.revert()
         self._client.uninstall()

@@ -44,19 +44,20 @@ class WorkerProcess:
         """Send the task's span ahead, so that what lies beneath it is never an orphan."""
         span = snapshot(task.span)
         if span is not None:
-            self.deliveries.to(task.destination).submit(span_record(span))
+            self._send_ahead(task, span)
 
     def settle(self, task: Task) -> None:
         """See to the task's spans that are open when it ends.
 
-        Those of streams that it has left unread end. The others, of calls that are still being
-        made, are sent as they are; when they end, they are sent again.
+        Those of streams that it has left unread end. The others, of calls that have not returned,
+        are sent ahead as they are, lest they be lost with the process.
         """
         self._openai_calls.close_answers(task)
-        for span in self.tracing.open_spans(task, task.span.trace_id):
-            if span.span_id != task.span_id:
-                record = span_record(span, owner=task.span_id)
-                self.deliveries.to(task.destination).submit(record)
+        self.tracing.show_open(task, task.span, functools.partial(self._send_ahead, task))
+
+    def _send_ahead(self, task: Task, span: Any) -> None:
+        # Not counted: it is sent, and counted, when it ends.
+        self.deliveries.to(task.destination).submit(span_record(span))
 
     def _submit(self, task: Task, span: Any) -> None:
         task.count_span(span.span_id, span.parent_id, usage_of(span), cost_of(span))

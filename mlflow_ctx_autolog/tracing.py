@@ -439,10 +439,12 @@ class WorkerTracing(Generic[OwnerT]):
             mlflow_provider.set_span_in_context(span)
         return span
 
-    def open_spans(self, owner: OwnerT, trace_id: str) -> list[Span]:
-        """Return the spans of an owner in a trace that have not ended, as they are now."""
-        ids = self._processor.open_ids(owner)
-        return [span for span in open_spans(trace_id) if span.span_id in ids]
+    def show_open(self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span], None]) -> None:
+        """Show the spans below a task's that have not ended, as they are now.
+
+        One that ends meanwhile is submitted after it was shown.
+        """
+        self._processor.show_open(owner, task_span, show)
 
 
 def _rebuild_provider() -> None:
@@ -502,11 +504,14 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
                 trace.span_dict.pop(encode_span_id(span.context.span_id), None)
         self._submit(owner, Span(span))
 
-    def open_ids(self, owner: OwnerT) -> set[str]:
-        """Return the ids of an owner's spans that have not ended."""
+    def show_open(self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span], None]) -> None:
         with self._lock:
-            found = [span_id for span_id, other in self._owners.items() if other is owner]
-        return {encode_span_id(span_id) for span_id in found}
+            found = {encode_span_id(id_) for id_, other in self._owners.items() if other is owner}
+            found.discard(task_span.span_id)
+            if found:
+                for span in open_spans(task_span.trace_id):
+                    if span.span_id in found:
+                        show(span)
 
     def forget_traces(self) -> None:
         """Drop the placeholders of traces whose spans have all been handed over."""

@@ -152,10 +152,22 @@ def default_answer(request: Request) -> str:
 
 
 def as_answer(given: Answers) -> Answer:
-    """Return what an answer function returned as an `Answer`."""
+    """Return what an answer function returned as an `Answer`.
+
+    Raises:
+        EndpointError: It is none of what it may return.
+    """
     if isinstance(given, Answer):
         return given
-    return Answer(given if isinstance(given, str) else json.dumps(dict(given)))
+    if isinstance(given, Mapping):
+        return Answer(json.dumps(dict(given)))
+    if isinstance(given, str):
+        return Answer(given)
+    raise EndpointError(
+        500,
+        f"The answer function returned {type(given).__name__!r}; it must return a text, a dict "
+        "or an Answer.",
+    )
 
 
 def script(*steps: Answers | EndpointError) -> AnswerFunction:

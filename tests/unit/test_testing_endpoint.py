@@ -328,6 +328,15 @@ def test_other_addresses(prefix: str) -> None:
         assert endpoint.requests[0].path == f"{prefix}/embeddings"
 
 
+def test_an_answer_that_is_none() -> None:
+    """An answer function that returns something else is told so, by way of the client."""
+    with (
+        OpenAIEndpoint(lambda request: None) as endpoint,  # type: ignore[arg-type, return-value]
+        pytest.raises(openai.InternalServerError, match="returned 'NoneType'"),
+    ):
+        ask(endpoint)
+
+
 @pytest.mark.parametrize(
     "body", [b"{", b"\xff", b"[]", b"{}", b'{"model": "m"}', b'{"model": "m", "messages": [1]}']
 )
