@@ -68,9 +68,11 @@ class Patch:
         try:
             original = inspect.getattr_static(self.owner, self.name)
         except AttributeError:
+            # A class names its module, and a module itself.
+            module = getattr(self.owner, "__module__", self.owner.__name__)
             raise UnsupportedVersionError(
                 f"{self.owner.__name__} has no {self.name}; this release of "
-                f"{self.owner.__name__.partition('.')[0]} cannot be patched. "
+                f"{module.partition('.')[0]} cannot be patched. "
                 "Install a release that mlflow-ctx-autolog supports."
             ) from None
         if self._layer is None or original is not self._original:

@@ -277,8 +277,10 @@ def test_a_client_that_has_changed_is_traced_nevertheless(
     with caplog.at_level(logging.WARNING, "mlflow_ctx_autolog"):
         openai_calls.install()
         openai_calls.install()
-    assert len(caplog.messages) == 1
-    assert "Stream has no close" in caplog.text
+    (warning,) = [
+        record.getMessage() for record in caplog.records if record.name.startswith("mlflow_ctx")
+    ]
+    assert "Stream has no close; this release of openai" in warning
     endpoint.answer = script(BUSY, "fine")
     with mlflow.start_span("driver") as span:
         ask(client, 1)
