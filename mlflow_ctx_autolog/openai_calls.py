@@ -84,7 +84,7 @@ class OpenAICalls:
         self._client.close_dropped()
         for answer in list(self._unread):
             if answer.task is task:
-                answer.closed()
+                self._client.close(answer)
 
     def resends(self) -> None:
         span = self._calling.get()

@@ -7,6 +7,7 @@ import importlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -63,22 +64,19 @@ class OpenAIClient:
 
     def install(self) -> None:
         """Idempotent."""
-        self._patches = self._patches or [
-            Patch(owner, name, replacement)
-            for module, owner_name, name, replacement in self._places()
-            if (owner := _find(module, owner_name)) is not None
-        ]
+        self._patches = self._patches or list(self._new_patches())
         for patch in self._patches:
             try:
                 patch.apply()
             except UnsupportedVersionError as error:
-                if not self._has_warned:
-                    self._has_warned = True
-                    _logger.warning(
-                        "Calls are traced, but repeated requests or streams that are not read to "
-                        "their end are not recorded in full: %s",
-                        error,
-                    )
+                self._warn(str(error))
+
+    def _new_patches(self) -> Iterator[Patch]:
+        for module, owner, name, replacement in self._places():
+            if (found := _find(module, owner)) is not None:
+                yield Patch(found, name, replacement)
+            else:
+                self._warn(f"there is no {module}.{owner}")
 
     def uninstall(self) -> None:
         """Idempotent."""
@@ -102,7 +100,11 @@ class OpenAIClient:
     def close_dropped(self) -> None:
         """Tell the readers of those streams that nobody can read any more."""
         while self._dropped:
-            _tell(self._dropped.popleft().closed)
+            self.close(self._dropped.popleft())
+
+    def close(self, reader: AnswerReader) -> None:
+        """Tell a reader that its answer will be read no further. Never raises."""
+        _tell(reader.closed)
 
     def _places(self) -> Iterator[tuple[str, str, str, Callable[..., Any]]]:
         # Which the client, sync or async, asks before each request that it sends again.
@@ -110,12 +112,24 @@ class OpenAIClient:
         yield "openai._base_client", "SyncAPIClient", "request", self._request
         yield "openai._base_client", "AsyncAPIClient", "request", self._async_request
         yield "openai._response", "BaseAPIResponse", "_parse", self._parse
+        helpers = {"chat": "ChatCompletionStream"}
+        if find_spec("openai.lib.streaming.responses") is not None:
+            # From openai 1.66 on.
+            helpers["responses"] = "ResponseStream"
         for kind in ("", "Async"):
             yield "openai._response", f"{kind}APIResponse", "close", self._close_response
             yield "openai", f"{kind}Stream", "close", self._close
-            for module, name in (("chat", "ChatCompletion"), ("responses", "Response")):
-                module = f"openai.lib.streaming.{module}"
-                yield module, f"{kind}{name}Stream", "close", self._close
+            for module, name in helpers.items():
+                yield f"openai.lib.streaming.{module}", f"{kind}{name}", "close", self._close
+
+    def _warn(self, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "Calls are traced, but repeated requests or streams that are not read to their "
+                "end are not recorded in full: %s",
+                reason,
+            )
 
     def _resend(self, original: Callable[..., float], *args: Any, **kwargs: Any) -> float:
         _tell(self._observer.resends)

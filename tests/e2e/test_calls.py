@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import calls
 import mlflow
+import pandas as pd
 import pytest
 from calls import Call
 from coverage_table import CALLS, CLIENTS, case
 from mlflow.entities import Span
 from packaging.version import Version
 from pyspark.sql import SparkSession
-from workload import StoredTrace, stored_trace
+from workload import StoredTrace, ask, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
+from mlflow_ctx_autolog.testing import OpenAIEndpoint, Request, TrackingServer
 
 ROWS = {call.row: call for call in calls.CALLS}
 OF_EACH_CLIENT = [
@@ -36,7 +39,7 @@ DATABRICKS: dict[str, Any] = {
 }
 
 
-# What not all releases have, by what a call needs: what the table says of it, and whether it lacks.
+# By what a call needs and not all releases have: what the table says, and whether it is missing.
 LACKS = {
     "responses": ("with openai from 1.66", find_spec("openai.resources.responses") is None),
     "images": ("with MLflow from 3.12", Version(mlflow.__version__) < Version("3.12")),
@@ -175,3 +178,51 @@ def test_each_call_is_counted_once(outcome: Outcome) -> None:
     made = [task.attributes["llm.calls"] for task in outcome.trace.tasks]
     assert sum(made) == len(_plan())
     assert len(outcome.trace.spans) == len(_plan()) + len(made) + 1
+
+
+def test_a_call_that_outlasts_its_task_is_stored_as_it_is_and_later_as_it_was(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """A call whose task does not wait for it is in the trace at once, and ends when it ends."""
+    arrived, go = threading.Event(), threading.Event()
+
+    def answer(request: Request) -> str:
+        if "Has it arrived?" in request.prompt:
+            return "yes" if arrived.is_set() else "no"
+        arrived.set()
+        go.wait(60)
+        return "at last"
+
+    endpoint.answer = answer
+    url = endpoint.base_url
+
+    def leave_behind(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        from openai import OpenAI
+
+        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
+        for batch in batches:
+            threading.Thread(target=ask, args=(client, 1), daemon=True).start()
+            while ask(client, 2, question=lambda number: "Has it arrived?") == "no":
+                time.sleep(0.05)
+            yield batch
+
+    def left_behind() -> Span:
+        (call,) = [
+            call
+            for call in stored_trace(span.trace_id).calls
+            if "document 1" in json.dumps(call.inputs)
+        ]
+        return call
+
+    with ctx_autolog.enable(), mlflow.start_span("job") as span:
+        assert len(spark.range(0, 1, 1, 1).mapInPandas(leave_behind, "id long").collect()) == 1
+    unfinished = left_behind()
+    assert unfinished.status.status_code.value == "UNSET"
+    go.set()
+    deadline = time.monotonic() + 60
+    while left_behind().status.status_code.value == "UNSET" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    finished = left_behind()
+    assert finished.status.status_code.value == "OK"
+    assert finished.span_id == unfinished.span_id
+    assert finished.outputs["choices"][0]["message"]["content"] == "at last"
