@@ -29,6 +29,10 @@ _autolog_module = importlib.import_module("mlflow.openai.autolog")
 _RESEND_COUNT = "http.request.resend_count"
 _TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 
+# Of a client derived from OpenAI's, such as Databricks', before MLflow 3.14: the second is no type
+# of a span, and no store takes such a span.
+_UNKNOWN_TYPES = ("UNKNOWN", ("UNKNOWN", None))
+
 
 class OpenAICalls:
     """Turns MLflow's OpenAI autolog on, and makes its spans children of the task's span.
@@ -114,9 +118,8 @@ class OpenAICalls:
             task.count_call()
             if not has_active_span():
                 kwargs.setdefault("parent_span", task.span)
-        if kwargs.get("span_type") == "UNKNOWN" and "messages" in (kwargs.get("inputs") or {}):
-            # Of a client derived from OpenAI's, such as Databricks', before MLflow 3.14.
-            kwargs["span_type"] = "CHAT_MODEL"
+        if kwargs.get("span_type") in _UNKNOWN_TYPES:
+            kwargs["span_type"] = _type_of(str(kwargs.get("name")), kwargs.get("inputs") or {})
         span = original(*args, **kwargs)
         self._calling.set(None if isinstance(span, NoOpSpan) else span)
         return span
@@ -142,6 +145,11 @@ class OpenAICalls:
         if span.end_time_ns is None:
             # MLflow could not make sense of it: of a tool without parameters, for one.
             span.end(outputs=result)
+
+
+def _type_of(name: str, inputs: Any) -> str:
+    """Return the type of a call of a client whose classes MLflow does not know."""
+    return "CHAT_MODEL" if "messages" in inputs or name.endswith("Responses") else "UNKNOWN"
 
 
 def _is_of_parse(inputs: Any) -> bool:
