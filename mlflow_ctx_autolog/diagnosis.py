@@ -198,6 +198,15 @@ class _Examination:
             facts.transport_reason = str(error)
         if facts.transport is not None:
             self._find_experiment()
+        self._gather(worker_uri)
+        facts.round_trip_skipped = self._reason_to_stay(examine(facts))
+        if facts.round_trip_skipped is None:
+            facts.round_trip = self._make_round_trip()
+        return examine(facts)
+
+    def _gather(self, worker_uri: str | None) -> None:
+        """Ask the driver's process and those of workers, and look at what they have stored."""
+        facts = self._facts
         # MLflow's form of an id that OpenTelemetry has made up.
         trace_id = f"tr-{uuid.uuid4().hex}" if self._experiment_id and facts.takes_spans else None
         asked_of_store: dict[str, Any] = {
@@ -217,13 +226,8 @@ class _Examination:
                     _, spans = store.read_trace(self._destination(), trace_id)
                     facts.spans_found = [span.span_id for span in spans]
         finally:
-            if facts.spans_found and trace_id is not None:
+            if trace_id is not None:
                 self._delete(trace_id)
-        findings = examine(facts)
-        facts.round_trip_skipped = self._reason_to_stay(findings)
-        if facts.round_trip_skipped is None:
-            facts.round_trip = self._make_round_trip()
-        return examine(facts)
 
     def _find_experiment(self) -> None:
         # Only where the store answers: MLflow asks it for minutes where it does not.
@@ -281,11 +285,15 @@ class _Examination:
                 autolog.disable()
 
     def _call_and_look(self) -> str | None:
+        problem = None
         with tracing.new_trace(_NAME) as trace_id:
-            function = driver.carrying(
-                probe.call_stand_in, self._session, required=True, repeated=True
-            )
-            spark_api.run_on_workers(self._session, function, "", tasks=1)
+            try:
+                function = driver.carrying(
+                    probe.call_stand_in, self._session, required=True, repeated=True
+                )
+                spark_api.run_on_workers(self._session, function, "", tasks=1)
+            except Exception as error:
+                problem = _excerpt(error)
         try:
             receipt = driver.ledger.receipt(trace_id, self._config.flush_timeout)
             _, spans = store.read_trace(self._destination(), trace_id)
@@ -293,8 +301,8 @@ class _Examination:
             driver.ledger.forget(trace_id)
             self._delete(trace_id)
         tasks = {span.span_id for span in spans if tracing.is_task(span)}
-        if any(span.parent_id in tasks for span in spans):
-            return None
+        if problem is not None or any(span.parent_id in tasks for span in spans):
+            return problem
         reason = receipt.first_error or "no process has said why"
         return f"the call is not among the {len(spans)} spans in the store: {receipt}; {reason}"
 

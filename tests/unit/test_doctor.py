@@ -43,7 +43,6 @@ def examine_in_span() -> ctx_autolog.Diagnosis:
 def store(database: Destination) -> Iterator[Destination]:
     """A store in which nothing of the doctor's remains."""
     yield database
-    mlflow.flush_trace_async_logging()
     with sqlite3.connect(str(database.tracking_uri).removeprefix("sqlite:///")) as connection:
         query = "SELECT count(*) FROM spans WHERE name LIKE '%doctor%'"
         assert connection.execute(query).fetchone() == (0,)

@@ -25,7 +25,6 @@ def book(
     with caplog.at_level(logging.WARNING, logger="mlflow_ctx_autolog"):
         yield fresh
     ctx_autolog.disable()
-    mlflow.flush_trace_async_logging()
 
 
 def arrival(trace_id: str, silence: str | None, number: int = 1) -> Arrival:
