@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ class TrackingServer:
     created when missing (mode 0700) and kept. Without ``port`` a free one is chosen; the port
     stays the same over `kill` and `start`. ``timeout`` is the time in seconds that `start` waits
     for the server to answer. ``backend_store_uri`` is where it keeps what it is told, by default
-    an SQLite file in ``directory``.
+    an SQLite file in ``directory``. With ``password`` it demands a log-in, as user ``admin``.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class TrackingServer:
         port: int | None = None,
         timeout: float = 60.0,
         backend_store_uri: str | None = None,
+        password: str | None = None,
     ) -> None:
         self._temporary = directory is None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="mlflow-server-")).resolve()
         self.port = _free_port() if port is None else port
         self.timeout = timeout
         self.backend_store_uri = backend_store_uri or f"sqlite:///{self.directory}/mlflow.db"
+        self.password = password
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -68,7 +71,7 @@ class TrackingServer:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(),
-                env=_environment(),
+                env=self._environment(),
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -117,7 +120,15 @@ class TrackingServer:
             *("--backend-store-uri", self.backend_store_uri),
             *("--artifacts-destination", (self.directory / "artifacts").as_uri()),
             *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
+            *(("--app-name", "basic-auth") if self.password else ()),
         ]
+
+    def _environment(self) -> dict[str, str]:
+        environment = _environment()
+        if self.password is not None:
+            environment["MLFLOW_AUTH_ADMIN_PASSWORD"] = self.password
+            environment["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex()
+        return environment
 
     def _wait_until_healthy(self) -> None:
         assert self._process is not None
