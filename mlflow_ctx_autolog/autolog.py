@@ -11,7 +11,13 @@ from typing import Any
 from mlflow_ctx_autolog import process, versions
 from mlflow_ctx_autolog.checks import Facts, examine
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.driver import describe_transport, driver, warn, warn_of_old_store
+from mlflow_ctx_autolog.driver import (
+    describe_transport,
+    driver,
+    settings,
+    warn,
+    warn_of_old_store,
+)
 from mlflow_ctx_autolog.exceptions import DiagnosisError
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.probe import facts_of_process
@@ -22,7 +28,9 @@ __all__ = ["Handle", "disable", "enable", "switch_on"]
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
-_openai_calls = OpenAICalls(only_in_tasks=False)
+_openai_calls = OpenAICalls(
+    only_in_tasks=False, propagates_headers=lambda: settings().propagate_headers
+)
 _handovers = Handovers(driver.carry)
 
 
@@ -106,12 +114,18 @@ def switch_on(resolved: Config) -> Handle:
     with _lock:
         before = driver.config
         if before is None:
-            driver.warned_of_no_span = False
+            driver.warned_of_no_span = driver.warned_of_network = False
             driver.enabled_at = time.monotonic()
         driver.config = resolved
         try:
             _logger.info("%s", describe_transport())
             warn_of_old_store()
+            driver.check_forwarding()
+            driver.endings.install()
+            if resolved.join_trace:
+                driver.joined_trace.enter()
+            else:
+                driver.joined_trace.leave()
             _openai_calls.install()
             _handovers.install()
         except BaseException:
@@ -147,6 +161,8 @@ def _check_if_strict() -> None:
 def _uninstall() -> None:
     driver.config = None
     driver.ledger.close()
+    driver.joined_trace.leave()
+    driver.endings.uninstall()
     _handovers.uninstall()
     _openai_calls.uninstall()
     process.remove()

@@ -57,6 +57,7 @@ def _recover(path: Path, tracking_uri: str | None) -> int:
     # Imports MLflow, for which nobody should wait who wants to know versions.
     from mlflow_ctx_autolog.exceptions import StoreError
     from mlflow_ctx_autolog.ledger import write_stored_totals
+    from mlflow_ctx_autolog.otlp import is_collector
     from mlflow_ctx_autolog.recovery import recover
     from mlflow_ctx_autolog.spool import Destination, Record, spool_files
     from mlflow_ctx_autolog.store import send_to, spans_of
@@ -72,6 +73,8 @@ def _recover(path: Path, tracking_uri: str | None) -> int:
 
     def send(destination: Destination, records: Sequence[Record]) -> None:
         used = send_to(tracking_uri, destination, records)
+        if is_collector(used.tracking_uri):
+            return
         traces.update((used, span.trace_id) for span in spans_of(records))
 
     for each in paths:

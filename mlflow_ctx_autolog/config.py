@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-__all__ = ["ENV_PREFIX", "TRANSPORTS", "Config"]
+__all__ = ["CAPTURE_CONTENT_VARIABLE", "ENV_PREFIX", "TRANSPORTS", "Config"]
 
 ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
-TRANSPORTS = ("auto", "direct", "driver")
+CAPTURE_CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+TRANSPORTS = ("auto", "direct", "driver", "otlp")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,26 @@ class Config:
             does not have all spans that were made, and from :func:`~mlflow_ctx_autolog.enable`,
             when something on the driver is wrong; otherwise this is one warning.
         transport: How spans reach the store: ``"direct"`` from the workers; ``"driver"``: they
-            come home with the task, and the driver stores them; ``"auto"``: directly where the
-            store takes spans from other processes, else by way of the driver.
+            come home with the task, and the driver stores them; ``"otlp"``: from the workers to the
+            endpoint that ``OTEL_EXPORTER_OTLP_ENDPOINT`` names; ``"auto"``: as MLflow on the driver
+            does it, directly where the store takes spans from other processes at an address that
+            they can reach, else by way of the driver.
+        capture_content: Whether spans hold prompts, answers and other texts, or only what happened:
+            model, tokens, cost, times, outcome. Where neither this nor its variable is set, that of
+            OpenTelemetry, ``OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT``, is heeded.
+        max_content_chars: Characters at most of each text in them; None for no limit. At least 1.
+        redact: Returns what may be sent of some content, called with each span's inputs, outputs,
+            and other texts, as dictionaries, lists and texts; None withholds it. Where it raises,
+            the content is withheld. It travels to the workers as Spark pickles functions.
+        propagate_headers: Whether MLflow may send a ``traceparent`` header along with model calls,
+            so that the endpoint can trace them as well.
+        join_trace: Make the span that the variable ``TRACEPARENT`` names, as an orchestrator sets
+            it for what it starts, the parent of what this process traces: of what is traced in the
+            execution context in which :func:`~mlflow_ctx_autolog.enable` is called.
+        forward_env: Names of environment variables of the driver that tasks get as well, with
+            their values at the time a function is handed to Spark, in its broadcast. By default
+            none, since whoever listens to Spark's network can read it. In a variable, separated
+            by commas.
 
     Raises:
         ValueError: A value is outside its range; the message names it and the range.
@@ -52,6 +73,12 @@ class Config:
     max_waiting_bytes: int = 16 * 1024 * 1024
     strict: bool = False
     transport: str = "auto"
+    capture_content: bool = True
+    max_content_chars: int | None = None
+    redact: Callable[[Any], Any] | None = None
+    propagate_headers: bool = True
+    join_trace: bool = False
+    forward_env: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check("flush_timeout", self.flush_timeout, above=0, at_most=3600)
@@ -66,8 +93,15 @@ class Config:
                 f"spool_directory={self.spool_directory!r} is not an absolute path, and a worker "
                 "has another working directory"
             )
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict={self.strict!r} is not True or False")
+        for name in ("strict", "capture_content", "propagate_headers", "join_trace"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} is not True or False")
+        if self.max_content_chars is not None:
+            _check("max_content_chars", self.max_content_chars, at_least=1, whole=True)
+        if self.redact is not None and not callable(self.redact):
+            raise TypeError(f"redact={self.redact!r} is not a function")
+        # So that two settings objects with the same names are equal, whatever held them.
+        object.__setattr__(self, "forward_env", _names("forward_env", self.forward_env))
         if self.transport not in TRANSPORTS:
             known = ", ".join(TRANSPORTS)
             raise ValueError(f"transport={self.transport!r} is unknown; it must be one of {known}")
@@ -75,6 +109,8 @@ class Config:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> Config:
         """Read ``MLFLOW_CTX_AUTOLOG_*``; fields without a variable keep their default.
+
+        Of OpenTelemetry's variables, the one on ``capture_content`` is read as well.
 
         Args:
             environ: The environment variables.
@@ -84,7 +120,8 @@ class Config:
             ValueError: A variable or setting is unknown, cannot be read, or is out of range.
             TypeError: A setting is of the wrong type.
         """
-        return cls().updated({**_settings_from_env(environ), **settings})
+        heeded = {**_opentelemetrys(environ), **_settings_from_env(environ)}
+        return cls().updated({**heeded, **settings})
 
     def updated(self, settings: Mapping[str, Any]) -> Config:
         """Return a copy with ``settings`` in place.
@@ -98,8 +135,9 @@ class Config:
         return replace(self, **settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary that JSON can hold."""
-        return asdict(self)
+        """Return the fields that JSON can hold as a dictionary: all but ``redact``."""
+        names = [field.name for field in fields(self) if field.name != "redact"]
+        return {name: getattr(self, name) for name in names}
 
 
 def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -109,14 +147,56 @@ def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         name = variable[len(ENV_PREFIX) :].lower()
         _check_known(name, f"environment variable {variable}")
-        default = getattr(Config, name)
-        read: Callable[[str], Any] = _flag if isinstance(default, bool) else type(default or "")
+        read, kind = _reader(name)
         try:
             settings[name] = read(text)
         except ValueError:
-            kind = "true or false" if isinstance(default, bool) else "a number"
             raise ValueError(f"{variable}={text!r} is not {kind}") from None
     return settings
+
+
+def _reader(name: str) -> tuple[Callable[[str], Any], str]:
+    """Return what reads a field's variable, and what it expects."""
+    default = getattr(Config, name)
+    if isinstance(default, bool):
+        return _flag, "true or false"
+    if name == "max_content_chars":
+        return int, "a number"
+    if name == "forward_env":
+        return _listed, "a list"
+    if name == "redact":
+        return _no_function, "a function: give it to enable()"
+    return type(default or ""), "a number"
+
+
+def _no_function(text: str) -> None:
+    raise ValueError(text)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _names(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}={value!r} is not a list of names")
+    for each in value:
+        if not isinstance(each, str) or not _VARIABLE.fullmatch(each):
+            raise ValueError(f"{name} holds {each!r}, which is not an environment variable's name")
+    return tuple(value)
+
+
+def _opentelemetrys(environ: Mapping[str, str]) -> dict[str, Any]:
+    text = environ.get(CAPTURE_CONTENT_VARIABLE)
+    if not text:
+        return {}
+    # Older conventions say true and false. Our content is in spans, never in log events.
+    wanted = {"true": True, "span_only": True, "span_and_event": True}
+    unwanted = {"false": False, "no_content": False, "event_only": False}
+    known = {**wanted, **unwanted}
+    if text.lower() not in known:
+        raise ValueError(f"{CAPTURE_CONTENT_VARIABLE}={text!r} is none of {', '.join(known)}")
+    return {"capture_content": known[text.lower()]}
 
 
 def _flag(text: str) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.exceptions import CarrierError, shortened
 
-__all__ = ["CARRIER_VERSION", "DriverContext"]
+__all__ = ["CARRIER_VERSION", "DriverContext", "is_traceparent"]
 
 CARRIER_VERSION = 1
 
@@ -18,6 +19,11 @@ CARRIER_VERSION = 1
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 )
+
+
+def is_traceparent(text: str) -> bool:
+    """Whether a text is a W3C ``traceparent``."""
+    return _TRACEPARENT.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,15 @@ class DriverContext:
         traceparent: W3C ``traceparent`` of the span active on the driver; None if there was none.
         tracestate: W3C ``tracestate`` of that span, if any.
         session_id: Groups the traces of one job where there is no ``traceparent`` to join them.
+        user: Who the traces of the job are of, where there is no ``traceparent``, if MLflow knows.
+        tags: Tags of these traces.
         application_id: Spark's application id, if known.
         process_id: Names the driver's process, so that it can recognise its own context.
+        redacts: Whether content may be sent only through the user's ``redact``, which travels
+            apart from this, as Spark pickles functions.
+        has_span_processors: The same of the functions that MLflow's spans go through.
+        environment: Environment variables that tasks have: those that ``forward_env`` names, and
+            flags of MLflow's tracing.
         config: The settings in force on the driver.
     """
 
@@ -41,13 +54,21 @@ class DriverContext:
     traceparent: str | None = None
     tracestate: str | None = None
     session_id: str | None = None
+    user: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict, hash=False)
     application_id: str | None = None
     process_id: str | None = None
+    redacts: bool = False
+    has_span_processors: bool = False
+    # Not in the text of a log or an error.
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     config: Config = field(default_factory=Config)
 
     def to_json(self) -> str:
         """Serialise to one JSON object, with the format's version in ``version``."""
-        return json.dumps({"version": CARRIER_VERSION, **asdict(self)}, separators=(",", ":"))
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        document = {"version": CARRIER_VERSION, **fields, "config": self.config.to_dict()}
+        return json.dumps(document, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> DriverContext:
@@ -77,9 +98,13 @@ _OPTIONAL = (
     "traceparent",
     "tracestate",
     "session_id",
+    "user",
     "application_id",
     "process_id",
 )
+_FLAGS = ("redacts", "has_span_processors")
+_MAPPINGS = ("environment", "tags")
+_FIELDS = (*_REQUIRED, *_OPTIONAL, *_FLAGS, *_MAPPINGS)
 
 
 def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +114,24 @@ def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, str) and not (value is None and name in _OPTIONAL):
             raise CarrierError(f"the carrier's {name} is {_excerpt(value)}, not a text")
     traceparent = parsed["traceparent"]
-    if traceparent is not None and not _TRACEPARENT.fullmatch(traceparent):
+    if traceparent is not None and not is_traceparent(traceparent):
         raise CarrierError(
             f"the carrier's traceparent {_excerpt(traceparent)} is not a W3C traceparent"
         )
+    for name in _FLAGS:
+        parsed[name] = document.get(name, False)
+        if not isinstance(parsed[name], bool):
+            raise CarrierError(f"the carrier's {name} is {_excerpt(parsed[name])}, not a flag")
+    for name in _MAPPINGS:
+        parsed[name] = document.get(name, {})
+        if not _is_mapping_of_texts(parsed[name]):
+            # Without its value, which may be secret.
+            raise CarrierError(f"the carrier's {name} is not a mapping of texts")
     return parsed
+
+
+def _is_mapping_of_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
 def _parse_config(settings: Any) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import uuid
@@ -9,9 +10,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from mlflow_ctx_autolog import process, store, tracing, versions
+from mlflow_ctx_autolog import otlp, process, store, tracing, versions
 from mlflow_ctx_autolog import spark as spark_api
 from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.exceptions import (
     CtxAutologWarning,
@@ -46,13 +48,31 @@ class Driver:
     def __init__(self) -> None:
         self.config: Config | None = None
         self.warned_of_no_span = False
+        self.warned_of_network = False
         self.enabled_at = 0.0
         self.ledger = Ledger(settings)
+        self.endings = tracing.SpanEndings(self._filter)
+        self.joined_trace = tracing.JoinedTrace()
+
+    def check_forwarding(self) -> None:
+        """Raise or warn where what the settings send to the workers cannot or should not travel.
+
+        Raises:
+            ValueError: Functions that spans go through cannot be pickled.
+        """
+        session = spark_api.active_session()
+        _pickled_filters(session)
+        _warn_of_network(session)
+
+    def _filter(self, span: Any) -> None:
+        tracing.filter_open_span(span, ContentPolicy(settings()))
 
     def carry(
         self, function: Callable[..., Any], receiver: Any, repeated: bool
     ) -> Callable[..., Any]:
         """Return ``function`` with the context of this moment; itself if that cannot be had."""
+        if not tracing.is_on():
+            return function
         try:
             session = spark_api.session_of(receiver)
             return self.carrying(function, session, required=False, repeated=repeated)
@@ -80,7 +100,12 @@ class Driver:
             _check_way_home(way_home is not None, context.traceparent is not None)
         carrier = spark_api.broadcast_text(session, context.to_json())
         return spark_api.carrying(
-            function, carrier, required=required, repeated=repeated, way_home=way_home
+            function,
+            carrier,
+            required=required,
+            repeated=repeated,
+            way_home=way_home,
+            filters=_pickled_filters(session),
         )
 
 
@@ -118,6 +143,52 @@ def warn_of_old_store() -> None:
         )
 
 
+# What tracing in a worker should do as it does on the driver. None of them is secret.
+_TRACING_FLAGS = (
+    "MLFLOW_TRACE_SAMPLING_RATIO",
+    "MLFLOW_USE_DEFAULT_TRACER_PROVIDER",
+    "MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT",
+    "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV",
+)
+
+
+def _environment() -> dict[str, str]:
+    names = (*_TRACING_FLAGS, *settings().forward_env)
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _warn_of_network(session: Any) -> None:
+    """Warn, once, where ``forward_env`` lets variables travel that others could read."""
+    if session is None or not settings().forward_env or driver.warned_of_network:
+        return
+    is_private = spark_api.is_private_network(session)
+    if not is_private:
+        driver.warned_of_network = True
+        state = "Spark's network encryption is off"
+        if is_private is None:
+            state = "it cannot be told whether Spark's network encryption is on"
+        warn(
+            f"forward_env sends {', '.join(settings().forward_env)} to the workers, and {state}: "
+            "others on the network could read them. Set spark.authenticate and "
+            "spark.network.crypto.enabled, or configure the log-in on the workers."
+        )
+
+
+def _pickled_filters(session: Any) -> bytes | None:
+    """Return the user's functions that spans go through before they are sent, if there are any."""
+    redact, span_processors = settings().redact, tracing.span_processors()
+    if session is None or (redact is None and not span_processors):
+        return None
+    try:
+        return spark_api.pickled((redact, span_processors))
+    except Exception as error:
+        raise ValueError(
+            "The redact function or MLflow's span processors cannot be sent to the workers, since "
+            f"they cannot be pickled: {type(error).__name__}: {error}. Let them refer to nothing "
+            "that cannot, such as locks and connections."
+        ) from error
+
+
 def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:
     if not has_accumulators:
         raise UnsupportedStoreError(
@@ -131,18 +202,42 @@ def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:
         )
 
 
-def transport() -> tuple[str | None, str]:
-    """Return the tracking URI for workers, None where spans come home; and why.
+def transport(session: Any = None) -> tuple[str | None, str]:
+    """Return where workers send spans, None where these come home; and why.
+
+    Args:
+        session: A Spark session or context; the active session by default.
 
     Raises:
         UnsupportedStoreError: Spans can take neither way.
     """
-    uri, reason = store.worker_tracking_uri()
     wanted = settings().transport
+    session = spark_api.active_session() if session is None else session
+    exports_to_collector = store.exports_to_collector()
+    if wanted == "otlp" or (wanted == "auto" and exports_to_collector):
+        collector = otlp.collector_uri()
+        if not exports_to_collector:
+            raise UnsupportedStoreError(
+                "The transport is set to 'otlp', but MLflow on the driver stores its spans in "
+                "another place, so that calls would be apart from the span they belong to. Unset "
+                "MLflow's trace destination, MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT and "
+                "MLFLOW_ENABLE_OTLP_EXPORTER."
+            )
+        return collector, "MLflow on the driver exports to an OTLP endpoint"
+    if exports_to_collector:
+        raise UnsupportedStoreError(
+            f"The transport is set to {wanted!r}, but MLflow on the driver sends its spans to the "
+            "OTLP endpoint that OpenTelemetry's variables name. Set the transport to 'otlp', or "
+            "MLFLOW_ENABLE_OTLP_EXPORTER=false."
+        )
+    uri, reason = store.worker_tracking_uri()
     if wanted == "driver":
         return None, "the transport is set to 'driver'"
     if wanted == "direct" and uri is None:
         raise UnsupportedStoreError(f"The transport is set to 'direct', but {reason}.")
+    is_here = uri is not None and store.is_of_this_host(uri)
+    if wanted == "auto" and is_here and spark_api.has_workers_elsewhere(session):
+        return None, f"workers on other hosts cannot reach {uri}"
     return uri, reason
 
 
@@ -170,7 +265,8 @@ def receipt(trace_id: str | None = None, timeout: float | None = None) -> Receip
     Args:
         trace_id: A trace whose context was handed to Spark; by default the last one. Where no
             span was active, so that each task is a trace of its own, the receipt is of all
-            these, and adds up what they have told, without asking the store.
+            these, and adds up what they have told, without asking the store. So is that of a
+            trace which goes to a collector, without the driver's own spans.
         timeout: Seconds to wait at most for what is on its way; by default ``flush_timeout``.
 
     Raises:
@@ -232,8 +328,8 @@ def traced(function: F, spark: Any = None) -> F:
     Raises:
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
-    if in_spark_task() or spark_api.carries(function):
-        # A module that wraps at import is imported on the workers, too.
+    # A module that wraps at import is imported on the workers, too.
+    if in_spark_task() or spark_api.carries(function) or not tracing.is_on():
         return function
     session = spark_api.active_session() if spark is None else spark
     # Nobody says here whether Spark will call it once or many times in a task.
@@ -242,18 +338,28 @@ def traced(function: F, spark: Any = None) -> F:
 
 def _capture(session: Any, *, receipts_come_home: bool, functions: int = 0) -> DriverContext:
     headers = tracing.active_span_headers()
-    tracking_uri, _ = transport()
-    driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
+    tracking_uri, _ = transport(session)
+    _warn_of_network(session)
+    is_collector = otlp.is_collector(tracking_uri)
+    if not is_collector:
+        driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
     if not headers and store.store_takes_spans():
         _warn_of_no_span()
+    declared_session, user, tags = tracing.declared_traces()
     return DriverContext(
         tracking_uri=tracking_uri,
-        experiment_id=tracing.current_experiment_id(),
+        # A collector has none, and there may be no tracking server to ask.
+        experiment_id="" if is_collector else tracing.current_experiment_id(),
         traceparent=headers.get("traceparent"),
         tracestate=headers.get("tracestate"),
-        session_id=None if headers else f"spark-{uuid.uuid4()}",
+        session_id=None if headers else declared_session or f"spark-{uuid.uuid4()}",
+        user=None if headers else user,
+        tags={} if headers else tags,
         application_id=None if session is None else spark_api.application_id(session),
         process_id=process_id(),
+        environment=_environment(),
+        redacts=settings().redact is not None,
+        has_span_processors=bool(tracing.span_processors()),
         config=settings(),
     )
 

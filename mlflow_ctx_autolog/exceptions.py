@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any
 
 __all__ = [
@@ -14,12 +16,25 @@ __all__ = [
     "UnsupportedStoreError",
     "UnsupportedVersionError",
     "shortened",
+    "warn_once",
 ]
+
+_warned: set[tuple[str, str]] = set()
+_warned_lock = threading.Lock()
 
 
 def shortened(text: str) -> str:
     """Return a text as long as a message can bear."""
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def warn_once(logger: logging.Logger, subject: str, message: str) -> None:
+    """Log a warning, unless this process has warned of the same subject."""
+    with _warned_lock:
+        if (logger.name, subject) in _warned:
+            return
+        _warned.add((logger.name, subject))
+    logger.warning("%s", message)
 
 
 class CtxAutologError(Exception):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.checks import likely_causes
 from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery import Deliveries, Delivery
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
 from mlflow_ctx_autolog.receipts import Receipt, TaskReceipt
@@ -25,6 +26,7 @@ from mlflow_ctx_autolog.store import (
     read_trace,
     send,
     span_record,
+    span_table,
     spans_of,
     store_takes_spans,
     sum_of_costs,
@@ -35,6 +37,7 @@ from mlflow_ctx_autolog.tracing import (
     active_trace,
     add_to_trace,
     complete_info,
+    filtered,
     flush_exports,
     is_task,
     open_spans,
@@ -73,6 +76,8 @@ class _Book:
         info: MLflow's ``TraceInfo``, of the root's end or, before it, of the announcement.
         delivers: Whether its spans and its info are stored by us, one by one as they end, rather
             than by MLflow in one piece.
+        table: The Unity Catalog table of its spans, where those of workers are stored by us and
+            all else by MLflow.
         receipts_come_home: Whether all tasks that succeed bring a receipt.
         spans: Spans of the driver; until the root has ended, those that were announced.
         announced: The ids of those.
@@ -93,6 +98,7 @@ class _Book:
     destination: Destination
     info: Any
     delivers: bool
+    table: str | None = None
     receipts_come_home: bool = True
     spans: int = 0
     announced: set[str] = field(default_factory=set)
@@ -173,12 +179,13 @@ class Ledger:
         with self._lock:
             self._is_closing = False
             self._tracing.install()
-            book = self._books.get(info.trace_id)
+            book = self._book_of(info.trace_id)
             is_new = book is None
             if book is None:
-                destination = Destination(current_tracking_uri(), str(info.experiment_id))
-                book = _Book(destination, info, store_takes_spans(), receipts_come_home)
-                self._books[info.trace_id] = book
+                table = span_table()
+                destination = Destination(current_tracking_uri(), table or str(info.experiment_id))
+                book = _Book(destination, info, store_takes_spans(), table, receipts_come_home)
+                self._books[_key(info.trace_id)] = book
             book.receipts_come_home &= receipts_come_home
             book.handed_over += functions
             over = [trace_id for trace_id, each in self._books.items() if each.has_ended]
@@ -187,12 +194,16 @@ class Ledger:
         if book.delivers:
             self._announce(book, info if is_new else None)
 
+    def _book_of(self, trace_id: str) -> _Book | None:
+        return self._books.get(_key(trace_id))
+
     def _announce(self, book: _Book, info: Any) -> None:
         delivery = self._deliveries.to(book.destination)
         spans = [span for span in open_spans(book.trace_id) if span.span_id not in book.announced]
         book.announced.update(span.span_id for span in spans)
         book.spans = len(book.announced)
-        records = [span_record(span) for span in spans]
+        policy = ContentPolicy(self._config())
+        records = [span_record(filtered(span, policy)) for span in spans]
         if info is not None:
             delivery.configure(self._config())
             # Zeros, since the store would else add up all spans anew with each that comes; of
@@ -220,7 +231,7 @@ class Ledger:
             self._enter(came)
 
     def _enter(self, receipt: TaskReceipt) -> None:
-        book = self._books.get(receipt.trace_id)
+        book = self._book_of(receipt.trace_id)
         if book is None:
             if receipt.silence is not None:
                 self._warn("silence", _silence("Tasks", receipt.silence))
@@ -237,7 +248,7 @@ class Ledger:
     def _store(
         self, destination: Destination, records: Sequence[Record], receipt: TaskReceipt | None
     ) -> None:
-        book = None if receipt is None else self._books.get(receipt.trace_id)
+        book = None if receipt is None else self._book_of(receipt.trace_id)
         if destination.tracking_uri is not None:
             reason = None if receipt is None else receipt.first_error
             self._came_home = self._came_home or reason or "no answer in time"
@@ -245,6 +256,11 @@ class Ledger:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own
             self._deliveries.to(Destination(uri, destination.experiment_id)).submit_all(records)
+            return
+        table = span_table() if book is None else book.table
+        if table is not None:
+            uri = current_tracking_uri() if book is None else book.destination.tracking_uri
+            self._deliveries.to(Destination(uri, table)).submit_all(records)
             return
         late = [span for span in spans_of(records) if not add_to_trace(span)]
         if late:
@@ -258,7 +274,7 @@ class Ledger:
 
     def take_span(self, span: Any, experiment_id: str) -> bool:
         """Store a span of the driver that has ended, if its trace is in the book."""
-        book = self._books.get(span.trace_id)
+        book = self._book_of(span.trace_id)
         if book is None or not book.delivers or book.destination.experiment_id != experiment_id:
             return False
         self._deliveries.to(book.destination).submit_all([span_record(span)])
@@ -266,7 +282,7 @@ class Ledger:
 
     def take_trace(self, trace: Any) -> bool:
         """Complete a trace whose root has ended, and store it, if it is in the book."""
-        book = self._books.get(trace.info.trace_id)
+        book = self._book_of(trace.info.trace_id)
         if book is None:
             return False
         if book.delivers:
@@ -312,9 +328,13 @@ class Ledger:
         Raises:
             KeyError: The trace was not handed to Spark.
         """
-        if trace_id is None and not self._books:
-            return self._receipt_without_trace(timeout)
-        book = self._books[trace_id or next(reversed(self._books))]
+        if (trace_id is None and not self._books) or any(
+            task.trace_id == trace_id for task in list(self._without_trace.values())
+        ):
+            return self._receipt_without_trace(trace_id, timeout)
+        book = self._book_of(trace_id or next(reversed(self._books)))
+        if book is None:
+            raise KeyError(trace_id)
         deadline = time.monotonic() + timeout
         if not book.has_ended:
             # MLflow may have its end still to export.
@@ -552,15 +572,17 @@ class Ledger:
             thread.join(max(_LULL, deadline - time.monotonic()))
         return answers[0] if answers else None
 
-    def _receipt_without_trace(self, timeout: float) -> Receipt:
+    def _receipt_without_trace(self, trace_id: str | None, timeout: float) -> Receipt:
         self._deliveries.flush(timeout)
-        tasks = list(self._without_trace.values())
+        tasks = [
+            task for task in list(self._without_trace.values()) if trace_id in (None, task.trace_id)
+        ]
         made = sum(task.made for task in tasks)
         lost = sum(task.lost for task in tasks)
         waiting = sum(delivery.waiting for delivery in self._deliveries.all())
         stored = made - waiting - lost
         return Receipt.of(
-            None, tasks, made=made, stored=stored, waiting=waiting, lost=lost, first_error=None
+            trace_id, tasks, made=made, stored=stored, waiting=waiting, lost=lost, first_error=None
         )
 
     def _settle_soon(self) -> None:
@@ -637,6 +659,11 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
             add(total, amounts)
     record_totals(info, usage, cost)
     send(destination, [trace_record(info)])
+
+
+def _key(trace_id: str) -> str:
+    """Return what the ids of a trace have in common: workers do not know of its table."""
+    return trace_id.rpartition("/")[2].removeprefix("tr-")
 
 
 def _by_task(spans: Sequence[Any]) -> dict[str | None, list[Any]]:

@@ -48,15 +48,25 @@ class OpenAICalls:
     Args:
         only_in_tasks: Trace calls only while a task is open; for worker processes, which are
             used again by jobs that have nothing to do with this one.
+        propagates_headers: Whether calls outside tasks may take a ``traceparent`` header along;
+            those of a task do as its settings say.
     """
 
-    def __init__(self, *, only_in_tasks: bool) -> None:
+    def __init__(
+        self, *, only_in_tasks: bool, propagates_headers: Callable[[], bool] = lambda: True
+    ) -> None:
         self._only_in_tasks = only_in_tasks
         self._patches = [
             Patch(_autolog_module, "start_span_no_context", self._start_span),
             Patch(_autolog_module, "_end_span_on_success", self._end_span),
         ]
         self._client = OpenAIClient(self)
+        self._propagates_headers = propagates_headers
+        # Older releases of MLflow send none.
+        if hasattr(_autolog_module, "_inject_tracing_headers"):
+            self._patches.append(
+                Patch(_autolog_module, "_inject_tracing_headers", self._inject_tracing_headers)
+            )
         self._our_autolog: object = None
         self._unread: set[_Answer] = set()
         # The span of the call that is being made, until the client returns from it.
@@ -99,6 +109,12 @@ class OpenAICalls:
         span = self._calling.get()
         if span is not None and span.end_time_ns is None:
             _autolog_module._end_span_on_exception(span, error)
+
+    def _inject_tracing_headers(self, original: Callable[..., None], *args: Any) -> None:
+        task = current_task()
+        settings = None if task is None else task.context.config
+        if self._propagates_headers() if settings is None else settings.propagate_headers:
+            original(*args)
 
     def _autolog_is_ours(self) -> bool:
         # Each call of autolog() makes a new entry, so a later one by the user shows here.

@@ -38,4 +38,5 @@ class DriverExperimentProvider:
     def get_experiment_id(self) -> str | None:
         """Return the experiment of the driver's trace."""
         task = current_task()
-        return None if task is None else task.context.experiment_id
+        # A collector has none.
+        return None if task is None else task.context.experiment_id or None

@@ -7,15 +7,25 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery import Deliveries, Delivery
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.otlp import is_collector, otlp_record
 from mlflow_ctx_autolog.recovery import Recovery
 from mlflow_ctx_autolog.spool import Destination, Record
 from mlflow_ctx_autolog.store import send, span_record
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import WorkerTracing, cost_of, snapshot, usage_of
+from mlflow_ctx_autolog.tracing import (
+    WorkerTracing,
+    cost_of,
+    filter_open_span,
+    filtered,
+    for_collector,
+    snapshot,
+    usage_of,
+)
 
 __all__ = ["WorkerProcess", "flush", "remove", "worker_process"]
 
@@ -25,7 +35,7 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self.deliveries = Deliveries(lambda destination: Delivery(destination, send))
-        self.tracing: WorkerTracing[Task] = WorkerTracing(self._submit, current_task)
+        self.tracing: WorkerTracing[Task] = WorkerTracing(self._submit, current_task, self._change)
         self._recovery = Recovery(self._adopt)
         self._openai_calls = OpenAICalls(only_in_tasks=True)
         self._environment: dict[str, str | None] = {}
@@ -56,12 +66,32 @@ class WorkerProcess:
         self.tracing.show_open(task, task.span, functools.partial(self._send_ahead, task))
 
     def _send_ahead(self, task: Task, span: Any) -> None:
-        # Not counted: it is sent, and counted, when it ends.
-        self.deliveries.to(task.destination).submit(span_record(span))
+        # A collector takes a span that is sent again for another one.
+        if not is_collector(task.context.tracking_uri):
+            # Not counted: it is sent, and counted, when it ends.
+            record = span_record(filtered(span, task.content))
+            self.deliveries.to(task.destination).submit(record)
 
     def _submit(self, task: Task, span: Any) -> None:
         task.count_span(span.span_id, span.parent_id, usage_of(span), cost_of(span))
-        self.deliveries.to(task.destination).submit(span_record(span, owner=task.span_id))
+        sent = filtered(span, task.content)
+        if is_collector(task.context.tracking_uri):
+            record = otlp_record(for_collector(sent), task.span_id)
+        else:
+            record = span_record(sent, task.span_id)
+        self.deliveries.to(task.destination).submit(record)
+
+    def _change(self, task: Task, span: Any) -> None:
+        """Have a span go through what the driver's MLflow has its own spans go through."""
+        for processor in task.span_processors:
+            try:
+                processor(span)
+            except Exception as error:
+                reason = (
+                    f"A span processor of the driver raised {type(error).__name__} on a worker, "
+                    "so the content of that span is withheld."
+                )
+                filter_open_span(span, ContentPolicy(task.context.config, withholds=reason))
 
     def _adopt(self, destination: Destination, records: Sequence[Record]) -> None:
         if destination.tracking_uri is not None:
@@ -110,9 +140,11 @@ def _is_set_up() -> bool:
 
 def _task_environment(context: DriverContext) -> dict[str, str | None]:
     """Return the environment variables of a process while it runs a task; None removes one."""
-    uri = {} if context.tracking_uri is None else {"MLFLOW_TRACKING_URI": context.tracking_uri}
+    uri = context.tracking_uri
+    store = {} if uri is None or is_collector(uri) else {"MLFLOW_TRACKING_URI": uri}
     return {
-        **uri,
+        **context.environment,
+        **store,
         # Left over from the driver when it started Spark; our default experiment provider gives
         # the driver's experiment of today.
         "MLFLOW_EXPERIMENT_ID": None,

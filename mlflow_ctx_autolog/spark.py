@@ -8,11 +8,13 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow_ctx_autolog.patching import Patch
 
@@ -21,8 +23,12 @@ __all__ = [
     "active_session",
     "application_id",
     "broadcast_text",
+    "carries",
     "carrying",
     "has_accumulators",
+    "has_workers_elsewhere",
+    "is_private_network",
+    "pickled",
     "run_on_workers",
     "session_of",
     "settings_of",
@@ -180,6 +186,7 @@ def carrying(
     required: bool,
     repeated: bool = False,
     way_home: Any = None,
+    filters: bytes | None = None,
 ) -> Callable[..., Any]:
     """Return a function that runs ``function`` as a traced task attempt, wherever it is run.
 
@@ -192,6 +199,7 @@ def carrying(
         required: Raise on the worker where the carrier cannot be read, rather than run untraced.
         repeated: Whether one task attempt calls the function many times.
         way_home: What :func:`way_home` returned, for spans that the worker cannot store.
+        filters: Functions of the user's that spans go through, :func:`pickled`.
     """
     name = _name_of(function)
     run: Callable[..., Any] | None = None
@@ -213,7 +221,13 @@ def carrying(
                     "mlflow_ctx_autolog.disable() on the driver."
                 ) from error
             run = task_runner(
-                function, name, carrier, required=required, repeated=repeated, way_home=way_home
+                function,
+                name,
+                carrier,
+                required=required,
+                repeated=repeated,
+                way_home=way_home,
+                filters=filters,
             )
         return run(*args, **kwargs)
 
@@ -311,6 +325,37 @@ def settings_of(spark: Any, names: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
+def has_workers_elsewhere(spark: Any) -> bool:
+    """Whether tasks may run on other hosts than this one, as far as the session tells."""
+    master = settings_of(spark, ["spark.master"]).get("spark.master")
+    if master is None or master.startswith("local"):
+        return False
+    # A cluster on this host, by the address of its master.
+    return urlsplit(master).hostname not in ("localhost", "127.0.0.1")
+
+
+def is_private_network(spark: Any) -> bool | None:
+    """Whether nobody else can read what Spark sends to the workers; None if it does not tell.
+
+    That is so where they are on this machine, and where Spark's network encryption is on.
+    """
+    found = settings_of(spark, ["spark.master", *itertools.chain(*_ENCRYPTED_WITH)])
+    master = found.get("spark.master")
+    if master is None:
+        return None
+    return master.startswith("local") or any(
+        all(found.get(name) == "true" for name in names) for names in _ENCRYPTED_WITH
+    )
+
+
+# https://spark.apache.org/docs/latest/security.html#network-encryption
+_ENCRYPTED_WITH = (
+    ("spark.authenticate", "spark.network.crypto.enabled"),
+    ("spark.authenticate", "spark.authenticate.enableSaslEncryption"),
+    ("spark.ssl.rpc.enabled",),
+)
+
+
 # Tasks by which workers are asked: on Spark Connect, which does not say how many can run at once;
 # elsewhere at least and at most.
 _TASKS_ON_CONNECT, _FEWEST_TASKS, _MOST_TASKS = 4, 2, 32
@@ -359,6 +404,20 @@ def broadcast_text(spark: Any, text: str) -> Any:
     """Return a Spark broadcast of ``text``; the text itself on Spark Connect, which has none."""
     context = _spark_context(spark)
     return text if context is None else context.broadcast(text)
+
+
+def pickled(value: object) -> bytes:
+    """Return functions of the user's as Spark pickles them: those of a notebook by value.
+
+    Apart from the function handed over: where a worker cannot unpickle them, since it lacks their
+    module, that is no reason for the user's job to fail.
+
+    Raises:
+        Exception: They cannot be pickled.
+    """
+    from pyspark import cloudpickle
+
+    return bytes(cloudpickle.dumps(value))
 
 
 def has_accumulators(spark: Any) -> bool:

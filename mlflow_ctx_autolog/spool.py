@@ -45,7 +45,7 @@ class Destination:
 
     Args:
         tracking_uri: The store; None where only the driver can store it.
-        experiment_id: The experiment.
+        experiment_id: The experiment; of spans that go to a Unity Catalog table, that table.
         driver_id: Names that driver's process.
     """
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import email.utils
 import functools
 import inspect
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ import mlflow
 import mlflow.tracing.provider as mlflow_provider
 from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
+from mlflow.environment_variables import MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT
 from mlflow.exceptions import MlflowException, MlflowNotImplementedException
 from mlflow.protos.service_pb2 import GetTrace, QueryTraceMetrics, StartTraceV3
 from mlflow.tracing.client import TracingClient
@@ -26,6 +25,7 @@ from mlflow.tracing.utils.otlp import (
     MLFLOW_EXPERIMENT_ID_HEADER,
     OTLP_TRACES_PATH,
     resource_to_otel_proto,
+    should_use_otlp_exporter,
 )
 from mlflow.utils.proto_json_utils import message_to_json, parse_dict
 from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX as TRACES_PATH
@@ -33,7 +33,9 @@ from mlflow.utils.rest_utils import http_request
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, TracesData
 
-from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
+from mlflow_ctx_autolog.answers import excerpt, failure, root_cause
+from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
+from mlflow_ctx_autolog.otlp import is_collector, send_to_collector
 from mlflow_ctx_autolog.spool import Destination, Record
 
 __all__ = [
@@ -42,10 +44,13 @@ __all__ = [
     "count_spans",
     "current_tracking_uri",
     "delete_trace",
+    "exports_to_collector",
+    "is_of_this_host",
     "read_trace",
     "send",
     "send_to",
     "span_record",
+    "span_table",
     "spans_of",
     "store_takes_spans",
     "store_version",
@@ -64,8 +69,6 @@ _ANSWER_TIME = 30.0
 _PROBE_TIME = 5.0
 _EXPERIMENT_PATH = "/api/2.0/mlflow/experiments/get"
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
-# A store does not get to silence a worker for longer than this, in seconds.
-_LONGEST_RETRY_AFTER = 300.0
 
 
 def current_tracking_uri() -> str:
@@ -77,6 +80,33 @@ def store_takes_spans() -> bool:
     """Whether the tracking store takes single spans, not only a whole trace with its root."""
     uri = mlflow.get_tracking_uri()
     return not is_databricks_uri(uri) and urlsplit(uri).scheme not in ("", "file")
+
+
+def exports_to_collector() -> bool:
+    """Whether MLflow sends this process's traces to an OTLP endpoint, not to the tracking store."""
+    if mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get() is not None:
+        return False
+    return bool(should_use_otlp_exporter()) and not MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT.get()
+
+
+def span_table() -> str | None:
+    """Return the Unity Catalog table that this process's spans are stored in, if it is one.
+
+    Such a table takes single spans, but from a process that has MLflow's trace destination set.
+
+    Raises:
+        UnsupportedStoreError: The table cannot be told.
+    """
+    destination = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
+    if not hasattr(destination, "catalog_name"):
+        return None
+    table = getattr(destination, "full_otel_spans_table_name", None)
+    if table is None:
+        raise UnsupportedStoreError(
+            "The traces of this process go to a Unity Catalog location whose table MLflow does "
+            "not know. Set the experiment anew with mlflow.set_experiment(), or upgrade MLflow."
+        )
+    return str(table)
 
 
 def store_version() -> str | None:
@@ -109,12 +139,6 @@ def worker_tracking_uri() -> tuple[str | None, str]:
         UnsupportedStoreError: Neither can the driver store them for the workers.
     """
     uri = mlflow.get_tracking_uri()
-    destination = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
-    if hasattr(destination, "catalog_name"):
-        raise UnsupportedStoreError(
-            "The traces of this process go to a Unity Catalog schema, which is not supported yet. "
-            "Set an MLflow experiment as their destination."
-        )
     workspace = os.environ.get("MLFLOW_WORKSPACE")
     if workspace not in (None, "", "default"):
         raise UnsupportedStoreError(
@@ -122,6 +146,7 @@ def worker_tracking_uri() -> tuple[str | None, str]:
             "yet: workers would store their calls in the default one. Set no workspace."
         )
     if not store_takes_spans():
+        span_table()
         kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
         return None, f"{kind} does not take spans from other processes"
     parts = urlsplit(uri)
@@ -134,6 +159,15 @@ def worker_tracking_uri() -> tuple[str | None, str]:
         path = Path(uri.removeprefix("sqlite:///")).absolute()
         return f"sqlite:///{path}", f"workers write to the file {path}, which they must share"
     return uri, f"{uri} takes spans from other processes"
+
+
+def is_of_this_host(uri: str) -> bool:
+    """Whether an address names this host only by a name that means another one elsewhere."""
+    parts = urlsplit(uri)
+    if parts.scheme.startswith("sqlite"):
+        return True
+    host = (parts.hostname or "").lower()
+    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
 
 
 def span_record(span: Span, owner: str = "") -> Record:
@@ -178,6 +212,10 @@ def send(destination: Destination, records: Sequence[Record]) -> None:
         StoreError: The store does not answer, or refuses them.
     """
     spans = [record for record in records if record.kind == "span"]
+    uri = destination.tracking_uri
+    if uri is not None and is_collector(uri):
+        send_to_collector(uri, spans)
+        return
     if spans:
         _send_spans(destination, spans)
     for record in records:
@@ -203,13 +241,13 @@ def send_to(
 
 def _send_spans(destination: Destination, records: Sequence[Record]) -> None:
     store = _store(destination)
-    if not _is_remote(store):
+    if not _is_remote(store) or is_databricks_uri(destination.tracking_uri):
         try:
             spans = spans_of(records)
         except Exception as error:
             raise StoreError(f"this is no span: {error!r}", refused=True) from error
         with _own_errors():
-            store.log_spans(destination.experiment_id, spans)
+            _client(str(destination.tracking_uri)).log_spans(destination.experiment_id, spans)
         return
     headers = {
         "Content-Type": "application/x-protobuf",
@@ -429,7 +467,7 @@ def _own_errors() -> Iterator[None]:
         raise StoreError(str(error), unsupported=True) from error
     except Exception as error:
         refused = isinstance(error, MlflowException) and error.get_http_status_code() == 400
-        text = f"{type(error).__name__}: {_excerpt(str(error))}"
+        text = f"{type(error).__name__}: {excerpt(str(error))}"
         raise StoreError(text, refused=refused) from error
 
 
@@ -465,7 +503,7 @@ def _exchange(
             **content,
         )
     except MlflowException as error:
-        raise StoreError(f"it cannot be reached: {_root_cause(error)}") from error
+        raise StoreError(f"it cannot be reached: {root_cause(error)}") from error
 
 
 def _request(store: Any, method: str, path: str, **content: Any) -> Any:
@@ -473,39 +511,7 @@ def _request(store: Any, method: str, path: str, **content: Any) -> Any:
     answer = _exchange(store, method, path, **content)
     if answer.status_code == 200:
         return answer
-    if answer.status_code in (401, 403):
-        raise StoreError(
-            f"it answered {answer.status_code} to this process's log-in; set MLflow's "
-            "MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD, where this process runs"
-        )
-    raise StoreError(
-        f"it answered {answer.status_code} {answer.reason}: {_excerpt(answer.text).rstrip('.')}",
-        refused=answer.status_code in (400, 413, 422),
-        retry_after=_seconds(answer.headers.get("Retry-After")),
-        unsupported=answer.status_code in (404, 405, 501),
+    raise failure(
+        answer,
+        "set MLflow's MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD, where this process runs",
     )
-
-
-def _root_cause(error: BaseException) -> str:
-    """Return what happened, without what each layer of the HTTP client has to say of it."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return _excerpt(str(error)) or type(error).__name__
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Return what an HTTP ``Retry-After`` header says, a number or a date, in seconds."""
-    if not retry_after:
-        return None
-    try:
-        seconds = float(retry_after)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER)
-
-
-def _excerpt(text: str) -> str:
-    return shortened(" ".join(text.split()))

@@ -6,11 +6,12 @@ import contextvars
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.spool import Destination
 from mlflow_ctx_autolog.usage import Amounts, Tally
@@ -26,9 +27,11 @@ class Task:
 
     Args:
         context: What came from the driver.
+        content: Which content of its spans may leave this process.
         attempt_id: Spark's id of the task attempt; None outside Spark.
         way_home: A Spark accumulator for the task's receipt, and for spans that cannot be stored
             from here; None where there is none.
+        span_processors: What the driver's MLflow has each span go through before it ends.
         span: The task's span, an ``mlflow.entities.Span``; parent of calls that have no other.
         calls: Model calls made so far.
         rows_in: Rows that the function has taken from Spark so far.
@@ -40,8 +43,10 @@ class Task:
     """
 
     context: DriverContext
+    content: ContentPolicy
     attempt_id: int | None = None
     way_home: Any = None
+    span_processors: Sequence[Callable[[Any], None]] = ()
     span: Any = None
     calls: int = 0
     rows_in: int = 0

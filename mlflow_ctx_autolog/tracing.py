@@ -7,22 +7,27 @@ import json
 import logging
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import Token
 from typing import Any, Generic, Protocol, TypeVar
 
 import mlflow
+import mlflow.entities.span as mlflow_span
 import mlflow.tracing.provider as mlflow_provider
+from mlflow import environment_variables
 from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceState
 from mlflow.entities.span import NoOpSpan, create_mlflow_span
 from mlflow.environment_variables import (
     MLFLOW_TRACE_SAMPLING_RATIO,
     MLFLOW_USE_DEFAULT_TRACER_PROVIDER,
 )
+from mlflow.tracing.config import get_config
 from mlflow.tracing.constant import TraceTagKey
+from mlflow.tracing.distributed import set_tracing_context_from_http_request_headers
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import (
@@ -34,17 +39,20 @@ from mlflow.tracing.utils import (
     get_experiment_id_for_trace,
 )
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as OTelSpan
-from opentelemetry.trace import SpanContext, TraceFlags
+from opentelemetry.trace import SpanContext, Status, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.content import ContentPolicy
+from mlflow_ctx_autolog.context import DriverContext, is_traceparent
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
     "DriverTracing",
+    "JoinedTrace",
+    "SpanEndings",
     "TakesTraces",
     "WorkerTracing",
     "active_span_headers",
@@ -53,8 +61,13 @@ __all__ = [
     "complete_info",
     "cost_of",
     "current_experiment_id",
+    "declared_traces",
+    "filter_open_span",
+    "filtered",
     "flush_exports",
+    "for_collector",
     "has_active_span",
+    "is_on",
     "is_recorded",
     "is_task",
     "lone_span",
@@ -65,6 +78,7 @@ __all__ = [
     "record_usage",
     "sampling_ratio",
     "snapshot",
+    "span_processors",
     "task_span_activated",
     "totals_of",
     "trace_id_of",
@@ -80,8 +94,9 @@ _propagator = TraceContextTextMapPropagator()
 
 # A trace's session and tags can be written through attributes of its root span, which spares a
 # request of their own. Older servers keep the tags as plain attributes.
-_TRACE_NAME_ATTRIBUTE = f"mlflow.traceTag.{TraceTagKey.TRACE_NAME}"
-_SESSION_ATTRIBUTE = "session.id"
+_TAG_PREFIX = "mlflow.traceTag."
+_TRACE_NAME_ATTRIBUTE = f"{_TAG_PREFIX}{TraceTagKey.TRACE_NAME}"
+_SESSION_ATTRIBUTE, _USER_ATTRIBUTE = "session.id", "user.id"
 
 _TASK = "TASK"
 
@@ -116,9 +131,32 @@ def current_experiment_id() -> str:
     """
     if span := mlflow.get_current_active_span():
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
-            if trace is not None and trace.info.trace_location is not None:
+            if trace is not None and trace.info.experiment_id is not None:
                 return str(trace.info.experiment_id)
     return str(get_experiment_id_for_trace(ReadableSpan(name="", attributes={})))
+
+
+def is_on() -> bool:
+    """Whether spans are made here: neither tracing nor this context is switched off."""
+    declared = _declared()
+    return (
+        bool(mlflow_provider.is_tracing_enabled()) and getattr(declared, "enabled", 1) is not False
+    )
+
+
+def declared_traces() -> tuple[str | None, str | None, dict[str, str]]:
+    """Return session, user and tags of new traces, as ``mlflow.tracing.context()`` has them."""
+    declared = _declared()
+    metadata = getattr(declared, "metadata", {})
+    session, user = metadata.get("mlflow.trace.session"), metadata.get("mlflow.trace.user")
+    return session, user, dict(getattr(declared, "tags", {}))
+
+
+def _declared() -> Any:
+    # A function of the same name hides the module, which older releases of MLflow do not have.
+    module = sys.modules.get("mlflow.tracing.context")
+    variable = getattr(module, "_USER_TRACE_CONTEXT", None)
+    return None if variable is None else variable.get()
 
 
 def active_trace() -> TraceInfo | None:
@@ -243,6 +281,127 @@ def snapshot(span: LiveSpan) -> Span | None:
     readable = span._span._readable_span()
     readable._end_time = time.time_ns()
     return Span(readable)
+
+
+def filtered(span: Span, policy: ContentPolicy) -> Span:
+    """Return a finished span with the content that may be sent."""
+    changed = copy.copy(span._span)
+    changed._attributes = policy.attributes(changed._attributes or {})
+    changed._events = tuple(_filtered_events(changed, policy))
+    changed._status = _filtered_status(changed, policy)
+    return Span(changed)
+
+
+def filter_open_span(span: LiveSpan, policy: ContentPolicy) -> None:
+    """Leave in an open span, which is about to end, the content that may be sent."""
+    inner = span._span
+    if isinstance(span, NoOpSpan) or not inner.is_recording():
+        return
+    allowed = policy.attributes(inner.attributes)
+    for name in list(inner.attributes):
+        if name not in allowed:
+            del inner._attributes[name]
+        elif inner.attributes[name] != allowed[name]:
+            inner._attributes[name] = allowed[name]
+    if not policy.changes_content:
+        return
+    events = list(_filtered_events(inner, policy))
+    inner._events = type(inner._events).from_seq(len(events), events)
+    inner._status = _filtered_status(inner, policy)
+    # Images and audio, which MLflow has taken out of the inputs to upload them.
+    getattr(span, "_attachments", {}).clear()
+
+
+def _filtered_events(span: ReadableSpan, policy: ContentPolicy) -> Iterator[Event]:
+    for event in span.events:
+        yield Event(event.name, policy.attributes(event.attributes or {}), event.timestamp)
+
+
+def _filtered_status(span: ReadableSpan, policy: ContentPolicy) -> Status:
+    # An exception's message is there as well.
+    return Status(span.status.status_code, policy.text(span.status.description))
+
+
+def for_collector(span: Span) -> ReadableSpan:
+    """Return a finished span as MLflow exports it by OTLP.
+
+    That is with the attributes of OpenTelemetry's conventions on generative AI where
+    ``MLFLOW_ENABLE_OTEL_GENAI_SEMCONV`` is set, else with MLflow's own.
+    """
+    readable: ReadableSpan = span._span
+    # Not in older releases.
+    variable = getattr(environment_variables, "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV", None)
+    if variable is not None and variable.get():
+        from mlflow.tracing.export.genai_semconv.translator import translate_span_to_genai
+
+        readable = translate_span_to_genai(readable)
+    return readable
+
+
+class SpanEndings:
+    """Has each span of MLflow's changed before it ends, and after MLflow's own span processors.
+
+    Args:
+        change: Changes a span that is still open. May raise nothing.
+    """
+
+    def __init__(self, change: Callable[[LiveSpan], None]) -> None:
+        self._change = change
+        self._patch = Patch(mlflow_span, "apply_span_processors", self._apply)
+
+    def install(self) -> None:
+        """Idempotent."""
+        self._patch.apply()
+
+    def uninstall(self) -> None:
+        """Idempotent."""
+        self._patch.revert()
+
+    def _apply(self, original: Callable[[LiveSpan], None], span: LiveSpan) -> None:
+        original(span)
+        self._change(span)
+
+
+def span_processors() -> list[Callable[[LiveSpan], None]]:
+    """Return the functions that ``mlflow.tracing.configure(span_processors=...)`` was given."""
+    return list(get_config().span_processors)
+
+
+class JoinedTrace:
+    """Makes the span that ``TRACEPARENT`` names the active one, in the context of :meth:`enter`."""
+
+    def __init__(self) -> None:
+        self._entered = ExitStack()
+        self._traceparent: str | None = None
+
+    def enter(self, environ: Mapping[str, str] = os.environ) -> None:
+        """Idempotent. Where there is no such variable, nothing happens.
+
+        Raises:
+            ValueError: The variable does not hold a ``traceparent``.
+        """
+        traceparent = environ.get("TRACEPARENT")
+        if not traceparent or traceparent == self._traceparent:
+            return
+        if not is_traceparent(traceparent):
+            raise ValueError(
+                f"TRACEPARENT={traceparent!r} is not a W3C traceparent, as 00-<32 hexadecimal "
+                "digits>-<16 hexadecimal digits>-01; unset it, or join_trace"
+            )
+        self.leave()
+        headers = {"traceparent": traceparent, "tracestate": environ.get("TRACESTATE", "")}
+        self._entered.enter_context(set_tracing_context_from_http_request_headers(headers))
+        self._traceparent = traceparent
+
+    def leave(self) -> None:
+        """Idempotent."""
+        if self._traceparent is not None:
+            self._traceparent = None
+            # MLflow drops what it has not exported when the trace is left.
+            flush_exports()
+            # It may have been entered elsewhere, as in another cell of a notebook.
+            with suppress(ValueError):
+                self._entered.close()
 
 
 def is_recorded(span: Span) -> bool:
@@ -393,14 +552,18 @@ class WorkerTracing(Generic[OwnerT]):
     Args:
         submit: Takes a finished span and its owner; must return at once.
         owner: Tells whose a span is that starts now; None where no task is open.
+        change: Changes an owner's span that is about to end. May raise nothing.
     """
 
     def __init__(
         self,
         submit: Callable[[OwnerT, Span], None],
         owner: Callable[[], OwnerT | None],
+        change: Callable[[OwnerT, LiveSpan], None],
     ) -> None:
         self._processor = _WorkerSpanProcessor(submit, owner)
+        self._change = change
+        self._endings = SpanEndings(self._ending)
         self._patch = Patch(mlflow_provider, "_get_span_processors", self._span_processors)
 
     def _span_processors(
@@ -414,14 +577,21 @@ class WorkerTracing(Generic[OwnerT]):
         """Take over from MLflow's own processors. Idempotent."""
         if not self._patch.active:
             self._patch.apply()
+            self._endings.install()
             _rebuild_provider()
 
     def uninstall(self) -> None:
         """Give tracing in this process back to MLflow. Idempotent."""
         if self._patch.active:
             self._patch.revert()
+            self._endings.uninstall()
             self._processor.forget_traces()
             _rebuild_provider()
+
+    def _ending(self, span: LiveSpan) -> None:
+        owner = self._processor.owner_of(span)
+        if owner is not None:
+            self._change(owner, span)
 
     def start_task_span(
         self, name: str, context: DriverContext, attributes: Mapping[str, Any]
@@ -431,6 +601,10 @@ class WorkerTracing(Generic[OwnerT]):
         if context.traceparent is None:
             recorded[_TRACE_NAME_ATTRIBUTE] = name
             recorded[_SESSION_ATTRIBUTE] = context.session_id
+            if context.user is not None:
+                recorded[_USER_ATTRIBUTE] = context.user
+            for tag, value in context.tags.items():
+                recorded[f"{_TAG_PREFIX}{tag}"] = value
         _attach_parent(context)
         span = mlflow.start_span_no_context(name, span_type=_TASK, attributes=recorded)
         # Below a parent that sampling dropped, the parent stays active, so that its calls are
@@ -512,6 +686,11 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
                 for span in open_spans(task_span.trace_id):
                     if span.span_id in found:
                         show(span)
+
+    def owner_of(self, span: LiveSpan) -> OwnerT | None:
+        """Return whose an open span is; None if it is nobody's."""
+        with self._lock:
+            return self._owners.get(span._span.get_span_context().span_id)
 
     def forget_traces(self) -> None:
         """Drop the placeholders of traces whose spans have all been handed over."""

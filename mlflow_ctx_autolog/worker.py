@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import pickle
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery import Counts, Delivery
-from mlflow_ctx_autolog.exceptions import CarrierError
+from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
 from mlflow_ctx_autolog.openai_calls import autolog_is_on
 from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.receipts import TaskReceipt
@@ -72,7 +75,9 @@ def read_carrier(carrier: object) -> DriverContext:
 _parse = functools.lru_cache(maxsize=64)(DriverContext.from_json)
 
 
-def attach(carrier: object, name: str | None = None) -> AbstractContextManager[DriverContext]:
+def attach(
+    carrier: object, name: str | None = None, redact: Callable[[Any], Any] | None = None
+) -> AbstractContextManager[DriverContext]:
     """Run a block of a worker under the driver's trace.
 
     Inside the block, model calls are children of a span for this task attempt, which is a child
@@ -84,11 +89,14 @@ def attach(carrier: object, name: str | None = None) -> AbstractContextManager[D
         carrier: What :func:`~mlflow_ctx_autolog.broadcast` or
             :func:`~mlflow_ctx_autolog.capture` returned, or its JSON.
         name: The name of the task's span; by default that of the calling function.
+        redact: Takes the place of the setting of that name, which does not travel in a carrier.
 
     Raises:
         CarrierError: The carrier is damaged, of a newer version, or no carrier.
     """
     context = read_carrier(carrier)
+    if redact is not None:
+        context = replace(context, config=replace(context.config, redact=redact))
     return _attached(context, name or sys._getframe(1).f_code.co_name)
 
 
@@ -117,6 +125,7 @@ def task_runner(
     required: bool,
     repeated: bool,
     way_home: Any = None,
+    filters: bytes | None = None,
 ) -> Callable[..., Any]:
     """Return a callable that runs a function handed to Spark as one task attempt.
 
@@ -133,18 +142,25 @@ def task_runner(
         repeated: Whether the task attempt calls the function many times, and ends when Spark
             says so; else it is called once, and the attempt ends with it.
         way_home: A Spark accumulator for spans that cannot be stored from here.
+        filters: The user's functions that spans go through, as Spark pickles them: ``redact``,
+            and MLflow's span processors.
 
     Raises:
         CarrierError: When called, if the carrier cannot be read and ``required`` is true.
     """
-    begin = functools.partial(_begin_or_warn, carrier, name, required, repeated, way_home)
+    begin = functools.partial(_begin_or_warn, carrier, name, required, repeated, way_home, filters)
     if repeated:
         return _RepeatedCalls(function, begin).call
     return functools.partial(_run_once, function, begin)
 
 
 def _begin_or_warn(
-    carrier: object, name: str, required: bool, repeated: bool, way_home: Any
+    carrier: object,
+    name: str,
+    required: bool,
+    repeated: bool,
+    way_home: Any,
+    filters: bytes | None,
 ) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
     context = None
@@ -152,14 +168,14 @@ def _begin_or_warn(
         context = read_carrier(carrier)
         if repeated:
             on_task_end(_finish_open_tasks)
-        return _begin(context, name, way_home)
+        return _begin(context, name, way_home, filters)
     except CarrierError as error:
         if required:
             raise
         problem = str(error)
     except Exception as error:
         problem = f"tracing could not begin: {type(error).__name__}: {error}"
-    _warn_once("begin", f"This worker's calls are not traced, since {problem}")
+    warn_once(_logger, "begin", f"This worker's calls are not traced, since {problem}")
     if way_home is not None:
         # Nobody reads the log of a worker.
         trace_id = None if context is None else trace_id_of(context)
@@ -262,10 +278,19 @@ def _opened(context: DriverContext, name: str) -> Iterator[Task]:
         _finish(task)
 
 
-def _begin(context: DriverContext, name: str, way_home: Any = None) -> Task:
+def _begin(
+    context: DriverContext, name: str, way_home: Any = None, filters: bytes | None = None
+) -> Task:
     worker = worker_process()
     attributes = task_attributes()
-    task = Task(context, attempt_id=attributes.get("spark.task.attempt_id"), way_home=way_home)
+    content, span_processors = _content_policy(context, filters)
+    task = Task(
+        context,
+        content,
+        attempt_id=attributes.get("spark.task.attempt_id"),
+        way_home=way_home,
+        span_processors=span_processors,
+    )
     for other in open_tasks():
         # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
         if other.attempt_id != task.attempt_id:
@@ -283,6 +308,31 @@ def _begin(context: DriverContext, name: str, way_home: Any = None) -> Task:
         worker.switch_off()
         raise
     return task
+
+
+def _content_policy(
+    context: DriverContext, filters: bytes | None
+) -> tuple[ContentPolicy, Sequence[Callable[[Any], None]]]:
+    """Return what content of a task's spans may be sent, and the driver's span processors."""
+    redact = context.config.redact
+    span_processors: Sequence[Callable[[Any], None]] = ()
+    reason = None
+    if filters is not None:
+        try:
+            # What Spark pickled along with the function, and with no less trust.
+            redact, span_processors = pickle.loads(filters)
+        except Exception as error:
+            reason = (
+                "The driver's redact function or span processors cannot be unpickled on this "
+                f"worker ({type(error).__name__}: {error}), so content of spans is withheld. "
+                "Install the modules that they need on every node."
+            )
+    elif context.has_span_processors or (context.redacts and redact is None):
+        reason = (
+            "The driver redacts spans with functions that do not travel in a carrier, so content "
+            "of spans is withheld. Use enable() or traced(), or give redact to attach()."
+        )
+    return ContentPolicy(context.config, redact, reason), span_processors
 
 
 def _finish(task: Task, error: BaseException | None = None) -> None:
@@ -310,10 +360,20 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
             task.span.record_exception(error)
             task.span.end(status="ERROR")
     except Exception as failure:
-        _warn_once("end", f"The span of a task could not be ended: {failure!r}")
+        warn_once(_logger, "end", f"The span of a task could not be ended: {failure!r}")
     finally:
         task.close()
+    try:
+        _see_off(task, delivery, error, silence)
+    finally:
+        # Not before: the log-in at the store may be among what the task has set.
         worker.switch_off()
+
+
+def _see_off(
+    task: Task, delivery: Delivery, error: BaseException | None, silence: str | None
+) -> None:
+    """Store what a task that has ended has made, or hand it on to those who can."""
     # From a task that fails or is closed early, Spark takes nothing home.
     goes_home = task.way_home is not None and error is None
     started = time.monotonic()
@@ -329,7 +389,8 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
     if goes_home:
         _send_home(task, delivery, counts, seconds, is_stored, silence)
     elif not is_stored:
-        _warn_once(
+        warn_once(
+            _logger,
             "flush",
             f"{delivery.waiting} finished spans of this worker are not stored at the end of the "
             "task. They are sent later if this worker lives on; else the next task on this host, "
@@ -451,15 +512,3 @@ def _rows_of(result: object) -> int:
 
 def _is_lazy(result: object) -> bool:
     return hasattr(result, "__iter__") and not hasattr(result, "__len__")
-
-
-_warned: set[str] = set()
-_warned_lock = threading.Lock()
-
-
-def _warn_once(subject: str, message: str) -> None:
-    with _warned_lock:
-        if subject in _warned:
-            return
-        _warned.add(subject)
-    _logger.warning("%s", message)

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -258,18 +259,35 @@ def test_a_server_that_is_away_does_not_stop_enable(
     assert RestStore._get_server_version.cache_info().currsize == 0
 
 
-def test_a_unity_catalog_destination_is_refused(
+def test_a_unity_catalog_location_without_a_table_is_refused(
     experiment_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where neither workers nor the driver could store the spans, enable() raises."""
-    from mlflow.entities.trace_location import UCSchemaLocation
-
     registry = sys.modules["mlflow.tracing.provider"]._MLFLOW_TRACE_USER_DESTINATION
-    monkeypatch.setattr(registry, "get", lambda: UCSchemaLocation("catalog", "schema"))
+    monkeypatch.setattr(registry, "get", lambda: SimpleNamespace(catalog_name="catalog"))
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "databricks")
     before = _places()
     with pytest.raises(ctx_autolog.UnsupportedStoreError, match="Unity Catalog"):
         ctx_autolog.enable()
     assert _places() == before
+
+
+def test_a_damaged_traceparent_is_refused(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is asked for, and nothing is left enabled."""
+    monkeypatch.setenv("TRACEPARENT", "00-not-hex-01")
+    before = _places()
+    with pytest.raises(ValueError, match="TRACEPARENT='00-not-hex-01' is not a W3C traceparent"):
+        ctx_autolog.enable(join_trace=True)
+    assert _places() == before
+    monkeypatch.setenv("TRACEPARENT", f"00-{'a' * 32}-{'b' * 16}-01")
+    with ctx_autolog.enable(join_trace=True):
+        assert ctx_autolog.capture().traceparent == f"00-{'a' * 32}-{'b' * 16}-01"
+        with mlflow.start_span("job") as span:
+            assert (span.trace_id, span.parent_id) == (f"tr-{'a' * 32}", "b" * 16)
+    with mlflow.start_span("other") as other:
+        assert other.parent_id is None
 
 
 def test_a_relative_database_is_the_same_for_workers(

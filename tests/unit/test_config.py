@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import Config
-from mlflow_ctx_autolog.config import TRANSPORTS
+from mlflow_ctx_autolog.config import CAPTURE_CONTENT_VARIABLE, TRANSPORTS
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
-NUMBERS = [name for name in NAMES if name not in ("spool_directory", "strict", "transport")]
+FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace"]
+OTHERS = ["spool_directory", "transport", "redact", "forward_env"]
+NUMBERS = [name for name in NAMES if name not in (*FLAGS, *OTHERS)]
 # None of its settings is the default.
 OTHER = Config(
     flush_timeout=2.5,
@@ -26,6 +28,12 @@ OTHER = Config(
     max_waiting_bytes=2_000_000,
     strict=True,
     transport="driver",
+    capture_content=False,
+    max_content_chars=100,
+    redact=repr,
+    propagate_headers=False,
+    join_trace=True,
+    forward_env=("MLFLOW_TRACKING_TOKEN",),
 )
 
 
@@ -50,6 +58,10 @@ def test_other_settings_are_all_other() -> None:
         {"max_waiting_bytes": 1_000_000},
         {"max_waiting_bytes": 10**10},
         {"strict": True},
+        {"max_content_chars": 1},
+        {"max_content_chars": None},
+        {"redact": len},
+        {"forward_env": ("A", "_b2")},
         *({"transport": transport} for transport in TRANSPORTS),
     ],
 )
@@ -74,6 +86,7 @@ def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
         ({"send_interval": 3601}, "3601", "more than 0 and at most 3600"),
         ({"spool_max_bytes": -1}, "-1", "at least 0"),
         ({"max_waiting_bytes": 999_999}, "999999", "at least 1e+06"),
+        ({"max_content_chars": 0}, "0", "at least 1"),
     ],
 )
 def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, limits: str) -> None:
@@ -102,6 +115,12 @@ def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, lim
         ("spool_directory", Path("/var/spool"), "a text"),
         ("strict", 1, "True or False"),
         ("strict", "true", "True or False"),
+        ("capture_content", None, "True or False"),
+        ("propagate_headers", "no", "True or False"),
+        ("max_content_chars", 1.5, "a whole number"),
+        ("redact", "***", "a function"),
+        ("forward_env", "TOKEN", "a list of names"),
+        ("forward_env", None, "a list of names"),
     ],
 )
 def test_value_of_wrong_type_is_refused(name: str, value: Any, kind: str) -> None:
@@ -113,7 +132,7 @@ def test_value_of_wrong_type_is_refused(name: str, value: Any, kind: str) -> Non
 @pytest.mark.parametrize("name", NUMBERS)
 def test_number_beyond_floats_is_no_crash(name: str) -> None:
     """A whole number too large for a float is taken or refused like any other number."""
-    if name.endswith("bytes"):
+    if name.endswith(("bytes", "chars")):
         assert getattr(Config(**{name: 10**400}), name) == 10**400
     else:
         with pytest.raises(ValueError, match=f"{name}=1000"):
@@ -157,6 +176,41 @@ def test_updated_changes_a_copy() -> None:
     assert before == Config(batch_size=50)
 
 
+@pytest.mark.parametrize("name", ["", "A=1", "1A", "A B", 7])
+def test_variables_to_forward_are_named(name: Any) -> None:
+    """What cannot be the name of an environment variable is refused."""
+    with pytest.raises(ValueError, match=f"forward_env holds {name!r}"):
+        Config(forward_env=[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "captures"),
+    [("true", True), ("False", False), ("NO_CONTENT", False), ("span_and_event", True)],
+)
+def test_opentelemetrys_variable_on_content_is_heeded(text: str, captures: bool) -> None:
+    """Unless the setting itself is given, by variable or keyword."""
+    environment = {CAPTURE_CONTENT_VARIABLE: text}
+    own = {**environment, "MLFLOW_CTX_AUTOLOG_CAPTURE_CONTENT": str(not captures)}
+
+    assert Config.from_env(environment).capture_content is captures
+    assert Config.from_env(own).capture_content is not captures
+    assert (
+        Config.from_env(environment, capture_content=not captures).capture_content is not captures
+    )
+
+
+def test_another_text_in_opentelemetrys_variable_is_refused() -> None:
+    """Rather than taken for a yes, or for a no."""
+    with pytest.raises(ValueError, match="MESSAGE_CONTENT='nope' is none of true, "):
+        Config.from_env({CAPTURE_CONTENT_VARIABLE: "nope"})
+
+
+def test_a_function_cannot_be_a_variable() -> None:
+    """What cannot be given by environment variable says so."""
+    with pytest.raises(ValueError, match="REDACT='len' is not a function"):
+        Config.from_env({"MLFLOW_CTX_AUTOLOG_REDACT": "len"})
+
+
 def test_updated_checks_ranges() -> None:
     """A changed setting must lie in its range, too."""
     with pytest.raises(ValueError, match="max_waiting_bytes=10 "):
@@ -178,6 +232,8 @@ def test_updated_checks_ranges() -> None:
         ("MLFLOW_CTX_AUTOLOG_STRICT", "FALSE", "strict", False),
         ("MLFLOW_CTX_AUTOLOG_STRICT", "0", "strict", False),
         ("MLFLOW_CTX_AUTOLOG_TRANSPORT", "driver", "transport", "driver"),
+        ("MLFLOW_CTX_AUTOLOG_MAX_CONTENT_CHARS", "500", "max_content_chars", 500),
+        ("MLFLOW_CTX_AUTOLOG_FORWARD_ENV", "A, B,", "forward_env", ("A", "B")),
     ],
 )
 def test_environment_variable_sets_its_field(
@@ -269,6 +325,7 @@ def test_settings_can_be_pickled_and_hashed() -> None:
 
 
 def test_settings_as_a_dictionary_make_the_same_settings() -> None:
-    """The dictionary of all settings is enough to make them again."""
-    assert Config(**OTHER.to_dict()) == OTHER
-    assert Config(**json.loads(json.dumps(OTHER.to_dict()))) == OTHER
+    """The dictionary is enough to make them again, but for the function among them."""
+    without_function = dataclasses.replace(OTHER, redact=None)
+    assert Config(**OTHER.to_dict()) == without_function
+    assert Config(**json.loads(json.dumps(OTHER.to_dict()))) == without_function

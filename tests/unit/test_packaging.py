@@ -60,12 +60,20 @@ def test_runtime_requirements_are_few() -> None:
         "opentelemetry-sdk",
         "packaging",
         "pandas",
+        # Which all packages of MLflow's bring, too.
+        "requests",
     }
 
 
 def test_pyspark_comes_with_the_extra() -> None:
     """The extra `spark` brings PySpark and what its pandas functions need."""
     assert names_for(extra="spark") - names_for(extra="") == {"pyspark", "pyarrow"}
+
+
+def test_an_exporter_comes_with_the_extra() -> None:
+    """The extra `otlp` brings what encodes spans for a collector, and MLflow's way there."""
+    added = names_for(extra="otlp") - names_for(extra="")
+    assert added == {"opentelemetry-exporter-otlp-proto-http"}
 
 
 @pytest.mark.parametrize("name", mlflow_ctx_autolog.__all__)

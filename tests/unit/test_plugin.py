@@ -15,6 +15,7 @@ from mlflow.tracking.context.registry import _run_context_provider_registry
 from mlflow.tracking.default_experiment import registry as experiment_registry
 
 from mlflow_ctx_autolog import DriverContext
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.plugin import DriverExperimentProvider, SparkRunContextProvider
 from mlflow_ctx_autolog.task import Task
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def open_task() -> Iterator[Task]:
     context = DriverContext("771177", "http://store", application_id="app-1")
-    task = Task(context)
+    task = Task(context, ContentPolicy(context.config))
     task.open()
     yield task
     task.close()

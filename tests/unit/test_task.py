@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 
 from mlflow_ctx_autolog import DriverContext
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.spool import Destination
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 
@@ -20,7 +21,11 @@ colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="
 
 
 def new_task(experiment_id: str = "1") -> Task:
-    return Task(DriverContext(experiment_id=experiment_id, tracking_uri="http://store"))
+    return task_of(DriverContext(experiment_id=experiment_id, tracking_uri="http://store"))
+
+
+def task_of(context: DriverContext) -> Task:
+    return Task(context, ContentPolicy(context.config))
 
 
 @pytest.fixture
@@ -221,10 +226,10 @@ def test_destination_is_that_of_the_driver() -> None:
 def test_without_a_store_the_destination_is_the_driver() -> None:
     """Spans that only the driver can store are not taken for those of another driver."""
     contexts = [DriverContext("77", None, process_id=name) for name in ("first", "second")]
-    first, second = (Task(context).destination for context in contexts)
+    first, second = (task_of(context).destination for context in contexts)
 
     assert first.tracking_uri is None
-    assert first == Task(contexts[0]).destination
+    assert first == task_of(contexts[0]).destination
     assert first != second
 
 

@@ -19,7 +19,7 @@ from mlflow.entities import Span
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import spark, spark_task, worker
+from mlflow_ctx_autolog import exceptions, spark, spark_task, worker
 from mlflow_ctx_autolog.exceptions import CarrierError
 from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.receipts import TaskReceipt
@@ -166,7 +166,7 @@ def test_a_carrier_that_cannot_be_read_does_not_stop_the_function(
     text: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The function runs untraced with one warning; where it was asked for, it raises instead."""
-    monkeypatch.setattr(worker, "_warned", set())
+    monkeypatch.setattr(exceptions, "_warned", set())
     with caplog.at_level(logging.WARNING, logger="mlflow_ctx_autolog"):
         for _ in range(3):
             assert list(_run(lambda items: items, text, _numbers())) == [1, 2, 3]
@@ -181,7 +181,7 @@ def test_a_failure_of_ours_does_not_stop_the_function(
     carrier: tuple[str, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If tracing cannot begin for any reason, the function runs untraced with one warning."""
-    monkeypatch.setattr(worker, "_warned", set())
+    monkeypatch.setattr(exceptions, "_warned", set())
 
     def broken() -> Any:
         raise RuntimeError("no tracing today")
