@@ -52,6 +52,7 @@ format: setup
 benchmark: setup
 	@$(RUN) $(BIN)/python benchmarks/one_trace.py
 	@$(RUN) $(BIN)/python benchmarks/delivery.py
+	@$(RUN) $(BIN)/python benchmarks/driver_memory.py
 	@$(RUN) $(BIN)/python benchmarks/worker_start.py
 
 # Takes a quarter of an hour.
