@@ -31,7 +31,7 @@ _lock = threading.Lock()
 _openai_calls = OpenAICalls(
     only_in_tasks=False, propagates_headers=lambda: settings().propagate_headers
 )
-_handovers = Handovers(driver.carry)
+_handovers = Handovers(driver.carry, driver.follow)
 
 
 class Handle:

@@ -67,26 +67,41 @@ class Driver:
     def _filter(self, span: Any) -> None:
         tracing.filter_open_span(span, ContentPolicy(settings()))
 
-    def carry(
-        self, function: Callable[..., Any], receiver: Any, repeated: bool
-    ) -> Callable[..., Any]:
-        """Return ``function`` with the context of this moment; itself if that cannot be had."""
+    def carry(self, handed: spark_api.Handed) -> Callable[..., Any]:
+        """Return the function with the context of this moment; itself if that cannot be had."""
         if not tracing.is_on():
-            return function
+            return handed.function
         try:
-            session = spark_api.session_of(receiver)
-            return self.carrying(function, session, required=False, repeated=repeated)
+            session = spark_api.session_of(handed.receiver)
+            if handed.on_driver:
+                context = _capture(session, receipts_come_home=False)
+                return spark_api.attaching(handed.function, context.to_json())
+            return self.carrying(
+                handed.function,
+                session,
+                name=handed.name,
+                required=False,
+                repeated=handed.repeated,
+                follows=handed.registered,
+            )
         except UnsupportedStoreError as error:
-            warn(f"The model calls of {_named(function)} will not be traced. {error}")
+            warn(f"The model calls of {handed.name} will not be traced. {error}")
         except Exception as error:
             warn(
-                f"The model calls of {_named(function)} will not be traced, since the trace "
+                f"The model calls of {handed.name} will not be traced, since the trace "
                 f"context could not be captured: {type(error).__name__}: {error}"
             )
-        return function
+        return handed.function
 
     def carrying(
-        self, function: Callable[..., Any], session: Any, *, required: bool, repeated: bool
+        self,
+        function: Callable[..., Any],
+        session: Any,
+        *,
+        required: bool,
+        repeated: bool,
+        name: str | None = None,
+        follows: bool = False,
     ) -> Callable[..., Any]:
         """Return ``function`` with the context of this moment, and a way home for its spans.
 
@@ -95,18 +110,42 @@ class Driver:
                 the driver.
         """
         way_home = spark_api.way_home(session, self.ledger.receive)
-        context = _capture(session, receipts_come_home=way_home is not None, functions=1)
-        if context.tracking_uri is None:
+        context = _capture(
+            session,
+            receipts_come_home=way_home is not None,
+            functions=0 if follows else 1,
+            warns_of_no_span=not follows,
+        )
+        if context.tracking_uri is None and not follows:
             _check_way_home(way_home is not None, context.traceparent is not None)
         carrier = spark_api.broadcast_text(session, context.to_json())
         return spark_api.carrying(
             function,
             carrier,
+            name=name,
             required=required,
             repeated=repeated,
+            follows=follows,
             way_home=way_home,
             filters=_pickled_filters(session),
         )
+
+    def follow(self, session: Any) -> None:
+        """Have functions that are registered by name belong to the span that is active here."""
+
+        def context() -> str:
+            captured = _capture(session, receipts_come_home=True, warns_of_no_span=False)
+            return captured.to_json()
+
+        try:
+            traceparent = tracing.active_span_headers().get("traceparent")
+            spark_api.set_context(session, traceparent, context)
+        except Exception as error:
+            warn(
+                "Functions registered in Spark by name belong to the span under which they were "
+                "registered, since Spark could not be told of the one that is active: "
+                f"{type(error).__name__}: {error}"
+            )
 
 
 def settings() -> Config:
@@ -336,14 +375,20 @@ def traced(function: F, spark: Any = None) -> F:
     return cast(F, driver.carrying(function, session, required=True, repeated=True))
 
 
-def _capture(session: Any, *, receipts_come_home: bool, functions: int = 0) -> DriverContext:
+def _capture(
+    session: Any,
+    *,
+    receipts_come_home: bool,
+    functions: int = 0,
+    warns_of_no_span: bool = True,
+) -> DriverContext:
     headers = tracing.active_span_headers()
     tracking_uri, _ = transport(session)
     _warn_of_network(session)
     is_collector = otlp.is_collector(tracking_uri)
     if not is_collector:
         driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
-    if not headers and store.store_takes_spans():
+    if not headers and warns_of_no_span and store.store_takes_spans():
         _warn_of_no_span()
     declared_session, user, tags = tracing.declared_traces()
     return DriverContext(
@@ -372,10 +417,6 @@ def _warn_of_no_span() -> None:
             "of one job share a session. To get one trace, hand the function to Spark inside a "
             'span: with mlflow.start_span("my-job"): ...'
         )
-
-
-def _named(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def warn(message: str) -> None:

@@ -82,14 +82,20 @@ class Patch:
         self._was_inherited = self.name not in vars(self.owner)
         setattr(self.owner, self.name, self._layer)
 
-    def _layer_over(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _layer_over(self, original: Any) -> Any:
+        if isinstance(original, staticmethod):
+            return staticmethod(self._layer_over(original.__func__))
+
         @functools.wraps(original)
         def layer(*args: Any, **kwargs: Any) -> Any:
-            if self._active and self._layer is layer:
+            if self._active and self._is_current(layer):
                 return self._replacement(original, *args, **kwargs)
             return original(*args, **kwargs)
 
         return layer
+
+    def _is_current(self, layer: Callable[..., Any]) -> bool:
+        return layer in (self._layer, getattr(self._layer, "__func__", None))
 
     def _is_on_top(self, layer: Callable[..., Any]) -> bool:
         return vars(self.owner).get(self.name) is layer

@@ -10,6 +10,8 @@ import importlib.util
 import inspect
 import itertools
 import sys
+import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +19,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow_ctx_autolog.patching import Patch
+from mlflow_ctx_autolog.spark_task import CONTEXT_PROPERTY
 
 __all__ = [
+    "Handed",
     "Handovers",
     "active_session",
     "application_id",
+    "attaching",
     "broadcast_text",
     "carries",
     "carrying",
@@ -31,6 +36,7 @@ __all__ = [
     "pickled",
     "run_on_workers",
     "session_of",
+    "set_context",
     "settings_of",
     "started_session",
     "way_home",
@@ -41,7 +47,7 @@ _CARRIES = "__mlflow_ctx_autolog__"
 
 @dataclass(frozen=True)
 class _Handover:
-    """A method of PySpark that takes a function to run on the workers.
+    """A method of PySpark through which functions reach the workers.
 
     Args:
         modules: Where the class lives, in the order to look: it moved between releases.
@@ -49,70 +55,121 @@ class _Handover:
         method: Its method.
         parameter: The parameter that takes the function, the first after ``self``; None where
             the function is the ``func`` of the object itself.
-        repeated: Whether Spark calls the function many times in one task attempt, rather than
-            once with the partition.
+        once: Whether Spark calls the function once in a task attempt, with the partition, rather
+            than many times.
+        registered: Whether the function is registered under a name, for any use later.
+        wraps_result: Whether the function is what the method returns, rather than a parameter.
+        on_driver: Whether Spark calls the function on the driver.
     """
 
     modules: tuple[str, ...]
     owner: str
     method: str
-    parameter: str | None
-    repeated: bool = False
+    parameter: str | None = None
+    once: bool = False
+    registered: bool = False
+    wraps_result: bool = False
+    on_driver: bool = False
 
 
-_CLASSIC = ("pyspark.sql.classic.dataframe", "pyspark.sql.dataframe")
-_CONNECT = ("pyspark.sql.connect.dataframe",)
 _RDD = ("pyspark.core.rdd", "pyspark.rdd")
+_UDF, _CONNECT_UDF = ("pyspark.sql.udf",), ("pyspark.sql.connect.udf",)
+_UDTF, _CONNECT_UDTF = ("pyspark.sql.udtf",), ("pyspark.sql.connect.udtf",)
+_CONNECT_CLIENT = ("pyspark.sql.connect.client.core",)
+_STREAM = ("pyspark.sql.streaming.readwriter",)
+_CONNECT_STREAM = ("pyspark.sql.connect.streaming.readwriter",)
 
+# The few through which all others go: mapInPandas(), groupBy().applyInPandas() and the pandas API
+# make UDFs, and RDD.map() is a mapPartitionsWithIndex(). Each use of a UDF becomes part of a plan
+# here: one that is defined once carries the context of each use.
 _HANDOVERS = (
-    _Handover(_CLASSIC, "DataFrame", "mapInPandas", "func"),
-    _Handover(_CLASSIC, "DataFrame", "mapInArrow", "func"),
-    _Handover(_CLASSIC, "DataFrame", "foreach", "f", repeated=True),
-    _Handover(_CLASSIC, "DataFrame", "foreachPartition", "f"),
-    _Handover(_CONNECT, "DataFrame", "mapInPandas", "func"),
-    _Handover(_CONNECT, "DataFrame", "mapInArrow", "func"),
-    _Handover(_CONNECT, "DataFrame", "foreach", "f", repeated=True),
-    _Handover(_CONNECT, "DataFrame", "foreachPartition", "f"),
-    _Handover(_RDD, "RDD", "map", "f", repeated=True),
-    _Handover(_RDD, "RDD", "foreach", "f", repeated=True),
-    _Handover(_RDD, "RDD", "mapPartitions", "f"),
-    _Handover(_RDD, "RDD", "foreachPartition", "f"),
-    # Where each use of a UDF becomes part of a plan, also of those that groupBy().applyInPandas()
-    # and its kin make: a UDF defined once carries the context of each use.
-    _Handover(("pyspark.sql.udf",), "UserDefinedFunction", "__call__", None, repeated=True),
+    _Handover(_UDF, "UserDefinedFunction", "__call__"),
+    _Handover(_UDF, "UserDefinedFunction", "_create_judf", "func", registered=True),
+    _Handover(_CONNECT_UDF, "UserDefinedFunction", "_build_common_inline_user_defined_function"),
+    _Handover(_CONNECT_CLIENT, "SparkConnectClient", "register_udf", "function", registered=True),
+    _Handover(_UDTF, "UserDefinedTableFunction", "__call__"),
+    _Handover(_UDTF, "UserDefinedTableFunction", "_create_judtf", "func", registered=True),
     _Handover(
-        ("pyspark.sql.connect.udf",),
-        "UserDefinedFunction",
-        "_build_common_inline_user_defined_function",
-        None,
-        repeated=True,
+        _CONNECT_UDTF,
+        "UserDefinedTableFunction",
+        "_build_common_inline_user_defined_table_function",
     ),
+    _Handover(_CONNECT_CLIENT, "SparkConnectClient", "register_udtf", "function", registered=True),
+    _Handover(_RDD, "RDD", "mapPartitionsWithIndex", "f", once=True),
+    _Handover(_RDD, "RDDBarrier", "mapPartitions", "f", once=True),
+    _Handover(_RDD, "RDDBarrier", "mapPartitionsWithIndex", "f", once=True),
+    # Connect's writer asks the classic one for the function, too.
+    _Handover(
+        _STREAM, "DataStreamWriter", "_construct_foreach_function", once=True, wraps_result=True
+    ),
+    _Handover(_STREAM, "DataStreamWriter", "foreachBatch", "func", on_driver=True),
+    _Handover(_CONNECT_STREAM, "DataStreamWriter", "foreachBatch", "func", on_driver=True),
 )
 
-# (function, what it was handed to, whether it is called repeatedly) -> what Spark gets instead
-Wrap = Callable[[Callable[..., Any], Any, bool], Callable[..., Any]]
+# What tells Spark to build a plan from here on, by SQL text before the plan is there.
+_PLANS = (
+    (("pyspark.sql.classic.dataframe", "pyspark.sql.dataframe"), "DataFrame", "__init__"),
+    (("pyspark.sql.connect.dataframe",), "DataFrame", "__init__"),
+    (("pyspark.sql.session",), "SparkSession", "sql"),
+    (("pyspark.sql.connect.session",), "SparkSession", "sql"),
+)
+
+# PythonEvalType of mapInPandas() and mapInArrow(), whose functions are called once in a task.
+_ONCE = (205, 207)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A function that is being handed to Spark.
+
+    Args:
+        function: What Spark would run: the user's function or PySpark's own around it, or a class.
+        name: The name of the user's function.
+        receiver: The RDD, UDF or writer it is handed to; None where that is not known.
+        repeated: Whether Spark calls it many times in a task attempt.
+        registered: Whether it is registered under a name, for any use later.
+        on_driver: Whether Spark calls it on the driver.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    receiver: Any
+    repeated: bool
+    registered: bool
+    on_driver: bool
 
 
 class Handovers:
     """Makes the functions that users hand to Spark carry the driver's context.
 
     Args:
-        wrap: Called with a user's function, the DataFrame, RDD or UDF it was handed to, and
-            whether Spark calls it many times in a task; returns what Spark gets instead. Not
-            called for PySpark's own functions, nor for one that carries a context already.
+        wrap: Called with each of them; returns what Spark gets instead. Not called for PySpark's
+            own functions, nor for one that carries a context already.
+        follow: Called with the session, as plans are built, once functions are registered there:
+            what they belong to is not known before they are used.
     """
 
-    def __init__(self, wrap: Wrap) -> None:
+    def __init__(
+        self,
+        wrap: Callable[[Handed], Callable[..., Any]],
+        follow: Callable[[Any], None],
+    ) -> None:
         self._wrap = wrap
+        self._follow = follow
         self._patches: list[Patch] = []
+        self._has_registered = False
 
     def install(self) -> None:
         """Patch every hand-over that the installed PySpark has. Idempotent."""
         if not self._patches:
             for handover in _HANDOVERS:
-                if (owner := _find_owner(handover)) is not None:
+                owner = _find_owner(handover.modules, handover.owner, handover.method)
+                if owner is not None:
                     replacement = self._replacement(handover)
                     self._patches.append(Patch(owner, handover.method, replacement))
+            for modules, name, method in _PLANS:
+                if (owner := _find_owner(modules, name, method)) is not None:
+                    self._patches.append(Patch(owner, method, self._follow_plan))
         for patch in self._patches:
             patch.apply()
 
@@ -122,29 +179,57 @@ class Handovers:
             patch.revert()
 
     def _replacement(self, handover: _Handover) -> Callable[..., Any]:
-        parameter, repeated = handover.parameter, handover.repeated
+        parameter = handover.parameter
 
         def hand_over(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             receiver, *rest = args
             if parameter in kwargs:
-                kwargs[parameter] = self._prepared(kwargs[parameter], receiver, repeated)
+                kwargs[parameter] = self._prepared(kwargs[parameter], receiver, handover)
             elif rest:
-                rest[0] = self._prepared(rest[0], receiver, repeated)
+                rest[0] = self._prepared(rest[0], receiver, handover)
             return original(receiver, *rest, **kwargs)
 
         def use(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             udf, *columns = args
-            function = self._prepared(udf.func, udf, repeated)
+            function = self._prepared(udf.func, udf, handover)
             if function is not udf.func:
                 udf = _with_function(udf, function)
             return original(udf, *columns, **kwargs)
 
+        def make(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return self._prepared(original(*args, **kwargs), None, handover)
+
+        if handover.wraps_result:
+            return make
         return use if parameter is None else hand_over
 
-    def _prepared(self, function: Any, receiver: Any, repeated: bool) -> Any:
-        if not callable(function) or carries(function) or _is_pysparks(function):
+    def _prepared(self, function: Any, receiver: Any, handover: _Handover) -> Any:
+        users = _users_function(function)
+        if users is None or carries(users) or carries(function):
             return function
-        return self._wrap(function, receiver, repeated)
+        once = handover.once or getattr(receiver, "evalType", None) in _ONCE
+        self._has_registered |= handover.registered
+        return self._wrap(
+            Handed(
+                function,
+                _name_of(users),
+                receiver,
+                repeated=not once,
+                registered=handover.registered,
+                on_driver=handover.on_driver,
+            )
+        )
+
+    def _follow_plan(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._has_registered:
+            return original(*args, **kwargs)
+        receiver = args[0]
+        if original.__name__ == "sql":
+            self._follow(receiver)
+            return original(*args, **kwargs)
+        original(*args, **kwargs)
+        self._follow(session_of(receiver))
+        return None
 
 
 def _with_function(udf: Any, function: Callable[..., Any]) -> Any:
@@ -152,26 +237,58 @@ def _with_function(udf: Any, function: Callable[..., Any]) -> Any:
     changed = copy.copy(udf)
     changed.func = function
     # Where classic Spark keeps the JVM's side of the UDF once it has been used.
-    if hasattr(changed, "_judf_placeholder"):
-        changed._judf_placeholder = None
+    for placeholder in ("_judf_placeholder", "_judtf_placeholder"):
+        if hasattr(changed, placeholder):
+            setattr(changed, placeholder, None)
     return changed
 
 
-def _find_owner(handover: _Handover) -> type | None:
-    for module in handover.modules:
+def _find_owner(modules: Sequence[str], name: str, method: str) -> type | None:
+    for module in modules:
         try:
-            owner = getattr(importlib.import_module(module), handover.owner, None)
+            owner = getattr(importlib.import_module(module), name, None)
         except ImportError:
             # Not in this release, or Spark Connect without its own dependencies.
             continue
-        if isinstance(owner, type) and hasattr(owner, handover.method):
+        if isinstance(owner, type) and hasattr(owner, method):
             return owner
     return None
 
 
-def _is_pysparks(function: Any) -> bool:
-    # PySpark calls these methods itself, too: RDD.count() is a mapPartitions().
-    return (getattr(function, "__module__", None) or "").partition(".")[0] == "pyspark"
+def _users_function(function: Any, depth: int = 5) -> Any:
+    """Return the user's function, also from inside of PySpark's around it; None if there is none.
+
+    PySpark hands over functions of its own: RDD.map(f) is a mapPartitionsWithIndex() of one that
+    holds f, and RDD.count() of one that holds none. An object whose methods Spark calls will do
+    for a function.
+    """
+    module = _top_module(function)
+    if module in ("builtins", "_operator"):
+        return None
+    if module != "pyspark":
+        is_one = callable(function) or any(hasattr(function, name) for name in _CALLED_METHODS)
+        return function if is_one else None
+    if depth == 0:
+        return None
+    held = (_users_function(each, depth - 1) for each in _held_by(function))
+    return next((users for users in held if users is not None), None)
+
+
+# Of the object that DataStreamWriter.foreach() takes, and of a StatefulProcessor.
+_CALLED_METHODS = ("process", "handleInputRows")
+
+
+def _top_module(function: Any) -> str:
+    return (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+
+
+def _held_by(function: Any) -> Iterator[Any]:
+    values = list(getattr(getattr(function, "__self__", function), "__dict__", {}).values())
+    for cell in getattr(function, "__closure__", None) or ():
+        # Not filled yet where a function is defined later than one that uses it.
+        with contextlib.suppress(ValueError):
+            values.append(cell.cell_contents)
+    yield from (value for value in values if not isinstance(value, type))
 
 
 def carries(function: Any) -> bool:
@@ -184,30 +301,35 @@ def carrying(
     carrier: object,
     *,
     required: bool,
+    name: str | None = None,
     repeated: bool = False,
+    follows: bool = False,
     way_home: Any = None,
     filters: bytes | None = None,
 ) -> Callable[..., Any]:
     """Return a function that runs ``function`` as a traced task attempt, wherever it is run.
 
     It pickles by value, without this library, so that a worker that lacks the library can say
-    so. It looks like ``function`` to :mod:`inspect`.
+    so. It looks like ``function`` to :mod:`inspect`. Of a class, such as that of a table function,
+    a subclass is returned, the methods of which run in one task.
 
     Args:
         function: The user's function.
         carrier: A broadcast of a driver context's JSON, or that JSON.
         required: Raise on the worker where the carrier cannot be read, rather than run untraced.
+        name: The name of the task's span; by default that of the function.
         repeated: Whether one task attempt calls the function many times.
+        follows: Whether the context that the driver has set for the query, by
+            :func:`set_context`, goes before the carrier.
         way_home: What :func:`way_home` returned, for spans that the worker cannot store.
         filters: Functions of the user's that spans go through, :func:`pickled`.
     """
-    name = _name_of(function)
-    run: Callable[..., Any] | None = None
+    name = name or _name_of(function)
+    runner: Callable[..., Any] | None = None
 
-    @functools.wraps(function)
-    def run_as_task(*args: Any, **kwargs: Any) -> Any:
-        nonlocal run
-        if run is None:
+    def run_by_worker(function: Callable[..., Any], takes_rows: bool) -> Any:
+        nonlocal runner
+        if runner is None:
             try:
                 from mlflow_ctx_autolog.worker import task_runner
             except ImportError as error:
@@ -220,15 +342,39 @@ def carrying(
                     "node of the cluster (pip install mlflow-ctx-autolog), or call "
                     "mlflow_ctx_autolog.disable() on the driver."
                 ) from error
-            run = task_runner(
-                function,
+            runner = task_runner(
                 name,
                 carrier,
                 required=required,
                 repeated=repeated,
+                follows=follows,
                 way_home=way_home,
                 filters=filters,
             )
+        return runner(function, takes_rows)
+
+    if not isinstance(function, type):
+        return _running(function, run_by_worker)
+    methods = {
+        method: _running(vars(owner)[method], run_by_worker, takes_rows=method == "eval")
+        for method in ("__init__", "eval", "terminate", "cleanup")
+        for owner in [next((each for each in function.__mro__ if method in vars(each)), object)]
+        if inspect.isfunction(vars(owner).get(method))
+    }
+    names = {key: getattr(function, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(function.__name__, (function,), {**names, **methods, _CARRIES: True})
+
+
+def _running(
+    function: Callable[..., Any], run_by_worker: Callable[..., Any], takes_rows: bool = True
+) -> Callable[..., Any]:
+    run: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def run_as_task(*args: Any, **kwargs: Any) -> Any:
+        nonlocal run
+        if run is None:
+            run = run_by_worker(function, takes_rows)
         return run(*args, **kwargs)
 
     # Spark asks for the number of parameters without looking through wrappers.
@@ -236,6 +382,29 @@ def carrying(
         run_as_task.__signature__ = _bare_signature(function)  # type: ignore[attr-defined]
     setattr(run_as_task, _CARRIES, True)
     return run_as_task
+
+
+def attaching(function: Callable[..., Any], carrier: object) -> Callable[..., Any]:
+    """Return a function that runs ``function`` below the span that a carrier names.
+
+    For functions that Spark calls on the driver: in its own process, or, on Spark Connect, in one
+    beside the server. Like what :func:`carrying` returns, it pickles by value.
+
+    Args:
+        function: The user's function.
+        carrier: The JSON of a driver's context.
+    """
+    name = _name_of(function)
+
+    @functools.wraps(function)
+    def run_attached(*args: Any, **kwargs: Any) -> Any:
+        from mlflow_ctx_autolog.worker import attach
+
+        with attach(carrier, name):
+            return function(*args, **kwargs)
+
+    setattr(run_attached, _CARRIES, True)
+    return run_attached
 
 
 def _bare_signature(function: Callable[..., Any]) -> inspect.Signature:
@@ -252,13 +421,57 @@ def _name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
+def set_context(spark: Any, traceparent: str | None, capture: Callable[[], str]) -> None:
+    """Say what functions that are registered by name belong to, when a query uses them.
+
+    Holds for the queries that this thread runs from here on; on Spark Connect, which knows nothing
+    of the client's threads, for those of the session.
+
+    Args:
+        spark: A session.
+        traceparent: The span that they belong to. Nothing is done where that has been said.
+        capture: Returns the JSON of its context.
+    """
+    context = _spark_context(spark)
+    scope = _scopes.setdefault(spark if context is None else context, _Scope(context is None))
+    if scope.traceparent == traceparent:
+        return
+    if context is None:
+        spark.conf.set(CONTEXT_PROPERTY, capture())
+    else:
+        context.setLocalProperty(CONTEXT_PROPERTY, capture())
+    scope.traceparent = traceparent
+
+
+class _Scope:
+    """What :func:`set_context` was told last: in a session, or in each thread."""
+
+    def __init__(self, is_shared: bool) -> None:
+        self._told: Any = types.SimpleNamespace() if is_shared else threading.local()
+
+    @property
+    def traceparent(self) -> str | None:
+        return getattr(self._told, "traceparent", "nothing")
+
+    @traceparent.setter
+    def traceparent(self, traceparent: str | None) -> None:
+        self._told.traceparent = traceparent
+
+
+# By SparkContext; by session of Spark Connect.
+_scopes: weakref.WeakKeyDictionary[Any, _Scope] = weakref.WeakKeyDictionary()
+
+
 def active_session() -> Any:
     """Return the active Spark session, classic or Connect; None if there is none."""
     if importlib.util.find_spec("pyspark") is None:
         return None
     from pyspark.sql import SparkSession
 
-    return SparkSession.getActiveSession()
+    # None is active in a thread of the user's own, where the default session will do.
+    with contextlib.suppress(Exception):
+        return SparkSession.active()
+    return None
 
 
 @contextlib.contextmanager
@@ -294,7 +507,7 @@ def session_of(receiver: Any) -> Any:
     # Asked of the class: a DataFrame has its columns as attributes.
     if hasattr(type(receiver), "sparkSession"):
         return receiver.sparkSession
-    return vars(receiver).get("ctx") or active_session()
+    return getattr(receiver, "__dict__", {}).get("ctx") or active_session()
 
 
 def application_id(spark: Any) -> str | None:

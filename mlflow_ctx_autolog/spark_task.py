@@ -10,8 +10,20 @@ from typing import Any
 
 from mlflow_ctx_autolog.patching import Patch
 
-__all__ = ["in_spark_task", "is_batch", "on_task_end", "row_count", "task_attributes"]
+__all__ = [
+    "CONTEXT_PROPERTY",
+    "context_of_query",
+    "in_spark_task",
+    "is_batch",
+    "on_task_end",
+    "row_count",
+    "skips_rest",
+    "task_attributes",
+]
 
+# Where the driver says what the registered functions of a query belong to. It begins with "spark."
+# since Spark sends no other setting of a session to the workers.
+CONTEXT_PROPERTY = "spark.mlflow_ctx_autolog.context"
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
 
@@ -19,6 +31,18 @@ _SQL_EXECUTION = "spark.sql.execution.id"
 def in_spark_task() -> bool:
     """Whether this process is running a Spark task. Imports nothing."""
     return _task_context() is not None
+
+
+def context_of_query() -> str | None:
+    """Return the context that the driver has set for the query of the running task, if it has."""
+    context = _task_context()
+    return None if context is None else context.getLocalProperty(CONTEXT_PROPERTY)
+
+
+def skips_rest(error: BaseException) -> bool:
+    """Whether an exception only says that a table function wants no more rows."""
+    kind = getattr(sys.modules.get("pyspark.sql.udtf"), "SkipRestOfInputTableException", None)
+    return kind is not None and isinstance(error, kind)
 
 
 def task_attributes() -> dict[str, Any]:

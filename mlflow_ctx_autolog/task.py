@@ -69,6 +69,9 @@ class Task:
     def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run one step of the task's function with the context variables of its last step."""
         # For a UDF this is done for each row, hence without a context manager.
+        if _owner.get(None) is self:
+            # A step of its own calls another one.
+            return function(*args, **kwargs)
         variables = self._variables
         if threading.get_ident() != self._thread:
             # Spark can run a UDF on several threads; a context is entered by one at a time.

@@ -22,7 +22,15 @@ from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
 from mlflow_ctx_autolog.openai_calls import autolog_is_on
 from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.receipts import TaskReceipt
-from mlflow_ctx_autolog.spark_task import is_batch, on_task_end, row_count, task_attributes
+from mlflow_ctx_autolog.spark_task import (
+    context_of_query,
+    in_spark_task,
+    is_batch,
+    on_task_end,
+    row_count,
+    skips_rest,
+    task_attributes,
+)
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 from mlflow_ctx_autolog.tracing import (
     is_recorded,
@@ -118,29 +126,32 @@ def _attached(context: DriverContext, name: str) -> Iterator[DriverContext]:
 
 
 def task_runner(
-    function: Callable[..., Any],
     name: str,
     carrier: object,
     *,
     required: bool,
     repeated: bool,
+    follows: bool = False,
     way_home: Any = None,
     filters: bytes | None = None,
-) -> Callable[..., Any]:
-    """Return a callable that runs a function handed to Spark as one task attempt.
+) -> Callable[..., Callable[..., Any]]:
+    """Return a decorator that runs functions handed to Spark as one task attempt.
 
     Iterators among the arguments, and one that is returned, are passed on item by item, so that
     the task's span lasts as long as the function does. An exception of the function marks the
     span and passes through. If tracing cannot begin, the function runs all the same, with one
     warning.
 
+    The decorator takes a function and whether its arguments are rows. Those that it decorates, such
+    as the methods of one object, share the task.
+
     Args:
-        function: The user's function.
         name: The name of the task's span.
         carrier: See :func:`read_carrier`.
         required: Raise where the carrier cannot be read, rather than run untraced.
-        repeated: Whether the task attempt calls the function many times, and ends when Spark
-            says so; else it is called once, and the attempt ends with it.
+        repeated: Whether the task attempt calls the functions many times, and ends when Spark
+            says so; else one is called once, and the attempt ends with it.
+        follows: Whether the context that the driver has set for the query goes before the carrier.
         way_home: A Spark accumulator for spans that cannot be stored from here.
         filters: The user's functions that spans go through, as Spark pickles them: ``redact``,
             and MLflow's span processors.
@@ -148,10 +159,18 @@ def task_runner(
     Raises:
         CarrierError: When called, if the carrier cannot be read and ``required`` is true.
     """
-    begin = functools.partial(_begin_or_warn, carrier, name, required, repeated, way_home, filters)
+    begin = functools.partial(
+        _begin_or_warn, carrier, name, required, repeated, follows, way_home, filters
+    )
     if repeated:
-        return _RepeatedCalls(function, begin).call
-    return functools.partial(_run_once, function, begin)
+        return functools.partial(_repeated, _SharedTask(begin))
+    return lambda function, _: functools.partial(_run_once, function, begin)
+
+
+def _repeated(
+    shared: _SharedTask, function: Callable[..., Any], takes_rows: bool
+) -> Callable[..., Any]:
+    return _RepeatedCalls(shared, function, takes_rows).call
 
 
 def _begin_or_warn(
@@ -159,13 +178,17 @@ def _begin_or_warn(
     name: str,
     required: bool,
     repeated: bool,
+    follows: bool,
     way_home: Any,
     filters: bytes | None,
 ) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
+    if repeated and not in_spark_task():
+        # Spark asks for the schema of a state or a table, in a process that runs no task.
+        return None
     context = None
     try:
-        context = read_carrier(carrier)
+        context = read_carrier((context_of_query() if follows else None) or carrier)
         if repeated:
             on_task_end(_finish_open_tasks)
         return _begin(context, name, way_home, filters)
@@ -207,22 +230,38 @@ def _run_once(
     return result
 
 
+class _SharedTask:
+    """The task that repeated calls are made in, begun with the first of them."""
+
+    def __init__(self, begin: Callable[[], Task | None]) -> None:
+        self._begin = begin
+        self.task: Task | None = None
+        self.cannot_begin = False
+        self._starting = threading.Lock()
+
+    def start(self) -> Task | None:
+        # Spark can call a UDF from several threads.
+        with self._starting:
+            if self.task is None or not self.task.is_open:
+                self.task = self._begin()
+                self.cannot_begin = self.task is None
+            return self.task
+
+
 class _RepeatedCalls:
     """Runs the calls that one task attempt makes of one function, all in one task."""
 
-    def __init__(self, function: Callable[..., Any], begin: Callable[[], Task | None]) -> None:
+    def __init__(self, shared: _SharedTask, function: Callable[..., Any], takes_rows: bool) -> None:
+        self._shared = shared
         self._function = function
-        self._begin = begin
-        self._task: Task | None = None
+        self._takes_rows = takes_rows
         self._row_by_row = False
-        self._cannot_begin = False
-        self._starting = threading.Lock()
 
     def call(self, /, *args: Any, **kwargs: Any) -> Any:
         # Called for each row of a UDF: what is not needed there is elsewhere.
-        task = self._task
+        task = self._shared.task
         if task is None or not task.is_open:
-            task = None if self._cannot_begin else self._start()
+            task = None if self._shared.cannot_begin else self._shared.start()
             if task is None:
                 return self._function(*args, **kwargs)
         if not self._row_by_row:
@@ -236,28 +275,22 @@ class _RepeatedCalls:
         task.rows_out += 1
         return result
 
-    def _start(self) -> Task | None:
-        # Spark can call a UDF from several threads.
-        with self._starting:
-            if self._task is None or not self._task.is_open:
-                self._task = self._begin()
-                self._cannot_begin = self._task is None
-            return self._task
-
     def _call_in_general(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             result = task.run(self._function, *(_counted(task, arg) for arg in args), **kwargs)
         except BaseException as error:
-            _finish(task, error)
+            if not skips_rest(error):
+                _finish(task, error)
             raise
-        if isinstance(result, Iterator):
-            return _steps(task, result, ends_task=False)
         is_partition = any(isinstance(arg, (Iterator, range)) for arg in args)
         batches = [row_count(arg) for arg in args if is_batch(arg)]
-        if not is_partition:
+        if self._takes_rows and not is_partition:
             task.rows_in += max(batches, default=1)
-        task.rows_out += row_count(result)
-        self._row_by_row = not is_partition and not batches
+        if isinstance(result, Iterator):
+            return _steps(task, result, ends_task=False)
+        if self._takes_rows:
+            task.rows_out += row_count(result)
+            self._row_by_row = not is_partition and not batches
         return result
 
 
@@ -478,7 +511,8 @@ def _steps(task: Task, iterator: Iterator[Any], *, ends_task: bool) -> Iterator[
                 _finish(task, closed)
         raise
     except BaseException as error:
-        _finish(task, error)
+        if not skips_rest(error):
+            _finish(task, error)
         raise
     else:
         if ends_task:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -157,6 +160,234 @@ def foreach_partition(frame: DataFrame, call: Callable[[int], str]) -> list[Any]
     return []
 
 
+def cogroup_apply_in_arrow(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(left: Any, right: Any) -> Any:
+        import pyarrow
+
+        numbers = right.column("id").to_pylist()
+        return pyarrow.table({"id": numbers, "answer": [call(number) for number in numbers]})
+
+    cogrouped = frame.groupBy("id").cogroup(frame.groupBy("id"))
+    return list(cogrouped.applyInArrow(extract, "id long, answer string").collect())
+
+
+def registered_function(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(number: int) -> str:
+        return call(number)
+
+    frame.sparkSession.udf.register("extract_function", extract)
+    return list(frame.selectExpr("id", "extract_function(id)").collect())
+
+
+def registered_udf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    @functions.pandas_udf("string")
+    def extract(numbers: pd.Series) -> pd.Series:
+        return numbers.map(call)
+
+    frame.sparkSession.udf.register("extract_column", extract)
+    frame.createOrReplaceTempView("documents")
+    query = "SELECT id, extract_column(id) FROM documents"
+    return list(frame.sparkSession.sql(query).collect())
+
+
+def _table_function(call: Callable[[int], str], **options: Any) -> Any:
+    class Extract:
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def eval(self, number: Any) -> Iterator[tuple[int, str]]:
+            self.seen += 1
+            number = getattr(number, "id", number)
+            yield number, call(number)
+
+        def terminate(self) -> Iterator[tuple[int, str]]:
+            yield -self.seen, "seen"
+
+    Extract.__name__ = "extract"
+    return functions.udtf(Extract, returnType="number long, answer string", **options)
+
+
+def udtf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    return list(_table_function(call)(frame.asTable()).collect())
+
+
+def registered_udtf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    frame.sparkSession.udtf.register("extract_rows", _table_function(call))
+    frame.createOrReplaceTempView("documents")
+    query = "SELECT * FROM documents, LATERAL extract_rows(id)"
+    return list(frame.sparkSession.sql(query).collect())
+
+
+def arrow_optimised_udtf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    frame.sparkSession.udtf.register("extract_arrow", _table_function(call, useArrow=True))
+    frame.createOrReplaceTempView("documents")
+    query = "SELECT * FROM documents, LATERAL extract_arrow(id)"
+    return list(frame.sparkSession.sql(query).collect())
+
+
+def pandas_api_apply(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(row: pd.Series) -> str:
+        return call(row["id"])
+
+    # Without a type, Spark calls the function on the driver to see what it returns.
+    extract.__annotations__["return"] = str
+    return list(frame.pandas_api().apply(extract, axis=1).to_numpy())
+
+
+def pandas_api_series_apply(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(number: int) -> str:
+        return call(number)
+
+    extract.__annotations__["return"] = str
+    return list(frame.pandas_api()["id"].apply(extract).to_numpy())
+
+
+def pandas_api_transform(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    import pyspark.pandas as ps
+
+    def extract(numbers: pd.Series) -> Any:
+        return numbers.map(call)
+
+    extract.__annotations__["return"] = ps.Series[str]
+    return list(frame.pandas_api().transform(extract)["id"].to_numpy())
+
+
+def pandas_api_group_apply(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    import pyspark.pandas as ps
+
+    def extract(group: pd.DataFrame) -> Any:
+        return pd.DataFrame({"answer": group["id"].map(call)})
+
+    extract.__annotations__["return"] = ps.DataFrame["answer":str]
+    parities = frame.withColumn("parity", frame["id"] % 2).pandas_api().groupby("parity")
+    return list(parities.apply(extract)["answer"].to_numpy())
+
+
+@contextmanager
+def stream_of(frame: DataFrame) -> Iterator[DataFrame]:
+    """Give the rows of a frame as a stream."""
+    with tempfile.TemporaryDirectory() as folder:
+        frame.write.parquet(f"{folder}/source")
+        yield frame.sparkSession.readStream.schema("id long").parquet(f"{folder}/source")
+
+
+def drained(stream: DataFrame, **options: Any) -> list[Any]:
+    """Run a query until the stream has no more, and return the rows that it made."""
+    spark, name = stream.sparkSession, f"rows_{uuid.uuid4().hex}"
+    writer = stream.writeStream.format("memory").queryName(name).trigger(availableNow=True)
+    writer.options(**options).outputMode("update").start().awaitTermination()
+    return list(spark.table(name).collect())
+
+
+def stream_map_in_pandas(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            yield batch.assign(answer=[call(number) for number in batch["id"]])
+
+    with stream_of(frame) as stream:
+        return drained(stream.mapInPandas(extract, "id long, answer string"))
+
+
+def stream_foreach(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(row: Any) -> None:
+        call(row.id)
+
+    with stream_of(frame) as stream:
+        stream.writeStream.foreach(extract).trigger(availableNow=True).start().awaitTermination()
+    return []
+
+
+def stream_foreach_object(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    class Writer:
+        def open(self, partition_id: int, epoch_id: int) -> bool:
+            self.is_open = True
+            return True
+
+        def process(self, row: Any) -> None:
+            assert self.is_open
+            call(row.id)
+
+        def close(self, error: Exception | None) -> None:
+            self.is_open = False
+
+    Writer.__name__ = "extract"
+    with stream_of(frame) as stream:
+        stream.writeStream.foreach(Writer()).trigger(availableNow=True).start().awaitTermination()
+    return []
+
+
+def apply_in_pandas_with_state(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(
+        key: tuple[int], batches: Iterator[pd.DataFrame], state: Any
+    ) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            yield batch[["id"]].assign(answer=[call(number) for number in batch["id"]])
+        state.update((1,))
+
+    schema = "id long, answer string"
+    with stream_of(frame) as stream:
+        grouped = stream.groupBy((stream["id"] % 2).alias("parity"))
+        return drained(
+            grouped.applyInPandasWithState(extract, schema, "n long", "update", "NoTimeout")
+        )
+
+
+def _processor(call: Callable[[int], str], in_pandas: bool) -> Any:
+    from pyspark.sql import Row
+    from pyspark.sql.streaming import StatefulProcessor
+
+    class Processor(StatefulProcessor):
+        def init(self, handle: Any) -> None:
+            self.seen = handle.getValueState("seen", "n long")
+
+        def handleInputRows(self, key: Any, rows: Any, timer_values: Any) -> Any:  # noqa: N802
+            for each in rows:
+                numbers = list(each["id"]) if in_pandas else [each.id]
+                answers = [call(number) for number in numbers]
+                if in_pandas:
+                    yield pd.DataFrame({"id": numbers, "answer": answers})
+                else:
+                    yield Row(id=numbers[0], answer=answers[0])
+            self.seen.update((1,))
+
+        def close(self) -> None:
+            pass
+
+    Processor.__name__ = "extract"
+    return Processor()
+
+
+@contextmanager
+def _rocksdb(spark: Any) -> Iterator[None]:
+    key = "spark.sql.streaming.stateStore.providerClass"
+    package = "org.apache.spark.sql.execution.streaming.state"
+    spark.conf.set(key, f"{package}.RocksDBStateStoreProvider")
+    try:
+        yield
+    finally:
+        spark.conf.unset(key)
+
+
+def transform_with_state_in_pandas(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    with stream_of(frame) as stream, _rocksdb(frame.sparkSession):
+        grouped = stream.groupBy((stream["id"] % 2).alias("parity"))
+        return drained(
+            grouped.transformWithStateInPandas(
+                _processor(call, True), "id long, answer string", "Update", "None"
+            )
+        )
+
+
+def transform_with_state(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    with stream_of(frame) as stream, _rocksdb(frame.sparkSession):
+        grouped = stream.groupBy((stream["id"] % 2).alias("parity"))
+        return drained(
+            grouped.transformWithState(
+                _processor(call, False), "id long, answer string", "Update", "None"
+            )
+        )
+
+
 def rdd_map(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     def extract(row: Any) -> tuple[int, str]:
         return row.id, call(row.id)
@@ -189,6 +420,43 @@ def rdd_foreach_partition(frame: DataFrame, call: Callable[[int], str]) -> list[
     return []
 
 
+def rdd_flat_map(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(row: Any) -> list[tuple[int, str]]:
+        return [(row.id, call(row.id))] * 2
+
+    return list(frame.rdd.flatMap(extract).collect())
+
+
+def rdd_filter(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(row: Any) -> bool:
+        return bool(call(row.id)) and row.id > 2
+
+    return list(frame.rdd.filter(extract).collect())
+
+
+def rdd_map_values(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(row: Any) -> str:
+        return call(row.id)
+
+    return list(frame.rdd.keyBy(lambda row: row.id).mapValues(extract).collect())
+
+
+def rdd_map_partitions_with_index(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(index: int, rows: Iterable[Any]) -> Iterator[tuple[int, int, str]]:
+        for row in rows:
+            yield index, row.id, call(row.id)
+
+    return list(frame.rdd.mapPartitionsWithIndex(extract).collect())
+
+
+def rdd_barrier(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    def extract(rows: Iterable[Any]) -> Iterator[tuple[int, str]]:
+        for row in rows:
+            yield row.id, call(row.id)
+
+    return list(frame.rdd.barrier().mapPartitions(extract).collect())
+
+
 ON_FRAMES: dict[str, Job] = {
     "`DataFrame.mapInPandas`": map_in_pandas,
     "`DataFrame.mapInArrow`": map_in_arrow,
@@ -198,23 +466,51 @@ ON_FRAMES: dict[str, Job] = {
     "`groupBy().applyInPandas` with key": apply_in_pandas_with_key,
     "`groupBy().applyInArrow`": apply_in_arrow,
     "`cogroup().applyInPandas`": cogroup_apply_in_pandas,
+    "`cogroup().applyInArrow`": cogroup_apply_in_arrow,
     "`pandas_udf`": pandas_udf,
     "`pandas_udf` over iterators": iterator_pandas_udf,
     "`pandas_udf`, grouped aggregate": grouped_aggregate_pandas_udf,
     "`udf`": udf,
     "`udf`, Arrow-optimised": arrow_optimised_udf,
     "`arrow_udf`": arrow_udf,
+    "`spark.udf.register`, a function": registered_function,
+    "`spark.udf.register`, a UDF, in `spark.sql`": registered_udf,
+    "`udtf`, a table as its argument": udtf,
+    "`spark.udtf.register`, in `spark.sql`": registered_udtf,
+    "`udtf`, Arrow-optimised, in `spark.sql`": arrow_optimised_udtf,
+    "pandas API, `DataFrame.apply`": pandas_api_apply,
+    "pandas API, `DataFrame.transform`": pandas_api_transform,
+    "pandas API, `Series.apply`": pandas_api_series_apply,
+    "pandas API, `groupby().apply`": pandas_api_group_apply,
+    "stream, `mapInPandas`": stream_map_in_pandas,
+    "stream, `writeStream.foreach`, a function": stream_foreach,
+    "stream, `writeStream.foreach`, an object": stream_foreach_object,
+    "stream, `applyInPandasWithState`": apply_in_pandas_with_state,
+    "stream, `transformWithStateInPandas`": transform_with_state_in_pandas,
+    "stream, `transformWithState`": transform_with_state,
 }
 
 ON_RDDS: dict[str, Job] = {
     "`RDD.map`": rdd_map,
+    "`RDD.flatMap`": rdd_flat_map,
+    "`RDD.filter`": rdd_filter,
+    "`RDD.mapValues`": rdd_map_values,
     "`RDD.mapPartitions`": rdd_map_partitions,
+    "`RDD.mapPartitionsWithIndex`": rdd_map_partitions_with_index,
+    "`RDD.barrier().mapPartitions`": rdd_barrier,
     "`RDD.foreach`": rdd_foreach,
     "`RDD.foreachPartition`": rdd_foreach_partition,
 }
 
 # The release of Spark that brought it, where that is not in all that are supported.
-SINCE = {"`groupBy().applyInArrow`": (4, 0), "`arrow_udf`": (4, 1)}
+SINCE = {
+    "`groupBy().applyInArrow`": (4, 0),
+    "`cogroup().applyInArrow`": (4, 0),
+    "`arrow_udf`": (4, 1),
+    "`udtf`, a table as its argument": (4, 0),
+    "stream, `transformWithStateInPandas`": (4, 0),
+    "stream, `transformWithState`": (4, 1),
+}
 
 
 def is_there(way: str) -> bool:

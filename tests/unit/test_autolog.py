@@ -17,9 +17,12 @@ from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from openai.resources.chat.completions import AsyncCompletions, Completions
 from packaging.version import Version
-from pyspark import RDD
+from pyspark import RDD, RDDBarrier
 from pyspark.sql import DataFrame as AnyDataFrame
+from pyspark.sql import SparkSession
+from pyspark.sql.streaming import DataStreamWriter
 from pyspark.sql.udf import UserDefinedFunction
+from pyspark.sql.udtf import UserDefinedTableFunction
 from workload import ask, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -40,9 +43,13 @@ def _places() -> dict[tuple[str, str], Any]:
     owners: dict[Any, tuple[str, ...]] = {
         Completions: ("create", "parse"),
         AsyncCompletions: ("create", "parse"),
-        RDD: ("map", "mapPartitions", "foreach", "foreachPartition"),
-        UserDefinedFunction: ("__call__",),
-        DataFrame: ("mapInPandas", "mapInArrow", "foreach", "foreachPartition"),
+        RDD: ("mapPartitionsWithIndex",),
+        RDDBarrier: ("mapPartitions", "mapPartitionsWithIndex"),
+        UserDefinedFunction: ("__call__", "_create_judf"),
+        UserDefinedTableFunction: ("__call__", "_create_judtf"),
+        DataFrame: ("__init__",),
+        SparkSession: ("sql",),
+        DataStreamWriter: ("_construct_foreach_function", "foreachBatch"),
         sys.modules["mlflow.openai.autolog"]: ("start_span_no_context",),
         sys.modules["mlflow.tracing.provider"]: ("_get_span_processors",),
         MlflowV3SpanExporter: ("_log_spans", "_log_trace"),
