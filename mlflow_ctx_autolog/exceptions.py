@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from types import TracebackType
 from typing import Any
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "UnsupportedStoreError",
     "UnsupportedVersionError",
     "shortened",
+    "users_traceback",
     "warn_once",
 ]
 
@@ -35,6 +37,19 @@ def warn_once(logger: logging.Logger, subject: str, message: str) -> None:
             return
         _warned.add((logger.name, subject))
     logger.warning("%s", message)
+
+
+def users_traceback(error: BaseException) -> TracebackType | None:
+    """Return an error's traceback from the user's code on, without the frames that led there."""
+    traceback = error.__traceback__
+    while traceback is not None and _is_ours(traceback):
+        traceback = traceback.tb_next
+    return traceback or error.__traceback__
+
+
+def _is_ours(traceback: TracebackType) -> bool:
+    name = traceback.tb_frame.f_globals.get("__name__", "")
+    return str(name).partition(".")[0] == __name__.partition(".")[0]
 
 
 class CtxAutologError(Exception):

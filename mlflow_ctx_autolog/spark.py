@@ -375,7 +375,12 @@ def _running(
         nonlocal run
         if run is None:
             run = run_by_worker(function, takes_rows)
-        return run(*args, **kwargs)
+        try:
+            return run(*args, **kwargs)
+        except BaseException as error:
+            from mlflow_ctx_autolog.exceptions import users_traceback
+
+            raise error.with_traceback(users_traceback(error))  # noqa: B904 - the same error
 
     # Spark asks for the number of parameters without looking through wrappers.
     with contextlib.suppress(TypeError, ValueError):

@@ -18,7 +18,7 @@ from typing import Any
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery import Counts, Delivery
-from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
+from mlflow_ctx_autolog.exceptions import CarrierError, users_traceback, warn_once
 from mlflow_ctx_autolog.openai_calls import autolog_is_on
 from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.receipts import TaskReceipt
@@ -513,7 +513,7 @@ def _steps(task: Task, iterator: Iterator[Any], *, ends_task: bool) -> Iterator[
     except BaseException as error:
         if not skips_rest(error):
             _finish(task, error)
-        raise
+        raise error.with_traceback(users_traceback(error))  # noqa: B904 - the same error
     else:
         if ends_task:
             _finish(task)

@@ -12,7 +12,7 @@ import pytest
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 from pyspark.sql.functions import udf
-from workload import stored_trace
+from workload import stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
@@ -71,6 +71,49 @@ def test_a_udf_belongs_to_the_span_it_is_used_under(
         trace = stored_trace(trace_id)
         assert len(trace.calls) == 2
         assert all(trace.is_nested(each) for each in trace.calls)
+
+
+def test_a_registered_function_belongs_to_the_span_it_is_used_under(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """A function registered once, under no span, follows the span of each query, also by a view."""
+    call = functions.asker(endpoint.base_url)
+    ctx_autolog.enable()
+    spark.udf.register("follow", lambda number: call(number))
+    spark.udtf.register("follow_rows", functions.table_function(call))
+    spark.range(0, 2, 1, 1).createOrReplaceTempView("numbers")
+    spark.sql("CREATE OR REPLACE TEMP VIEW answers AS SELECT follow(id) FROM numbers")
+    queries = {
+        "monday": lambda: spark.sql("SELECT follow(id) FROM numbers").collect(),
+        "tuesday": lambda: spark.table("answers").collect(),
+        "wednesday": lambda: spark.sql("SELECT * FROM numbers, LATERAL follow_rows(id)").collect(),
+        "thursday": lambda: spark.table("numbers").selectExpr("follow(id)").collect(),
+    }
+    trace_ids = {}
+    for name, query in queries.items():
+        with mlflow.start_span(name) as span:
+            query()
+        trace_ids[name] = span.trace_id
+    ctx_autolog.disable()
+
+    for name, trace_id in trace_ids.items():
+        trace = stored_trace(trace_id)
+        assert [trace.is_nested(each) for each in trace.calls] == [True, True], name
+
+
+def test_functions_used_outside_of_any_span_are_no_part_of_an_old_one(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """Once a span has ended, a query that uses a registered function does not go to its trace."""
+    call = functions.asker(endpoint.base_url)
+    ctx_autolog.enable()
+    with mlflow.start_span("job") as span:
+        spark.udf.register("stale", lambda number: call(number))
+    spark.range(0, 2, 1, 1).selectExpr("stale(id)").collect()
+
+    assert stored_trace(span.trace_id).calls == []
+    assert len(endpoint.requests) == 2
+    assert len(stored_traces(experiment_id)) == 2
 
 
 def test_two_udfs_in_one_task_keep_their_calls_apart(

@@ -190,7 +190,9 @@ def registered_udf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     return list(frame.sparkSession.sql(query).collect())
 
 
-def _table_function(call: Callable[[int], str], **options: Any) -> Any:
+def table_function(call: Callable[[int], str], **options: Any) -> Any:
+    """Return a UDTF that makes a call for each row, a number or a row that has one."""
+
     class Extract:
         def __init__(self) -> None:
             self.seen = 0
@@ -208,18 +210,18 @@ def _table_function(call: Callable[[int], str], **options: Any) -> Any:
 
 
 def udtf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
-    return list(_table_function(call)(frame.asTable()).collect())
+    return list(table_function(call)(frame.asTable()).collect())
 
 
 def registered_udtf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
-    frame.sparkSession.udtf.register("extract_rows", _table_function(call))
+    frame.sparkSession.udtf.register("extract_rows", table_function(call))
     frame.createOrReplaceTempView("documents")
     query = "SELECT * FROM documents, LATERAL extract_rows(id)"
     return list(frame.sparkSession.sql(query).collect())
 
 
 def arrow_optimised_udtf(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
-    frame.sparkSession.udtf.register("extract_arrow", _table_function(call, useArrow=True))
+    frame.sparkSession.udtf.register("extract_arrow", table_function(call, useArrow=True))
     frame.createOrReplaceTempView("documents")
     query = "SELECT * FROM documents, LATERAL extract_arrow(id)"
     return list(frame.sparkSession.sql(query).collect())
@@ -326,7 +328,7 @@ def apply_in_pandas_with_state(frame: DataFrame, call: Callable[[int], str]) -> 
 
     schema = "id long, answer string"
     with stream_of(frame) as stream:
-        grouped = stream.groupBy((stream["id"] % 2).alias("parity"))
+        grouped = stream.groupBy("id")
         return drained(
             grouped.applyInPandasWithState(extract, schema, "n long", "update", "NoTimeout")
         )
@@ -370,7 +372,7 @@ def _rocksdb(spark: Any) -> Iterator[None]:
 
 def transform_with_state_in_pandas(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     with stream_of(frame) as stream, _rocksdb(frame.sparkSession):
-        grouped = stream.groupBy((stream["id"] % 2).alias("parity"))
+        grouped = stream.groupBy("id")
         return drained(
             grouped.transformWithStateInPandas(
                 _processor(call, True), "id long, answer string", "Update", "None"
@@ -380,7 +382,7 @@ def transform_with_state_in_pandas(frame: DataFrame, call: Callable[[int], str])
 
 def transform_with_state(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     with stream_of(frame) as stream, _rocksdb(frame.sparkSession):
-        grouped = stream.groupBy((stream["id"] % 2).alias("parity"))
+        grouped = stream.groupBy("id")
         return drained(
             grouped.transformWithState(
                 _processor(call, False), "id long, answer string", "Update", "None"
