@@ -72,17 +72,14 @@ class Driver:
         if not tracing.is_on():
             return handed.function
         try:
-            session = spark_api.session_of(handed.receiver)
-            if handed.on_driver:
-                context = _capture(session, receipts_come_home=False)
-                return spark_api.attaching(handed.function, context.to_json())
             return self.carrying(
                 handed.function,
-                session,
+                spark_api.session_of(handed.receiver),
                 name=handed.name,
                 required=False,
                 repeated=handed.repeated,
                 follows=handed.registered,
+                on_driver=handed.on_driver,
             )
         except UnsupportedStoreError as error:
             warn(f"The model calls of {handed.name} will not be traced. {error}")
@@ -102,8 +99,18 @@ class Driver:
         repeated: bool,
         name: str | None = None,
         follows: bool = False,
+        on_driver: bool = False,
     ) -> Callable[..., Any]:
         """Return ``function`` with the context of this moment, and a way home for its spans.
+
+        Args:
+            function: The user's function.
+            session: The Spark session or context, if it is known.
+            required: Raise on the worker where the context cannot be read.
+            repeated: Whether Spark calls it many times in a task attempt.
+            name: What its spans are called; by default by its own name.
+            follows: Whether it belongs to the span that is active when a query uses it.
+            on_driver: Whether Spark calls it on the driver.
 
         Raises:
             UnsupportedStoreError: The spans can reach the store neither directly nor by way of
@@ -116,8 +123,11 @@ class Driver:
             functions=0 if follows else 1,
             warns_of_no_span=not follows,
         )
-        if context.tracking_uri is None and not follows:
-            _check_way_home(way_home is not None, context.traceparent is not None)
+        if context.tracking_uri is None:
+            has_parent = follows or context.traceparent is not None
+            _check_way_home(way_home is not None, has_parent)
+        if on_driver:
+            return spark_api.attaching(function, context.to_json(), name or function.__name__)
         carrier = spark_api.broadcast_text(session, context.to_json())
         return spark_api.carrying(
             function,
@@ -130,16 +140,18 @@ class Driver:
             filters=_pickled_filters(session),
         )
 
-    def follow(self, session: Any) -> None:
+    def follow(self, receiver: Any) -> None:
         """Have functions that are registered by name belong to the span that is active here."""
 
-        def context() -> str:
-            captured = _capture(session, receipts_come_home=True, warns_of_no_span=False)
-            return captured.to_json()
+        def capture() -> str:
+            comes_home = spark_api.way_home(session, self.ledger.receive) is not None
+            context = _capture(session, receipts_come_home=comes_home, warns_of_no_span=False)
+            return context.to_json()
 
         try:
+            session = spark_api.session_of(receiver)
             traceparent = tracing.active_span_headers().get("traceparent")
-            spark_api.set_context(session, traceparent, context)
+            spark_api.set_context(session, traceparent, capture)
         except Exception as error:
             warn(
                 "Functions registered in Spark by name belong to the span under which they were "

@@ -106,7 +106,7 @@ _HANDOVERS = (
     _Handover(_CONNECT_STREAM, "DataStreamWriter", "foreachBatch", "func", on_driver=True),
 )
 
-# What tells Spark to build a plan from here on, by SQL text before the plan is there.
+# Where plans are built; a command in SQL text runs before there is a DataFrame of it.
 _PLANS = (
     (("pyspark.sql.classic.dataframe", "pyspark.sql.dataframe"), "DataFrame", "__init__"),
     (("pyspark.sql.connect.dataframe",), "DataFrame", "__init__"),
@@ -145,8 +145,8 @@ class Handovers:
     Args:
         wrap: Called with each of them; returns what Spark gets instead. Not called for PySpark's
             own functions, nor for one that carries a context already.
-        follow: Called with the session, as plans are built, once functions are registered there:
-            what they belong to is not known before they are used.
+        follow: Called with the session or DataFrame as plans are built, once functions are
+            registered: what they belong to is known when they are used.
     """
 
     def __init__(
@@ -223,12 +223,11 @@ class Handovers:
     def _follow_plan(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._has_registered:
             return original(*args, **kwargs)
-        receiver = args[0]
         if original.__name__ == "sql":
-            self._follow(receiver)
+            self._follow(args[0])
             return original(*args, **kwargs)
         original(*args, **kwargs)
-        self._follow(session_of(receiver))
+        self._follow(args[0])
         return None
 
 
@@ -279,7 +278,8 @@ _CALLED_METHODS = ("process", "handleInputRows")
 
 
 def _top_module(function: Any) -> str:
-    return (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return str(module).partition(".")[0]
 
 
 def _held_by(function: Any) -> Iterator[Any]:
@@ -325,24 +325,13 @@ def carrying(
         filters: Functions of the user's that spans go through, :func:`pickled`.
     """
     name = name or _name_of(function)
+    import_worker = _worker_importer()
     runner: Callable[..., Any] | None = None
 
     def run_by_worker(function: Callable[..., Any], takes_rows: bool) -> Any:
         nonlocal runner
         if runner is None:
-            try:
-                from mlflow_ctx_autolog.worker import task_runner
-            except ImportError as error:
-                import socket
-                import sys
-
-                raise ImportError(
-                    "mlflow-ctx-autolog cannot be imported on the Spark worker "
-                    f"{socket.gethostname()} by {sys.executable}: {error}. Install it on every "
-                    "node of the cluster (pip install mlflow-ctx-autolog), or call "
-                    "mlflow_ctx_autolog.disable() on the driver."
-                ) from error
-            runner = task_runner(
+            runner = import_worker().task_runner(
                 name,
                 carrier,
                 required=required,
@@ -389,7 +378,7 @@ def _running(
     return run_as_task
 
 
-def attaching(function: Callable[..., Any], carrier: object) -> Callable[..., Any]:
+def attaching(function: Callable[..., Any], carrier: object, name: str) -> Callable[..., Any]:
     """Return a function that runs ``function`` below the span that a carrier names.
 
     For functions that Spark calls on the driver: in its own process, or, on Spark Connect, in one
@@ -397,19 +386,37 @@ def attaching(function: Callable[..., Any], carrier: object) -> Callable[..., An
 
     Args:
         function: The user's function.
-        carrier: The JSON of a driver's context.
+        carrier: A broadcast of a driver context's JSON, or that JSON.
+        name: The name of the span of each call, where it is not run in the driver's process.
     """
-    name = _name_of(function)
+    import_worker = _worker_importer()
 
     @functools.wraps(function)
     def run_attached(*args: Any, **kwargs: Any) -> Any:
-        from mlflow_ctx_autolog.worker import attach
-
-        with attach(carrier, name):
+        with import_worker().attach(carrier, name):
             return function(*args, **kwargs)
 
     setattr(run_attached, _CARRIES, True)
     return run_attached
+
+
+def _worker_importer() -> Callable[[], Any]:
+    def import_worker() -> Any:
+        try:
+            from mlflow_ctx_autolog import worker
+        except ImportError as error:
+            import socket
+            import sys
+
+            raise ImportError(
+                "mlflow-ctx-autolog cannot be imported on the Spark worker "
+                f"{socket.gethostname()} by {sys.executable}: {error}. Install it on every "
+                "node of the cluster (pip install mlflow-ctx-autolog), or call "
+                "mlflow_ctx_autolog.disable() on the driver."
+            ) from error
+        return worker
+
+    return import_worker
 
 
 def _bare_signature(function: Callable[..., Any]) -> inspect.Signature:
@@ -508,7 +515,12 @@ def started_session(master: str | None, remote: str | None) -> Iterator[tuple[An
 
 
 def session_of(receiver: Any) -> Any:
-    """Return the session of a DataFrame, the context of an RDD; else the active session."""
+    """Return the session of a DataFrame, the context of an RDD; else the active session.
+
+    Of a session, that is itself.
+    """
+    if hasattr(type(receiver), "createDataFrame"):
+        return receiver
     # Asked of the class: a DataFrame has its columns as attributes.
     if hasattr(type(receiver), "sparkSession"):
         return receiver.sparkSession

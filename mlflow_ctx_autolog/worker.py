@@ -239,6 +239,10 @@ class _SharedTask:
         self.cannot_begin = False
         self._starting = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Called on the driver before it is handed to Spark, where it begins anew.
+        return _SharedTask, (self._begin,)
+
     def start(self) -> Task | None:
         # Spark can call a UDF from several threads.
         with self._starting:

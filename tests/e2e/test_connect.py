@@ -14,6 +14,7 @@ import functions
 import mlflow
 import pyspark
 import pytest
+import workload
 from coverage_table import SPARK, cases
 from workload import stored_trace
 
@@ -37,6 +38,7 @@ uri, experiment_id, url = sys.argv[1:]
 mlflow.set_tracking_uri(uri)
 mlflow.set_experiment(experiment_id=experiment_id)
 spark = SparkSession.builder.remote("local[2]").getOrCreate()
+spark.conf.set("spark.sql.shuffle.partitions", "2")
 extract_rows = workload.row_extractor(url)
 
 def visit(rows):
@@ -49,13 +51,37 @@ with mlflow.start_span("job") as span:
     frame.foreachPartition(visit)
     carrier = ctx_autolog.broadcast(spark)
 
-ways = {}
+ways, errors = {}, {}
 for name, job in functions.ON_FRAMES.items():
     if not functions.is_there(name):
         continue
     with mlflow.start_span(name) as way_span:
-        job(spark.range(0, functions.ROWS, 1, 2), functions.asker(url))
-    ways[name] = way_span.trace_id
+        ways[name] = way_span.trace_id
+        try:
+            job(spark.range(0, functions.ROWS, 1, 2), functions.asker(url))
+        except Exception as error:
+            errors[name] = str(error)
+
+call = functions.asker(url)
+spark.udf.register("follow", lambda number: call(number))
+followed = []
+for name in ("monday", "tuesday"):
+    with mlflow.start_span(name) as day:
+        spark.sql("SELECT follow(id) FROM range(2)").collect()
+    followed.append(day.trace_id)
+
+def keep(batch, number):
+    from pyspark.sql.functions import udf
+    import mlflow_ctx_autolog
+
+    for row in batch.collect():
+        call(row.id)
+    batch.select(udf(lambda number: call(number + 100), "string")("id")).collect()
+    traced = mlflow_ctx_autolog.traced(lambda number: call(number + 200))
+    batch.select(udf(traced, "string")("id")).collect()
+
+with mlflow.start_span("batches") as batches, functions.stream_of(spark.range(3)) as stream:
+    stream.writeStream.foreachBatch(keep).trigger(availableNow=True).start().awaitTermination()
 
 try:
     frame.rdd
@@ -73,6 +99,9 @@ print(json.dumps({
     "rows": len(rows),
     "carrier": carrier,
     "ways": ways,
+    "errors": errors,
+    "followed": followed,
+    "batches": batches.trace_id,
     "has_rdds": has_rdds,
 }))
 """
@@ -92,7 +121,7 @@ def result(
             env={**os.environ, "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(support)},
             cwd=tmp_path_factory.mktemp("connect"),
             stdout=subprocess.PIPE,
-            timeout=200,
+            timeout=280,
             check=True,
         )
         yield json.loads(finished.stdout.splitlines()[-1])
@@ -112,12 +141,49 @@ def test_the_one_line_works_on_spark_connect(result: dict[str, Any]) -> None:
 @pytest.mark.parametrize("way", functions.covered("Spark Connect", functions.ON_FRAMES))
 def test_every_way_works_on_spark_connect(result: dict[str, Any], way: str) -> None:
     """Every call of a function handed over in this way is below its task and the driver's span."""
+    assert way not in result["errors"], result["errors"][way]
     trace = stored_trace(result["ways"][way])
     assert len(trace.calls) == functions.ROWS
     assert all(trace.is_nested(call) for call in trace.calls)
     assert {task.name for task in trace.tasks} == {"extract"}
     attempts = [task.attributes["spark.task.attempt_id"] for task in trace.tasks]
     assert len(attempts) == len(set(attempts))
+
+
+def test_a_registered_function_follows_on_spark_connect(result: dict[str, Any]) -> None:
+    """A function registered under no span belongs to the span of each query that uses it."""
+    for trace_id in result["followed"]:
+        trace = stored_trace(trace_id)
+        assert [trace.is_nested(call) for call in trace.calls] == [True, True]
+
+
+def _prompts(calls: list[Any]) -> list[str]:
+    return sorted(call.inputs["messages"][0]["content"] for call in calls)
+
+
+@pytest.mark.covers(SPARK, "stream, `foreachBatch`", "Spark Connect")
+def test_calls_of_a_batch_function_are_traced_on_spark_connect(result: dict[str, Any]) -> None:
+    """foreachBatch's function runs beside the server, in a span of its own below the driver's."""
+    trace = stored_trace(result["batches"])
+    nested = [call for call in trace.calls if trace.is_nested(call)]
+    assert _prompts(nested) == [workload.question(number) for number in range(3)]
+    assert "keep" in {task.name for task in trace.tasks}
+
+
+@pytest.mark.covers(
+    SPARK,
+    "stream, `foreachBatch`, functions that it hands to Spark",
+    "Spark Connect",
+    limit="the function runs in a process of the server's, where nothing is enabled. "
+    "Hand `mlflow_ctx_autolog.traced(f)` to Spark there.",
+)
+def test_a_batch_function_hands_on_what_is_traced(result: dict[str, Any]) -> None:
+    """Of the functions that it hands to Spark, those in traced() are below its own span."""
+    trace = stored_trace(result["batches"])
+    (keep,) = [task for task in trace.tasks if task.name == "keep"]
+    below = [call for task in trace.children_of(keep) for call in trace.children_of(task)]
+    assert _prompts(below) == [workload.question(200 + number) for number in range(3)]
+    assert len(trace.calls) == 6
 
 
 @pytest.mark.parametrize(

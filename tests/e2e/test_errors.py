@@ -23,7 +23,7 @@ def _in_partitions(spark: SparkSession, action: Callable[[], object]) -> None:
             action()
             yield batch
 
-    spark.range(2).mapInPandas(extract, "id long").collect()
+    spark.range(0, 2, 1, 1).mapInPandas(extract, "id long").collect()
 
 
 def _in_rows(spark: SparkSession, action: Callable[[], object]) -> None:
@@ -31,7 +31,7 @@ def _in_rows(spark: SparkSession, action: Callable[[], object]) -> None:
         action()
         return "done"
 
-    spark.range(2).select(udf(extract, "string")("id")).collect()
+    spark.range(0, 2, 1, 1).select(udf(extract, "string")("id")).collect()
 
 
 def _in_rdd(spark: SparkSession, action: Callable[[], object]) -> None:
@@ -39,7 +39,7 @@ def _in_rdd(spark: SparkSession, action: Callable[[], object]) -> None:
         action()
         return "done"
 
-    spark.range(2).rdd.map(extract).collect()
+    spark.range(0, 2, 1, 1).rdd.map(extract).collect()
 
 
 def _in_table_function(spark: SparkSession, action: Callable[[], object]) -> None:

@@ -18,6 +18,9 @@ from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
 
 @pytest.mark.covers(SPARK, "stream, `foreachBatch`", "classic Spark")
+@pytest.mark.covers(
+    SPARK, "stream, `foreachBatch`, functions that it hands to Spark", "classic Spark"
+)
 def test_what_a_batch_function_does_is_below_the_span_of_the_query(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from mlflow.entities import Span
+from pyspark import cloudpickle
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -87,6 +88,16 @@ def test_parameters_of_the_function_may_have_any_name(carrier: tuple[str, str]) 
     for repeated in (False, True):
         function = spark.carrying(extract, carrier[0], required=False, repeated=repeated)
         assert function(**names) == names
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_function_that_was_called_on_the_driver_still_pickles(
+    carrier: tuple[str, str], repeated: bool
+) -> None:
+    """Trying a function out first does not keep it from being handed to Spark."""
+    function = spark.carrying(lambda item: [item], carrier[0], required=False, repeated=repeated)
+    assert function(1) == [1]
+    assert cloudpickle.loads(cloudpickle.dumps(function))(2) == [2]
 
 
 def test_a_lazy_iterable_is_traced_while_it_is_read(carrier: tuple[str, str]) -> None:
