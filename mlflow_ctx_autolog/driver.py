@@ -80,6 +80,7 @@ class Driver:
                 repeated=handed.repeated,
                 follows=handed.registered,
                 on_driver=handed.on_driver,
+                has_broadcasts=not handed.asked_first,
             )
         except UnsupportedStoreError as error:
             warn(f"The model calls of {handed.name} will not be traced. {error}")
@@ -100,6 +101,7 @@ class Driver:
         name: str | None = None,
         follows: bool = False,
         on_driver: bool = False,
+        has_broadcasts: bool = True,
     ) -> Callable[..., Any]:
         """Return ``function`` with the context of this moment, and a way home for its spans.
 
@@ -111,6 +113,7 @@ class Driver:
             name: What its spans are called; by default by its own name.
             follows: Whether it belongs to the span that is active when a query uses it.
             on_driver: Whether Spark calls it on the driver.
+            has_broadcasts: Whether Spark has its broadcasts wherever it loads the function.
 
         Raises:
             UnsupportedStoreError: The spans can reach the store neither directly nor by way of
@@ -128,7 +131,9 @@ class Driver:
             _check_way_home(way_home is not None, has_parent)
         if on_driver:
             return spark_api.attaching(function, context.to_json(), name or function.__name__)
-        carrier = spark_api.broadcast_text(session, context.to_json())
+        carrier = context.to_json()
+        if has_broadcasts:
+            carrier = spark_api.broadcast_text(session, carrier)
         return spark_api.carrying(
             function,
             carrier,

@@ -116,6 +116,8 @@ _PLANS = (
 
 # PythonEvalType of mapInPandas() and mapInArrow(), whose functions are called once in a task.
 _ONCE = (205, 207)
+# Of transformWithState(), whose processors Spark asks for their states before there is a task.
+_ASKED_FIRST = (211, 212, 213, 214)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Handed:
         repeated: Whether Spark calls it many times in a task attempt.
         registered: Whether it is registered under a name, for any use later.
         on_driver: Whether Spark calls it on the driver.
+        asked_first: Whether Spark also loads it before there is a task, without broadcasts.
     """
 
     function: Callable[..., Any]
@@ -137,6 +140,7 @@ class Handed:
     repeated: bool
     registered: bool
     on_driver: bool
+    asked_first: bool
 
 
 class Handovers:
@@ -207,16 +211,18 @@ class Handovers:
         users = _users_function(function)
         if users is None or carries(users) or carries(function):
             return function
-        once = handover.once or getattr(receiver, "evalType", None) in _ONCE
+        kind = getattr(receiver, "evalType", None)
         self._has_registered |= handover.registered
         return self._wrap(
             Handed(
                 function,
                 _name_of(users),
                 receiver,
-                repeated=not once,
+                repeated=not (handover.once or kind in _ONCE),
                 registered=handover.registered,
                 on_driver=handover.on_driver,
+                # A class is one of a table function, which can be asked for its schema.
+                asked_first=kind in _ASKED_FIRST or isinstance(function, type),
             )
         )
 

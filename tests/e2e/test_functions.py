@@ -11,7 +11,9 @@ import pyspark
 import pytest
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
-from pyspark.sql.functions import udf
+from pyspark.sql.functions import udf, udtf
+from pyspark.sql.types import StructType
+from pyspark.sql.udtf import AnalyzeArgument, AnalyzeResult, SkipRestOfInputTableException
 from workload import stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -140,6 +142,38 @@ def test_two_udfs_in_one_task_keep_their_calls_apart(
         prompts = [each.inputs["messages"][0]["content"] for each in trace.children_of(task)]
         assert len(prompts) == 4
         assert all(("document 10" in prompt) == (task.name == "second") for prompt in prompts)
+
+
+@pytest.mark.skipif(pyspark.__version__ < "4", reason="Tables as arguments are from Spark 4.0 on")
+def test_a_table_function_may_say_its_schema_and_stop_early(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """analyze() works, and a function that skips the rest of its table goes on in one good task."""
+    call = functions.asker(endpoint.base_url)
+
+    class Extract:
+        @staticmethod
+        def analyze(table: AnalyzeArgument) -> AnalyzeResult:
+            assert table.isTable
+            return AnalyzeResult(StructType().add("answer", "string"), withSinglePartition=True)
+
+        def eval(self, row: Any) -> Iterator[tuple[str]]:
+            yield (call(row.id),)
+            if row.id == 1:
+                raise SkipRestOfInputTableException("enough")
+
+        def terminate(self) -> Iterator[tuple[str]]:
+            yield (call(100),)
+
+    ctx_autolog.enable()
+    with mlflow.start_span("job") as span:
+        rows = udtf(Extract)(spark.range(0, 6, 1, 1).asTable()).collect()
+
+    assert len(rows) == len(endpoint.requests) == 3
+    trace = stored_trace(span.trace_id)
+    (task,) = trace.tasks
+    assert (task.name, task.status.status_code) == ("Extract", "OK")
+    assert (task.attributes["llm.calls"], task.attributes["spark.rows.in"]) == (3, 2)
 
 
 def test_an_exception_in_a_udf_reaches_spark_as_it_was(

@@ -370,24 +370,18 @@ def _rocksdb(spark: Any) -> Iterator[None]:
         spark.conf.unset(key)
 
 
-def transform_with_state_in_pandas(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+def _with_state(frame: DataFrame, method: str, processor: Any) -> list[Any]:
     with stream_of(frame) as stream, _rocksdb(frame.sparkSession):
-        grouped = stream.groupBy("id")
-        return drained(
-            grouped.transformWithStateInPandas(
-                _processor(call, True), "id long, answer string", "Update", "None"
-            )
-        )
+        transform = getattr(stream.groupBy("id"), method)
+        return drained(transform(processor, "id long, answer string", "Update", "None"))
+
+
+def transform_with_state_in_pandas(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    return _with_state(frame, "transformWithStateInPandas", _processor(call, True))
 
 
 def transform_with_state(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
-    with stream_of(frame) as stream, _rocksdb(frame.sparkSession):
-        grouped = stream.groupBy("id")
-        return drained(
-            grouped.transformWithState(
-                _processor(call, False), "id long, answer string", "Update", "None"
-            )
-        )
+    return _with_state(frame, "transformWithState", _processor(call, False))
 
 
 def rdd_map(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
@@ -437,10 +431,11 @@ def rdd_filter(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
 
 
 def rdd_map_values(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
-    def extract(row: Any) -> str:
-        return call(row.id)
+    def extract(number: int) -> str:
+        return call(number)
 
-    return list(frame.rdd.keyBy(lambda row: row.id).mapValues(extract).collect())
+    pairs = [(str(number), number) for number in range(ROWS)]
+    return list(frame.sparkSession.sparkContext.parallelize(pairs, 2).mapValues(extract).collect())
 
 
 def rdd_map_partitions_with_index(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
