@@ -184,7 +184,7 @@ def _begin_or_warn(
 ) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
     if repeated and not in_spark_task():
-        # Spark asks for the schema of a state or a table, in a process that runs no task.
+        # Tried out on the driver, or asked by Spark for its state in a process without tasks.
         return None
     context = None
     try:

@@ -20,9 +20,13 @@ from workload import stored_trace
 
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
-pytestmark = pytest.mark.skipif(
-    pyspark.__version__ < "4", reason="Spark 3.5 fetches its Connect server from the network"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        pyspark.__version__ < "4", reason="Spark 3.5 fetches its Connect server from the network"
+    ),
+    # The first one waits for the whole script.
+    pytest.mark.timeout(560),
+]
 
 # In a process of its own: one that has had a classic session cannot start Spark Connect.
 _SCRIPT = """
@@ -121,7 +125,7 @@ def result(
             env={**os.environ, "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(support)},
             cwd=tmp_path_factory.mktemp("connect"),
             stdout=subprocess.PIPE,
-            timeout=280,
+            timeout=500,
             check=True,
         )
         yield json.loads(finished.stdout.splitlines()[-1])

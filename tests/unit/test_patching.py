@@ -56,6 +56,21 @@ class OtherLibrary:
         setattr(self.owner, self.name, self.saved)
 
 
+def test_a_static_method_stays_one() -> None:
+    """A static method is called without an object while replaced, and is itself again after."""
+
+    class Greeter:
+        greet = staticmethod(greet)
+
+    before = inspect.getattr_static(Greeter, "greet")
+    patch = Patch(Greeter, "greet", loud)
+    patch.apply()
+    assert Greeter.greet("ann") == Greeter().greet("ann") == "HELLO ANN!"
+    patch.revert()
+    assert inspect.getattr_static(Greeter, "greet") is before
+    assert Greeter.greet("ann") == "hello ann!"
+
+
 def test_applied_patch_replaces_the_function(library: ModuleType) -> None:
     """While the patch is applied, calls go through the replacement with all their arguments."""
     patch = Patch(library, "greet", loud)
