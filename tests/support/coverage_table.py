@@ -60,7 +60,7 @@ SECTIONS = {
         ("classic Spark", "Spark Connect"),
         "Each call is below the span of its task, and that below the driver's span, with Spark's "
         "facts; the spans are in the store before the driver's span ends; results are the same "
-        "without `enable()`.",
+        "without `enable()`. Spark Connect from Spark 4.0.",
     ),
     CLIENTS: Section(
         "client",
