@@ -149,7 +149,7 @@ class Driver:
         """Have functions that are registered by name belong to the span that is active here."""
 
         def capture() -> str:
-            comes_home = spark_api.way_home(session, self.ledger.receive) is not None
+            comes_home = spark_api.has_accumulators(session)
             context = _capture(session, receipts_come_home=comes_home, warns_of_no_span=False)
             return context.to_json()
 

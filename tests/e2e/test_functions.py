@@ -158,22 +158,22 @@ def test_a_table_function_may_say_its_schema_and_stop_early(
             return AnalyzeResult(StructType().add("answer", "string"), withSinglePartition=True)
 
         def eval(self, row: Any) -> Iterator[tuple[str]]:
-            yield (call(row.id),)
-            if row.id == 1:
+            if row.id == 2:
                 raise SkipRestOfInputTableException("enough")
+            yield (call(row.id),)
 
         def terminate(self) -> Iterator[tuple[str]]:
             yield (call(100),)
 
-    ctx_autolog.enable()
-    with mlflow.start_span("job") as span:
-        rows = udtf(Extract)(spark.range(0, 6, 1, 1).asTable()).collect()
-
-    assert len(rows) == len(endpoint.requests) == 3
+    table = spark.range(0, 6, 1, 1).asTable()
+    with ctx_autolog.enable(), mlflow.start_span("job") as span:
+        rows = udtf(Extract)(table).collect()
+    assert len(endpoint.requests) == 3
+    assert rows == udtf(Extract)(table).collect()
     trace = stored_trace(span.trace_id)
     (task,) = trace.tasks
     assert (task.name, task.status.status_code) == ("Extract", "OK")
-    assert (task.attributes["llm.calls"], task.attributes["spark.rows.in"]) == (3, 2)
+    assert (task.attributes["llm.calls"], task.attributes["spark.rows.in"]) == (3, 3)
 
 
 def test_an_exception_in_a_udf_reaches_spark_as_it_was(
