@@ -147,6 +147,8 @@ class Driver:
 
     def follow(self, receiver: Any) -> None:
         """Have functions that are registered by name belong to the span that is active here."""
+        if not tracing.is_on():
+            return
 
         def capture() -> str:
             comes_home = spark_api.has_accumulators(session)
