@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-import mlflow
 import pytest
 
-import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
+from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer, TrackingStore
 
 
 def pytest_report_header() -> str:
@@ -19,13 +16,9 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[TrackingServer]:
+def server(ctx_autolog_server: TrackingServer) -> TrackingServer:
     """A real MLflow tracking server on SQLite, in a process of its own."""
-    with TrackingServer() as running:
-        yield running
-        # Else MLflow's exit handler tries for minutes to reach a server that is gone.
-        mlflow.set_tracking_uri(running.uri)
-        mlflow.flush_trace_async_logging()
+    return ctx_autolog_server
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +30,12 @@ def spools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def endpoint() -> Iterator[OpenAIEndpoint]:
+def endpoint(ctx_autolog_endpoint: OpenAIEndpoint) -> OpenAIEndpoint:
     """A real HTTP endpoint that speaks the OpenAI API."""
-    with OpenAIEndpoint() as running:
-        yield running
+    return ctx_autolog_endpoint
 
 
 @pytest.fixture
-def experiment_id(server: TrackingServer, request: pytest.FixtureRequest) -> Iterator[str]:
+def experiment_id(ctx_autolog_server_store: TrackingStore) -> str:
     """A fresh experiment on the server, set as the driver's; tracing is off again afterwards."""
-    mlflow.set_tracking_uri(server.uri)
-    experiment = mlflow.set_experiment(request.node.nodeid)
-    yield experiment.experiment_id
-    ctx_autolog.disable()
-    mlflow.openai.autolog(disable=True)
-    mlflow.flush_trace_async_logging()
+    return ctx_autolog_server_store.experiment_id
