@@ -1,4 +1,4 @@
-"""MLflow's OpenAI autolog, with spans that know which Spark task they belong to."""
+"""MLflow's OpenAI autolog, for the calls of Spark tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging
 from mlflow_ctx_autolog.openai_client import OpenAIClient
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.task import Task, current_task
-from mlflow_ctx_autolog.tracing import has_active_span, record_usage
+from mlflow_ctx_autolog.tracing import record_usage
 
 __all__ = ["OpenAICalls", "autolog_is_on", "layers_on_calls"]
 
@@ -35,11 +35,7 @@ _UNKNOWN_TYPES = ("UNKNOWN", ("UNKNOWN", None))
 
 
 class OpenAICalls:
-    """Turns MLflow's OpenAI autolog on, and makes its spans children of the task's span.
-
-    The parent of a call's span is the span active in this execution context; else the span of
-    the Spark task that this process is running, from whichever thread the call comes; else
-    there is none, as in MLflow.
+    """Turns MLflow's OpenAI autolog on, and counts the calls of the task that makes them.
 
     What MLflow does not record is added: how often the client has sent the request again, usage
     of calls other than chat, the time to the first chunk of a stream; and the end of the spans of
@@ -132,8 +128,6 @@ class OpenAICalls:
                 return NoOpSpan()
         else:
             task.count_call()
-            if not has_active_span():
-                kwargs.setdefault("parent_span", task.span)
         if kwargs.get("span_type") in _UNKNOWN_TYPES:
             kwargs["span_type"] = _type_of(str(kwargs.get("name")), kwargs.get("inputs") or {})
         span = original(*args, **kwargs)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import logging
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from mlflow_ctx_autolog.children import Children, Parent
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery import Deliveries, Delivery
@@ -16,18 +21,34 @@ from mlflow_ctx_autolog.otlp import is_collector, otlp_record
 from mlflow_ctx_autolog.recovery import Recovery
 from mlflow_ctx_autolog.spool import Destination, Record
 from mlflow_ctx_autolog.store import send, span_record
-from mlflow_ctx_autolog.task import Task, current_task, open_tasks
+from mlflow_ctx_autolog.task import (
+    Task,
+    Work,
+    current_task,
+    current_work,
+    forget_tasks,
+    look_elsewhere,
+    open_tasks,
+)
+from mlflow_ctx_autolog.threads import ThreadHandovers
 from mlflow_ctx_autolog.tracing import (
     WorkerTracing,
+    active_context,
+    context_of,
     cost_of,
+    deactivate_spans,
     filter_open_span,
     filtered,
     for_collector,
+    headers_of,
     snapshot,
     usage_of,
 )
+from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
-__all__ = ["WorkerProcess", "flush", "remove", "worker_process"]
+__all__ = ["WorkerProcess", "content_policy", "flush", "join", "remove", "worker_process"]
+
+_logger = logging.getLogger(__name__)
 
 
 class WorkerProcess:
@@ -35,9 +56,14 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self.deliveries = Deliveries(lambda destination: Delivery(destination, send))
-        self.tracing: WorkerTracing[Task] = WorkerTracing(self._submit, current_task, self._change)
+        self.tracing: WorkerTracing[Task] = WorkerTracing(
+            self._submit, current_task, self._change, _parent_of_new_spans
+        )
         self._recovery = Recovery(self._adopt)
         self._openai_calls = OpenAICalls(only_in_tasks=True)
+        self._threads = ThreadHandovers(_work_here)
+        self._parent: Parent | None = None
+        self._children = Children(_work_here, self._answer_child, join, lambda: self._parent)
         self._environment: dict[str, str | None] = {}
 
     def switch_on(self, task: Task) -> None:
@@ -47,8 +73,13 @@ class WorkerProcess:
         self._recovery.start(task.context.config.spool_directory)
         if not open_tasks():
             self._environment = _set_environment(_task_environment(task.context))
+        self._install()
+
+    def _install(self) -> None:
         self.tracing.install()
         self._openai_calls.install()
+        self._threads.install()
+        self._children.install()
 
     def announce(self, task: Task) -> None:
         """Send the task's span ahead, so that what lies beneath it is never an orphan."""
@@ -73,12 +104,16 @@ class WorkerProcess:
             self.deliveries.to(task.destination).submit(record)
 
     def _submit(self, task: Task, span: Any) -> None:
-        task.count_span(span.span_id, span.parent_id, usage_of(span), cost_of(span))
+        usage, cost = usage_of(span), cost_of(span)
         sent = filtered(span, task.content)
         if is_collector(task.context.tracking_uri):
             record = otlp_record(for_collector(sent), task.span_id)
         else:
             record = span_record(sent, task.span_id)
+        if task.elsewhere is not None:
+            self._submit_to_parent(task, span, usage, cost, record)
+            return
+        task.count_span(span.span_id, span.parent_id, usage, cost)
         self.deliveries.to(task.destination).submit(record)
 
     def _change(self, task: Task, span: Any) -> None:
@@ -92,6 +127,57 @@ class WorkerProcess:
                     "so the content of that span is withheld."
                 )
                 filter_open_span(span, ContentPolicy(task.context.config, withholds=reason))
+
+    def join(self, parent: Parent) -> None:
+        """Take part in the tasks of another process, whose child this one is."""
+        forget_tasks()
+        deactivate_spans()
+        self._parent = parent
+        look_elsewhere(functools.partial(_ask_parent, parent))
+        self._install()
+
+    def _submit_to_parent(
+        self, task: Task, span: Any, usage: Amounts, cost: Amounts, record: Record
+    ) -> None:
+        """Have the parent count and deliver a span, so that it is in the task's receipt."""
+        message = {
+            "task": task.span_id,
+            "calls": task.take_calls(),
+            "span": [span.span_id, span.parent_id, usage, cost],
+            "payload": base64.b64encode(record.payload).decode(),
+        }
+        if self._parent is None or not self._parent.ask(message):
+            # The task is over, or its process is gone.
+            delivery = self.deliveries.to(task.destination)
+            delivery.configure(task.context.config)
+            delivery.submit(record._replace(owner=""))
+
+    def _answer_child(self, work: Work | None, question: dict[str, Any]) -> Any:
+        if "span" in question:
+            return self._submit_for_child(question)
+        if work is None or not work.task.is_open:
+            work = current_work()
+        if work is None:
+            return None
+        headers = headers_of(work.parent_or_task)
+        context = replace(
+            work.task.context,
+            traceparent=headers.get("traceparent"),
+            tracestate=headers.get("tracestate"),
+        )
+        return {"task": work.task.span_id, "context": context.to_json()}
+
+    def _submit_for_child(self, message: dict[str, Any]) -> bool:
+        for task in open_tasks():
+            if task.span_id == message["task"]:
+                span_id, parent_id, usage, cost = message["span"]
+                payload = base64.b64decode(message["payload"])
+                task.count_call(int(message["calls"]))
+                task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
+                record = Record("span", span_id, payload, task.span_id)
+                self.deliveries.to(task.destination).submit(record)
+                return True
+        return False
 
     def _adopt(self, destination: Destination, records: Sequence[Record]) -> None:
         if destination.tracking_uri is not None:
@@ -108,6 +194,8 @@ class WorkerProcess:
             # The patches of autolog stay, asleep: to make them anew for each task costs more.
             _set_environment(self._environment)
             self._environment = {}
+            self._threads.uninstall()
+            self._children.uninstall()
             self.tracing.uninstall()
 
     def remove(self) -> None:
@@ -121,6 +209,73 @@ class WorkerProcess:
 def worker_process() -> WorkerProcess:
     """Return this process's set-up, made on first use."""
     return WorkerProcess()
+
+
+def join(port: int, token: str) -> None:
+    """Make this process, a child of one that runs a task, take part in it. Never raises.
+
+    Args:
+        port: Where the parent listens on this host.
+        token: The child's name there.
+    """
+    try:
+        worker_process().join(Parent(port, token))
+    except Exception as error:
+        _logger.warning(
+            "The calls of this child process of a task are not traced, since tracing could not "
+            "begin: %r",
+            error,
+        )
+
+
+def content_policy(
+    context: DriverContext, filters: bytes | None = None
+) -> tuple[ContentPolicy, Sequence[Callable[[Any], None]]]:
+    """Return what content of a task's spans may be sent, and the driver's span processors."""
+    redact = context.config.redact
+    span_processors: Sequence[Callable[[Any], None]] = ()
+    reason = None
+    if filters is not None:
+        try:
+            # What Spark pickled along with the function, and with no less trust.
+            redact, span_processors = pickle.loads(filters)
+        except Exception as error:
+            reason = (
+                "The driver's redact function or span processors cannot be unpickled on this "
+                f"worker ({type(error).__name__}: {error}), so content of spans is withheld. "
+                "Install the modules that they need on every node."
+            )
+    elif context.has_span_processors or (context.redacts and redact is None):
+        reason = (
+            "The driver redacts spans with functions that do not travel in a carrier, so content "
+            "of spans is withheld. Use enable() or traced(), or give redact to attach()."
+        )
+    return ContentPolicy(context.config, redact, reason), span_processors
+
+
+def _work_here() -> Work | None:
+    """Return the work of this moment, to be handed over with the span that is active."""
+    work = current_work()
+    return None if work is None else work._replace(parent=active_context())
+
+
+def _parent_of_new_spans() -> Any:
+    work = current_work()
+    return None if work is None else work.parent_or_task
+
+
+def _ask_parent(parent: Parent) -> Work | None:
+    answer = parent.ask({})
+    return None if answer is None else _work_elsewhere(answer["task"], answer["context"])
+
+
+@functools.lru_cache(maxsize=64)
+def _work_elsewhere(span_id: str, text: str) -> Work:
+    context = DriverContext.from_json(text)
+    # The user's functions stay with the parent; where spans must go through them, content is
+    # withheld here.
+    content, _ = content_policy(context)
+    return Work(Task(context, content, elsewhere=span_id, is_open=True, parent=context_of(context)))
 
 
 def flush(timeout: float) -> bool:

@@ -6,17 +6,27 @@ import contextvars
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.spool import Destination
 from mlflow_ctx_autolog.usage import Amounts, Tally
 
-__all__ = ["Task", "current_task", "open_tasks"]
+__all__ = [
+    "Task",
+    "Work",
+    "current_task",
+    "current_work",
+    "forget_tasks",
+    "look_elsewhere",
+    "note_starter",
+    "open_tasks",
+]
 
 T = TypeVar("T")
 
@@ -32,7 +42,9 @@ class Task:
         way_home: A Spark accumulator for the task's receipt, and for spans that cannot be stored
             from here; None where there is none.
         span_processors: What the driver's MLflow has each span go through before it ends.
-        span: The task's span, an ``mlflow.entities.Span``; parent of calls that have no other.
+        span: The task's span, an ``mlflow.entities.Span``.
+        parent: What is active in the function when it begins, parent of what has no other; opaque
+            here, it comes from :mod:`~mlflow_ctx_autolog.tracing`.
         calls: Model calls made so far.
         rows_in: Rows that the function has taken from Spark so far.
         rows_out: Rows that it has handed back so far.
@@ -40,6 +52,7 @@ class Task:
         cost: Cost of these, where their spans say so.
         is_open: Whether the task has begun and not ended.
         began: When it did, on the monotonic clock.
+        elsewhere: The id of the task's span, where it is the parent process that runs it.
     """
 
     context: DriverContext
@@ -48,6 +61,7 @@ class Task:
     way_home: Any = None
     span_processors: Sequence[Callable[[Any], None]] = ()
     span: Any = None
+    parent: Any = None
     calls: int = 0
     rows_in: int = 0
     rows_out: int = 0
@@ -55,6 +69,7 @@ class Task:
     cost: Tally = field(default_factory=Tally)
     is_open: bool = False
     began: float = field(default_factory=time.monotonic)
+    elsewhere: str | None = None
     # Holds the function's context variables from one step to the next, apart from Spark's own.
     _variables: contextvars.Context = field(default_factory=contextvars.copy_context)
     _thread: int = field(default_factory=threading.get_ident)
@@ -85,7 +100,7 @@ class Task:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make this the task of the code in a block, in the context that is current there."""
-        token = _owner.set(self)
+        token = _owner.set(Work(self))
         _running.append(self)
         try:
             yield
@@ -99,7 +114,7 @@ class Task:
         """Enter the task into this process's book."""
         self.is_open = True
         _open.append(self)
-        self._variables.run(_owner.set, self)
+        self._variables.run(_owner.set, Work(self))
 
     def close(self) -> None:
         """Strike the task off. Idempotent."""
@@ -110,7 +125,7 @@ class Task:
     @property
     def span_id(self) -> str:
         """The id of the task's span."""
-        return str(self.span.span_id)
+        return self.elsewhere or str(self.span.span_id)
 
     def counts(self) -> dict[str, int]:
         """Return the counts so far as attributes of the task's span."""
@@ -128,16 +143,54 @@ class Task:
             self.usage.ended(span_id, parent_id, usage)
             self.cost.ended(span_id, parent_id, cost)
 
-    def count_call(self) -> None:
-        """Count one model call, from any thread."""
+    def count_call(self, number: int = 1) -> None:
+        """Count model calls, from any thread."""
         with self._lock:
-            self.calls += 1
+            self.calls += number
+
+    def take_calls(self) -> int:
+        """Return how many calls were counted, for somebody else to count."""
+        with self._lock:
+            calls, self.calls = self.calls, 0
+        return calls
+
+
+class Work(NamedTuple):
+    """Something that is done for a task: on which thread or in which process does not matter.
+
+    Args:
+        task: The task.
+        parent: What was active where the work was handed over, as :attr:`Task.parent`; None for
+            that of the task.
+    """
+
+    task: Task
+    parent: Any = None
+
+    @property
+    def parent_or_task(self) -> Any:
+        """What new spans are below, where no span is active."""
+        return self.task.parent if self.parent is None else self.parent
+
+    def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Run a function as this work, in the context variables that are current here."""
+        token = _owner.set(self)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _owner.reset(token)
+
+
+def _nowhere() -> Work | None:
+    return None
 
 
 # A worker process runs its tasks on one thread; calls may come from any.
 _open: list[Task] = []
 _running: list[Task] = []
-_owner: contextvars.ContextVar[Task | None] = contextvars.ContextVar("ctx_autolog_task")
+_owner: contextvars.ContextVar[Work | None] = contextvars.ContextVar("ctx_autolog_work")
+_starters: weakref.WeakKeyDictionary[threading.Thread, Work] = weakref.WeakKeyDictionary()
+_elsewhere: Callable[[], Work | None] = _nowhere
 
 
 def _renew_locks() -> None:
@@ -155,15 +208,40 @@ def open_tasks() -> tuple[Task, ...]:
 
 
 def current_task() -> Task | None:
-    """The task that a call made here and now belongs to.
+    """The task that a call made here and now belongs to; see :func:`current_work`."""
+    work = current_work()
+    return None if work is None else work.task
 
-    That is the task whose function made the call or started the thread of its context; for any
-    other thread, the task whose function is being executed, else the one opened last. More than
-    one is open only where Spark pipelines several functions into one process.
+
+def current_work() -> Work | None:
+    """The work that is being done here and now, of a task that is open.
+
+    That is the work that was handed to this thread, or the one that started it; for any other
+    thread, the task whose function is being executed, else the one opened last. More than one
+    task is open only where Spark pipelines several functions into one process.
     """
-    owner = _owner.get(None)
-    if owner is not None and owner.is_open:
+    owner = _owner.get(None) or _starters.get(threading.current_thread())
+    if owner is not None and owner.task.is_open:
         return owner
     # Slices, since another thread may empty the lists between a look and a take.
-    latest = _running[-1:] or _open[-1:]
-    return latest[0] if latest else None
+    for task in _running[-1:] or _open[-1:]:
+        if task.is_open:
+            return Work(task)
+    return _elsewhere()
+
+
+def note_starter(thread: threading.Thread, work: Work) -> None:
+    """Say which work starts a thread."""
+    _starters[thread] = work
+
+
+def look_elsewhere(elsewhere: Callable[[], Work | None]) -> None:
+    """Say who knows which task this process works for, where it has none of its own."""
+    global _elsewhere
+    _elsewhere = elsewhere
+
+
+def forget_tasks() -> None:
+    """Strike all tasks off in a forked child: they are the parent's."""
+    for task in open_tasks():
+        task.close()

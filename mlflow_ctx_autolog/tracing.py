@@ -41,7 +41,14 @@ from mlflow.tracing.utils import (
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as OTelSpan
-from opentelemetry.trace import SpanContext, Status, TraceFlags
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    SpanContext,
+    Status,
+    TraceFlags,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mlflow_ctx_autolog.content import ContentPolicy
@@ -55,6 +62,7 @@ __all__ = [
     "SpanEndings",
     "TakesTraces",
     "WorkerTracing",
+    "active_context",
     "active_span_headers",
     "active_trace",
     "add_to_trace",
@@ -110,18 +118,43 @@ def active_span_headers() -> dict[str, str]:
 
     Also for a span that was dropped by sampling: its children must be dropped with it.
     """
-    headers: dict[str, str] = {}
-    if has_active_span():
-        _propagator.inject(headers, context=mlflow_provider.get_current_context())
-    return headers
+    return headers_of(active_context())
 
 
 def has_active_span() -> bool:
     """Whether a span, recorded or not, is active in this execution context."""
+    return _is_valid(mlflow_provider.get_current_otel_span())
+
+
+def active_context() -> Context:
+    """Return what is active in this execution context, to be the parent of spans elsewhere."""
     span = mlflow_provider.get_current_otel_span()
+    return set_span_in_context(span if _is_valid(span) else INVALID_SPAN, Context())
+
+
+def _is_valid(span: Any) -> bool:
     # Where MLflow could not start a span, the one that it pretends to be in has no context.
     context = None if span is None else span.get_span_context()
     return context is not None and context.is_valid
+
+
+def headers_of(active: Context) -> dict[str, str]:
+    """Return W3C headers of what :func:`active_context` returned, to be sent elsewhere."""
+    headers: dict[str, str] = {}
+    _propagator.inject(headers, context=active)
+    return headers
+
+
+def context_of(context: DriverContext) -> Context:
+    """Return what is active where a span of another process is."""
+    headers = {"traceparent": context.traceparent, "tracestate": context.tracestate}
+    carrier = {name: value for name, value in headers.items() if value is not None}
+    return _propagator.extract(carrier, context=Context())
+
+
+def deactivate_spans() -> None:
+    """Leave no span active in this execution context; in a forked child, for good."""
+    mlflow_provider.get_context_api().attach(Context())
 
 
 def current_experiment_id() -> str:
@@ -248,10 +281,7 @@ def task_span_activated(span: LiveSpan, context: DriverContext) -> Iterator[None
 
 
 def _attach_parent(context: DriverContext) -> Token[Context]:
-    headers = {"traceparent": context.traceparent, "tracestate": context.tracestate}
-    carrier = {name: value for name, value in headers.items() if value is not None}
-    parent = _propagator.extract(carrier, context=Context())
-    token: Token[Context] = mlflow_provider.get_context_api().attach(parent)
+    token: Token[Context] = mlflow_provider.get_context_api().attach(context_of(context))
     return token
 
 
@@ -553,6 +583,8 @@ class WorkerTracing(Generic[OwnerT]):
         submit: Takes a finished span and its owner; must return at once.
         owner: Tells whose a span is that starts now; None where no task is open.
         change: Changes an owner's span that is about to end. May raise nothing.
+        parent: Tells what is active, as :func:`active_context` does, for threads and processes
+            in which nothing is; None where no task is open.
     """
 
     def __init__(
@@ -560,11 +592,14 @@ class WorkerTracing(Generic[OwnerT]):
         submit: Callable[[OwnerT, Span], None],
         owner: Callable[[], OwnerT | None],
         change: Callable[[OwnerT, LiveSpan], None],
+        parent: Callable[[], Context | None] = lambda: None,
     ) -> None:
         self._processor = _WorkerSpanProcessor(submit, owner)
         self._change = change
         self._endings = SpanEndings(self._ending)
+        self._parent = parent
         self._patch = Patch(mlflow_provider, "_get_span_processors", self._span_processors)
+        self._parent_patch = Patch(mlflow_provider, "get_current_context", self._current_context)
 
     def _span_processors(
         self, original: Callable[..., list[SpanProcessor]], disabled: bool = False
@@ -573,11 +608,20 @@ class WorkerTracing(Generic[OwnerT]):
         # function sets a tracking URI or a destination.
         return original(disabled) if disabled else [self._processor]
 
+    def _current_context(self, original: Callable[[], Context | None]) -> Context | None:
+        # All of MLflow asks here for the span that is active, with every autolog of it.
+        context = original()
+        if _is_valid(get_current_span(context)):
+            return context
+        parent = self._parent()
+        return context if parent is None else set_span_in_context(get_current_span(parent), context)
+
     def install(self) -> None:
         """Take over from MLflow's own processors. Idempotent."""
         if not self._patch.active:
             self._patch.apply()
             self._endings.install()
+            self._parent_patch.apply()
             _rebuild_provider()
 
     def uninstall(self) -> None:
@@ -585,6 +629,7 @@ class WorkerTracing(Generic[OwnerT]):
         if self._patch.active:
             self._patch.revert()
             self._endings.uninstall()
+            self._parent_patch.revert()
             self._processor.forget_traces()
             _rebuild_provider()
 
@@ -642,13 +687,17 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
         self._submit = submit
         self._owner = owner
         self._lock = threading.Lock()
-        # Another thread may hold it while this process forks.
-        os.register_at_fork(after_in_child=self._renew_lock)
         self._owners: dict[int, OwnerT] = {}
         self._otel_trace_ids: set[int] = set()
+        os.register_at_fork(after_in_child=self._forget_parents_spans)
 
-    def _renew_lock(self) -> None:
+    def _forget_parents_spans(self) -> None:
+        # Another thread may have held a lock, this one or MLflow's, while the process forked.
         self._lock = threading.Lock()
+        if self._otel_trace_ids:
+            self._owners.clear()
+            self._otel_trace_ids.clear()
+            InMemoryTraceManager._instance = None
 
     def on_start(self, span: OTelSpan, parent_context: Context | None = None) -> None:  # noqa: ARG002
         owner = self._owner()

@@ -5,22 +5,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import pickle
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery import Counts, Delivery
 from mlflow_ctx_autolog.exceptions import CarrierError, users_traceback, warn_once
 from mlflow_ctx_autolog.openai_calls import autolog_is_on
-from mlflow_ctx_autolog.process import worker_process
+from mlflow_ctx_autolog.process import content_policy, worker_process
 from mlflow_ctx_autolog.receipts import TaskReceipt
 from mlflow_ctx_autolog.spark_task import (
     context_of_query,
@@ -33,6 +31,7 @@ from mlflow_ctx_autolog.spark_task import (
 )
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 from mlflow_ctx_autolog.tracing import (
+    active_context,
     is_recorded,
     parent_activated,
     task_span_activated,
@@ -320,7 +319,7 @@ def _begin(
 ) -> Task:
     worker = worker_process()
     attributes = task_attributes()
-    content, span_processors = _content_policy(context, filters)
+    content, span_processors = content_policy(context, filters)
     task = Task(
         context,
         content,
@@ -339,37 +338,13 @@ def _begin(
     task.open()
     try:
         task.span = task.run(worker.tracing.start_task_span, name, context, attributes)
+        task.parent = task.run(active_context)
         worker.announce(task)
     except BaseException:
         task.close()
         worker.switch_off()
         raise
     return task
-
-
-def _content_policy(
-    context: DriverContext, filters: bytes | None
-) -> tuple[ContentPolicy, Sequence[Callable[[Any], None]]]:
-    """Return what content of a task's spans may be sent, and the driver's span processors."""
-    redact = context.config.redact
-    span_processors: Sequence[Callable[[Any], None]] = ()
-    reason = None
-    if filters is not None:
-        try:
-            # What Spark pickled along with the function, and with no less trust.
-            redact, span_processors = pickle.loads(filters)
-        except Exception as error:
-            reason = (
-                "The driver's redact function or span processors cannot be unpickled on this "
-                f"worker ({type(error).__name__}: {error}), so content of spans is withheld. "
-                "Install the modules that they need on every node."
-            )
-    elif context.has_span_processors or (context.redacts and redact is None):
-        reason = (
-            "The driver redacts spans with functions that do not travel in a carrier, so content "
-            "of spans is withheld. Use enable() or traced(), or give redact to attach()."
-        )
-    return ContentPolicy(context.config, redact, reason), span_processors
 
 
 def _finish(task: Task, error: BaseException | None = None) -> None:
