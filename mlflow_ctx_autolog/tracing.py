@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import mlflow
 import mlflow.entities.span as mlflow_span
 import mlflow.tracing.provider as mlflow_provider
+import mlflow.tracing.utils as mlflow_utils
 from mlflow import environment_variables
 from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceState
 from mlflow.entities.span import NoOpSpan, create_mlflow_span
@@ -32,7 +33,6 @@ from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import (
     add_size_stats_to_trace_metadata,
-    aggregate_cost_from_spans,
     aggregate_usage_from_spans,
     encode_span_id,
     generate_mlflow_trace_id_from_otel_trace_id,
@@ -97,6 +97,9 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 OwnerT = TypeVar("OwnerT")
+
+# Not in all releases, which then know of no cost.
+_sum_of_costs = getattr(mlflow_utils, "aggregate_cost_from_spans", None)
 
 _propagator = TraceContextTextMapPropagator()
 
@@ -247,7 +250,7 @@ def totals_of(spans: Sequence[Span]) -> tuple[Amounts, Amounts]:
     """Return token usage and cost of the spans of one tree, as MLflow adds them up."""
     return (
         parse_amounts(aggregate_usage_from_spans(list(spans))),
-        parse_amounts(aggregate_cost_from_spans(list(spans))),
+        {} if _sum_of_costs is None else parse_amounts(_sum_of_costs(list(spans))),
     )
 
 
@@ -654,7 +657,7 @@ class WorkerTracing(Generic[OwnerT]):
         span = mlflow.start_span_no_context(name, span_type=_TASK, attributes=recorded)
         # Below a parent that sampling dropped, the parent stays active, so that its calls are
         # dropped with it.
-        if not isinstance(span, NoOpSpan):
+        if not isinstance(span, NoOpSpan) or context.traceparent is None:
             mlflow_provider.set_span_in_context(span)
         return span
 
