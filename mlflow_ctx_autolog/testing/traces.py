@@ -188,6 +188,7 @@ class TrackingStore:
             AssertionError: It is not there; or there are others.
         """
         if trace_id is not None:
+            _wait_for_spans()
             return stored_trace(trace_id)
         traces = self.traces()
         assert len(traces) == 1, f"the store has {len(traces)} traces, not one"
@@ -195,4 +196,12 @@ class TrackingStore:
 
     def traces(self) -> list[StoredTrace]:
         """Return all traces of the test, newest first."""
+        _wait_for_spans()
         return stored_traces(self.experiment_id)
+
+
+def _wait_for_spans() -> None:
+    import mlflow_ctx_autolog as ctx_autolog
+
+    # Some may have come home, for the driver to store.
+    ctx_autolog.flush()

@@ -10,6 +10,7 @@ import model_calls
 import pandas as pd
 import pools
 import pytest
+from coverage_table import POOLS, cases
 from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 from workload import SCHEMA, stored_trace, stored_traces
@@ -18,8 +19,8 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
 cloudpickle.register_pickle_by_value(pools)
-WAYS = {**pools.IN_THREADS, **pools.IN_PROCESSES}
 ROWS = 3
+COLUMN = "below the span it is made under"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +30,7 @@ def shipped_module(spark: SparkSession) -> None:
 
 
 def extractor(way: str, url: str) -> object:
-    ask_all = WAYS[way]
+    ask_all = pools.WAYS[way]
 
     def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         import mlflow
@@ -42,12 +43,12 @@ def extractor(way: str, url: str) -> object:
     return extract
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", cases(POOLS, COLUMN, pools.WAYS))
 def test_calls_are_below_the_span_that_they_are_made_under(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str, way: str
 ) -> None:
     """Each call is below the user's span around it, in the store at the end, and counted."""
-    if way.startswith("joblib"):
+    if "joblib" in way:
         pytest.importorskip("joblib")
     with ctx_autolog.enable(), mlflow.start_span("job") as span:
         frame = spark.range(0, ROWS, 1, 1).mapInPandas(extractor(way, endpoint.base_url), SCHEMA)
@@ -67,6 +68,7 @@ def test_calls_are_below_the_span_that_they_are_made_under(
     assert len(stored_traces(experiment_id)) == 1
 
 
+@pytest.mark.covers(POOLS, "work submitted in one batch and collected in another", COLUMN)
 def test_work_that_is_collected_in_another_batch_stays_where_it_was_submitted(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
@@ -110,6 +112,7 @@ def test_work_that_is_collected_in_another_batch_stays_where_it_was_submitted(
     assert paths == [["job", "extract", f"batch-{n // 3}", "read"] for n in range(9)]
 
 
+@pytest.mark.covers(POOLS, "a pool of processes that is kept from task to task", COLUMN)
 def test_a_process_pool_that_is_kept_follows_the_tasks(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
@@ -148,3 +151,49 @@ def test_a_process_pool_that_is_kept_follows_the_tasks(
     ]
     assert len(endpoint.requests) == 6
     assert len(stored_traces(experiment_id)) == 2
+
+
+@pytest.mark.covers(
+    POOLS,
+    "a program that the function starts, as with `subprocess`",
+    COLUMN,
+    limit="it is a stranger to the task. Hand it the text `ctx_autolog.capture().to_json()` of the "
+    "driver, and use `attach` in it.",
+)
+def test_a_program_of_its_own_attaches_by_hand(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """A call of a program that the function starts is traced where it attaches, and only there."""
+    url = endpoint.base_url
+    program = """
+import sys
+import mlflow_ctx_autolog as ctx_autolog
+from model_calls import ask_model
+url, carrier = sys.argv[1:]
+ask_model(url, 1)
+with ctx_autolog.attach(carrier, "program"):
+    ask_model(url, 2)
+"""
+
+    ctx_autolog.enable()
+    with mlflow.start_span("job") as span:
+        carrier = ctx_autolog.capture().to_json()
+
+        def extract(rows: Iterable[int]) -> Iterator[int]:
+            import os
+            import subprocess
+            import sys
+
+            for row in rows:
+                subprocess.run(
+                    [sys.executable, "-c", program, url, carrier],
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    check=True,
+                )
+                yield row
+
+        spark.sparkContext.parallelize([1], 1).mapPartitions(extract).collect()
+
+    trace = stored_trace(span.trace_id)
+    assert [trace.path_to(call)[:-1] for call in trace.calls] == [["job", "program"]]
+    assert len(endpoint.requests) == 2

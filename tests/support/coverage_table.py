@@ -53,6 +53,7 @@ class Section:
 SPARK = "Ways to hand a function to Spark"
 CLIENTS = "Clients"
 CALLS = "Calls"
+POOLS = "Concurrency inside a partition"
 
 SECTIONS = {
     SPARK: Section(
@@ -76,6 +77,13 @@ SECTIONS = {
         "`gen_ai.response.time_to_first_chunk` where the answer is streamed, and "
         '`llm.stream.outcome` = "closed early" where it was not read to its end. What the caller '
         "gets is the same without `enable()`.",
+    ),
+    POOLS: Section(
+        "way to make calls",
+        ("below the span it is made under",),
+        "Each call is below the user's span that was active where the work was handed over, "
+        "and that below the task; its tokens are in the task's receipt, its span is in the "
+        "store when the task ends.",
     ),
 }
 

@@ -162,21 +162,19 @@ def _joblib(backend: str, url: str, numbers: list[int]) -> list[str]:
     return list(parallel(joblib.delayed(ask_model)(url, number) for number in numbers))
 
 
-IN_THREADS: dict[str, Way] = {
-    "ThreadPoolExecutor": thread_pool,
-    "ThreadPoolExecutor within another": nested_thread_pools,
-    "threading.Thread": plain_threads,
-    "asyncio.run with gather and a semaphore": asyncio_gather,
-    "asyncio.to_thread and run_in_executor": asyncio_threads,
+WAYS: dict[str, Way] = {
+    "`ThreadPoolExecutor`": thread_pool,
+    "`ThreadPoolExecutor` within another": nested_thread_pools,
+    "`threading.Thread`": plain_threads,
+    "`multiprocessing.pool.ThreadPool`": multiprocessing_thread_pool,
+    "`asyncio.run` with `gather` and a semaphore": asyncio_gather,
+    "`asyncio.to_thread`, `loop.run_in_executor`": asyncio_threads,
     "an event loop in a thread of its own": event_loop_in_a_thread,
-    "multiprocessing.pool.ThreadPool": multiprocessing_thread_pool,
-    "joblib, threading": functools.partial(_joblib, "threading"),
-}
-IN_PROCESSES: dict[str, Way] = {
-    "multiprocessing.Process, fork": forked_process,
-    "multiprocessing.Pool, fork": functools.partial(_process_pool, "fork"),
-    "multiprocessing.Pool, spawn": functools.partial(_process_pool, "spawn"),
-    "ProcessPoolExecutor, fork": functools.partial(_process_pool_executor, "fork"),
-    "ProcessPoolExecutor, spawn": functools.partial(_process_pool_executor, "spawn"),
-    "joblib, loky": functools.partial(_joblib, "loky"),
+    "`joblib`, threading": functools.partial(_joblib, "threading"),
+    "`joblib`, loky": functools.partial(_joblib, "loky"),
+    "`multiprocessing.Process`, fork": forked_process,
+    "`multiprocessing.Pool`, fork": functools.partial(_process_pool, "fork"),
+    "`multiprocessing.Pool`, spawn": functools.partial(_process_pool, "spawn"),
+    "`ProcessPoolExecutor`, fork": functools.partial(_process_pool_executor, "fork"),
+    "`ProcessPoolExecutor`, spawn": functools.partial(_process_pool_executor, "spawn"),
 }

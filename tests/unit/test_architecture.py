@@ -38,7 +38,7 @@ MODULES = {
 }
 OURS = [name for name in MODULES if name != "__init__" and not name.startswith("testing.")]
 FOR_PYTEST = {
-    "testing.traces": ({"mlflow"}, set[str]()),
+    "testing.traces": ({"mlflow"}, {"__init__"}),
     "testing.plugin": ({"mlflow", "pytest"}, {"__init__", "testing"}),
 }
 TESTING = [name for name in MODULES if name.startswith("testing.")]
