@@ -7,7 +7,8 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 # A Java that set-up found or fetched; empty where the one on PATH will do.
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
-.PHONY: setup demo test test-unit lint format benchmark faults coverage-table no-traces-page clean
+.PHONY: setup demo test test-unit test-flavors matrix oldest lint format benchmark faults \
+	coverage-table no-traces-page clean
 
 setup: .venv/library
 
@@ -40,6 +41,19 @@ test: setup
 test-unit: setup
 	@$(RUN) cd tests && ../$(BIN)/pytest unit $(ARGS)
 
+# The libraries besides OpenAI's that MLflow traces: 200 MB, and LiteLLM makes each import slow.
+test-flavors: setup
+	$(BIN)/pip install --quiet --group flavors
+	@$(RUN) export LITELLM_LOCAL_MODEL_COST_MAP=True; cd tests && \
+		../$(BIN)/pytest e2e/test_flavors.py $(ARGS)
+
+# Each row of noxfile.py, an hour in all; one with make matrix ROWS=pyspark-3.5.
+matrix: setup
+	@$(RUN) $(BIN)/nox $(addprefix --session ,$(ROWS))
+
+oldest: setup
+	@$(RUN) $(BIN)/nox --session oldest
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,4 +81,4 @@ no-traces-page: setup
 	@$(BIN)/python tools/no_traces_page.py
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info
+	rm -rf .venv .nox .demo build dist *.egg-info

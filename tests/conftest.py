@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,9 @@ from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer, TrackingS
 
 def pytest_report_header() -> str:
     names = ("mlflow-ctx-autolog", "mlflow-skinny", "openai", "pyspark", "opentelemetry-sdk")
-    return ", ".join(f"{name} {version(name)}" for name in names)
+    # mlflow-tracing, for one, does without the second.
+    there = {found.name for found in distributions()}
+    return ", ".join(f"{name} {version(name)}" for name in names if name in there)
 
 
 @pytest.fixture(scope="session")

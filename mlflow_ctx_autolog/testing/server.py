@@ -19,6 +19,7 @@ from types import TracebackType
 
 _LOG_TAIL_CHARACTERS = 4000
 _GRACE_SECONDS = 5.0
+_PYTHON = "MLFLOW_CTX_AUTOLOG_SERVER_PYTHON"
 
 
 class TrackingServer:
@@ -29,6 +30,8 @@ class TrackingServer:
     stays the same over `kill` and `start`. ``timeout`` is the time in seconds that `start` waits
     for the server to answer. ``backend_store_uri`` is where it keeps what it is told, by default
     an SQLite file in ``directory``. With ``password`` it demands a log-in, as user ``admin``.
+    Where this Python has MLflow's client only, the environment variable
+    ``MLFLOW_CTX_AUTOLOG_SERVER_PYTHON`` names one that has the server.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class TrackingServer:
 
     def _command(self) -> list[str]:
         return [
-            *(sys.executable, "-m", "mlflow", "server"),
+            *(os.environ.get(_PYTHON, sys.executable), "-m", "mlflow", "server"),
             *("--backend-store-uri", self.backend_store_uri),
             *("--artifacts-destination", (self.directory / "artifacts").as_uri()),
             *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
