@@ -46,6 +46,8 @@ class DriverContext:
         has_span_processors: The same of the functions that MLflow's spans go through.
         environment: Environment variables that tasks have: those that ``forward_env`` names, and
             flags of MLflow's tracing.
+        autologs: MLflow's autologs that are on at the driver, besides OpenAI's: their names, and
+            of each its switches.
         config: The settings in force on the driver.
     """
 
@@ -62,6 +64,7 @@ class DriverContext:
     has_span_processors: bool = False
     # Not in the text of a log or an error.
     environment: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    autologs: Mapping[str, Mapping[str, bool]] = field(default_factory=dict, hash=False)
     config: Config = field(default_factory=Config)
 
     def to_json(self) -> str:
@@ -89,7 +92,11 @@ class DriverContext:
                 f"the carrier has version {_excerpt(version)}, this worker reads version "
                 f"{CARRIER_VERSION}; install the same mlflow-ctx-autolog on driver and workers"
             )
-        return cls(config=_parse_config(document.pop("config", {})), **_parse_fields(document))
+        return cls(
+            autologs=_parse_autologs(document.pop("autologs", {})),
+            config=_parse_config(document.pop("config", {})),
+            **_parse_fields(document),
+        )
 
 
 _REQUIRED = ("experiment_id",)
@@ -104,7 +111,7 @@ _OPTIONAL = (
 )
 _FLAGS = ("redacts", "has_span_processors")
 _MAPPINGS = ("environment", "tags")
-_FIELDS = (*_REQUIRED, *_OPTIONAL, *_FLAGS, *_MAPPINGS)
+_FIELDS = (*_REQUIRED, *_OPTIONAL, *_FLAGS, *_MAPPINGS, "autologs")
 
 
 def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +139,16 @@ def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
 
 def _is_mapping_of_texts(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+def _parse_autologs(autologs: Any) -> dict[str, dict[str, bool]]:
+    # What they are called is for those to judge who turn them on.
+    if not isinstance(autologs, dict) or not all(
+        isinstance(settings, dict) and all(isinstance(each, bool) for each in settings.values())
+        for settings in autologs.values()
+    ):
+        raise CarrierError(f"the carrier's autologs cannot be used: {_excerpt(autologs)}")
+    return autologs
 
 
 def _parse_config(settings: Any) -> Config:

@@ -20,6 +20,7 @@ from mlflow_ctx_autolog.exceptions import (
     IncompleteTraceError,
     UnsupportedStoreError,
 )
+from mlflow_ctx_autolog.flavors import autologs_in_force
 from mlflow_ctx_autolog.ledger import Ledger
 from mlflow_ctx_autolog.receipts import Receipt
 from mlflow_ctx_autolog.spark_task import in_spark_task
@@ -421,6 +422,7 @@ def _capture(
         tags={} if headers else tags,
         application_id=None if session is None else spark_api.application_id(session),
         process_id=process_id(),
+        autologs=autologs_in_force(),
         environment=_environment(),
         redacts=settings().redact is not None,
         has_span_processors=bool(tracing.span_processors()),

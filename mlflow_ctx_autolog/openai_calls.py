@@ -12,8 +12,8 @@ from typing import Any
 import mlflow.openai
 from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
-from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging_is_disabled
 
+from mlflow_ctx_autolog.flavors import Autolog
 from mlflow_ctx_autolog.openai_client import OpenAIClient
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.task import Task, current_task
@@ -21,7 +21,6 @@ from mlflow_ctx_autolog.tracing import record_usage
 
 __all__ = ["OpenAICalls", "autolog_is_on", "layers_on_calls"]
 
-_FLAVOR = mlflow.openai.FLAVOR_NAME
 # The function of the same name hides the module from an import statement.
 _autolog_module = importlib.import_module("mlflow.openai.autolog")
 
@@ -63,7 +62,7 @@ class OpenAICalls:
             self._patches.append(
                 Patch(_autolog_module, "_inject_tracing_headers", self._inject_tracing_headers)
             )
-        self._our_autolog: object = None
+        self._autolog = Autolog(mlflow.openai.FLAVOR_NAME)
         self._unread: set[_Answer] = set()
         # The span of the call that is being made, until the client returns from it.
         self._calling: contextvars.ContextVar[Any] = contextvars.ContextVar(
@@ -72,9 +71,7 @@ class OpenAICalls:
 
     def install(self) -> None:
         """Turn autolog on, unless the user has done so. Idempotent."""
-        if autologging_is_disabled(_FLAVOR):
-            mlflow.openai.autolog()
-            self._our_autolog = AUTOLOGGING_INTEGRATIONS[_FLAVOR]
+        self._autolog.install()
         for patch in self._patches:
             patch.apply()
         self._client.install()
@@ -85,9 +82,7 @@ class OpenAICalls:
         for patch in self._patches:
             patch.revert()
         self._client.uninstall()
-        if self._autolog_is_ours():
-            mlflow.openai.autolog(disable=True)
-        self._our_autolog = None
+        self._autolog.uninstall()
 
     def close_answers(self, task: Task) -> None:
         """End the spans of those answers that the task has not read to their end."""
@@ -112,19 +107,13 @@ class OpenAICalls:
         if self._propagates_headers() if settings is None else settings.propagate_headers:
             original(*args)
 
-    def _autolog_is_ours(self) -> bool:
-        # Each call of autolog() makes a new entry, so a later one by the user shows here.
-        return self._our_autolog is not None and (
-            AUTOLOGGING_INTEGRATIONS.get(_FLAVOR) is self._our_autolog
-        )
-
     def _start_span(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._client.close_dropped()
         if self._calling.get() is not None and _is_of_parse(kwargs.get("inputs")):
             return NoOpSpan()
         task = current_task()
         if task is None:
-            if self._only_in_tasks and self._autolog_is_ours():
+            if self._only_in_tasks and self._autolog.is_ours:
                 return NoOpSpan()
         else:
             task.count_call()
@@ -241,7 +230,7 @@ class _Answer:
 
 def autolog_is_on() -> bool:
     """Whether MLflow's OpenAI autolog traces calls of this process."""
-    return not autologging_is_disabled(_FLAVOR)
+    return Autolog(mlflow.openai.FLAVOR_NAME).is_on
 
 
 # Where other libraries are known to put themselves between a user and the model.

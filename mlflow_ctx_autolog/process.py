@@ -16,6 +16,7 @@ from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery import Deliveries, Delivery
 from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.flavors import Autologs
 from mlflow_ctx_autolog.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.otlp import is_collector, otlp_record
 from mlflow_ctx_autolog.recovery import Recovery
@@ -61,6 +62,7 @@ class WorkerProcess:
         )
         self._recovery = Recovery(self._adopt)
         self._openai_calls = OpenAICalls(only_in_tasks=True)
+        self._autologs = Autologs()
         self._threads = ThreadHandovers(_work_here)
         self._parent: Parent | None = None
         self._children = Children(_work_here, self._answer_child, join, lambda: self._parent)
@@ -73,11 +75,12 @@ class WorkerProcess:
         self._recovery.start(task.context.config.spool_directory)
         if not open_tasks():
             self._environment = _set_environment(_task_environment(task.context))
-        self._install()
+        self._install(task.context)
 
-    def _install(self) -> None:
+    def _install(self, context: DriverContext) -> None:
         self.tracing.install()
         self._openai_calls.install()
+        self._autologs.install(context.autologs)
         self._threads.install()
         self._children.install()
 
@@ -134,7 +137,8 @@ class WorkerProcess:
         deactivate_spans()
         self._parent = parent
         look_elsewhere(functools.partial(_ask_parent, parent))
-        self._install()
+        if (work := current_work()) is not None:
+            self._install(work.task.context)
 
     def _submit_to_parent(
         self, task: Task, span: Any, usage: Amounts, cost: Amounts, record: Record
@@ -194,6 +198,7 @@ class WorkerProcess:
             # The patches of autolog stay, asleep: to make them anew for each task costs more.
             _set_environment(self._environment)
             self._environment = {}
+            self._autologs.uninstall()
             self._threads.uninstall()
             self._children.uninstall()
             self.tracing.uninstall()

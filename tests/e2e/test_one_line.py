@@ -506,6 +506,7 @@ def test_nothing_is_in_the_carrier_but_what_is_needed(
     assert "planted-secret" not in text
     assert set(json.loads(text)) == {
         "application_id",
+        "autologs",
         "config",
         "experiment_id",
         "process_id",

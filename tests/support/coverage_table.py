@@ -54,6 +54,7 @@ SPARK = "Ways to hand a function to Spark"
 CLIENTS = "Clients"
 CALLS = "Calls"
 POOLS = "Concurrency inside a partition"
+FLAVORS = "Other flavours"
 
 SECTIONS = {
     SPARK: Section(
@@ -84,6 +85,12 @@ SECTIONS = {
         "Each call is below the user's span that was active where the work was handed over, "
         "and that below the task; its tokens are in the task's receipt, its span is in the "
         "store when the task ends.",
+    ),
+    FLAVORS: Section(
+        "library",
+        ("below the task",),
+        "What MLflow traces on the driver, because you have turned its autolog on there before the "
+        "function is handed to Spark, is traced in the workers as well.",
     ),
 }
 

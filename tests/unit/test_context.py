@@ -103,6 +103,9 @@ def test_only_required_fields_are_needed() -> None:
         (damaged(config={"spool_directory": 7}), "spool_directory=7 is not a text"),
         (damaged(config={"strict": "yes"}), "strict='yes' is not True or False"),
         (damaged(config={"transport": "post"}), "transport='post' is unknown"),
+        (damaged(autologs=["anthropic"]), "autologs cannot be used"),
+        (damaged(autologs={"anthropic": True}), "autologs cannot be used"),
+        (damaged(autologs={"anthropic": {"extra": "text"}}), "autologs cannot be used"),
     ],
 )
 def test_damaged_carrier_is_refused(text: str, said: str) -> None:
