@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import anthropic_endpoint
 import mlflow
@@ -59,6 +59,15 @@ def by_anthropic(url: str) -> str:
     return str(reply.content[0].text)
 
 
+class Way(NamedTuple):
+    """A library, MLflow's flavour for it, a call by it, and its span's name."""
+
+    library: str
+    flavor: str | None
+    call: Callable[[str], str]
+    name: str
+
+
 def visitor(call: Callable[[str], str], url: str) -> Callable[[Iterable[int]], Iterator[str]]:
     def extract(rows: Iterable[int]) -> Iterator[str]:
         for _ in rows:
@@ -89,37 +98,29 @@ def run(spark: SparkSession, call: Callable[[str], str], url: str) -> StoredTrac
     return stored_trace(span.trace_id)
 
 
-@pytest.mark.parametrize(
-    ("library", "flavor", "call", "name"),
-    [
-        case(("litellm", "litellm", by_litellm, "litellm-completion"), FLAVORS, "LiteLLM", COLUMN),
-        case(
-            ("langchain_openai", "langchain", by_langchain, "ChatOpenAI"),
-            FLAVORS,
-            "LangChain",
-            COLUMN,
-        ),
-        case(("agents", None, by_agents, "AgentRunner.run"), FLAVORS, "OpenAI Agents SDK", COLUMN),
-    ],
-)
+WAYS = {
+    "LiteLLM": Way("litellm", "litellm", by_litellm, "litellm-completion"),
+    "LangChain": Way("langchain_openai", "langchain", by_langchain, "ChatOpenAI"),
+    "OpenAI Agents SDK": Way("agents", None, by_agents, "AgentRunner.run"),
+}
+
+
+@pytest.mark.parametrize("way", [case(WAYS[name], FLAVORS, name, COLUMN) for name in WAYS])
 def test_what_mlflow_traces_on_the_driver_is_traced_in_the_workers(
     spark: SparkSession,
     endpoint: OpenAIEndpoint,
     experiment_id: str,
     autolog: Callable[[str], None],
-    library: str,
-    flavor: str | None,
-    call: Callable[[str], str],
-    name: str,
+    way: Way,
 ) -> None:
     """Its spans are below the task, the trace's tokens are those billed, and there is one trace."""
-    pytest.importorskip(library)
-    if flavor is not None:
-        autolog(flavor)
-    trace = run(spark, call, endpoint.base_url)
+    pytest.importorskip(way.library)
+    if way.flavor is not None:
+        autolog(way.flavor)
+    trace = run(spark, way.call, endpoint.base_url)
 
     (task,) = trace.tasks
-    named = [span for span in trace.spans if span.name == name]
+    named = [span for span in trace.spans if span.name == way.name]
     assert len(named) == len(endpoint.requests) == CALLS
     assert all(trace.path_to(span)[:2] == ["job", task.name] for span in named)
     assert all(trace.is_nested(each) for each in trace.calls)
