@@ -88,7 +88,7 @@ class WorkerProcess:
         """Send the task's span ahead, so that what lies beneath it is never an orphan."""
         span = snapshot(task.span)
         if span is not None:
-            self._send_ahead(task, span)
+            self._send_ahead(task, task.content, span)
 
     def settle(self, task: Task) -> None:
         """See to the task's spans that are open when it ends.
@@ -97,18 +97,20 @@ class WorkerProcess:
         are sent ahead as they are, lest they be lost with the process.
         """
         self._openai_calls.close_answers(task)
-        self.tracing.show_open(task, task.span, functools.partial(self._send_ahead, task))
+        send_ahead = functools.partial(self._send_ahead, task, _unprocessed_content(task))
+        self.tracing.show_open(task, task.span, send_ahead)
 
-    def _send_ahead(self, task: Task, span: Any) -> None:
+    def _send_ahead(self, task: Task, content: ContentPolicy, span: Any) -> None:
         # A collector takes a span that is sent again for another one.
         if not is_collector(task.context.tracking_uri):
             # Not counted: it is sent, and counted, when it ends.
-            record = span_record(filtered(span, task.content))
+            record = span_record(filtered(span, content))
             self.deliveries.to(task.destination).submit(record)
 
     def _submit(self, task: Task, span: Any) -> None:
         usage, cost = usage_of(span), cost_of(span)
-        sent = filtered(span, task.content)
+        # No span goes through the driver's processors after the end of its task.
+        sent = filtered(span, task.content if task.is_open else _unprocessed_content(task))
         if is_collector(task.context.tracking_uri):
             record = otlp_record(for_collector(sent), task.span_id)
         else:
@@ -292,6 +294,13 @@ def remove() -> None:
     """Take back what running tasks has set up in this process, if anything. Idempotent."""
     if _is_set_up():
         worker_process().remove()
+
+
+def _unprocessed_content(task: Task) -> ContentPolicy:
+    """Return what may be sent of a span that the driver's span processors have not seen."""
+    if not task.span_processors:
+        return task.content
+    return ContentPolicy(task.context.config.updated({"capture_content": False}))
 
 
 def _is_set_up() -> bool:
