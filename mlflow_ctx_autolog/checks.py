@@ -61,7 +61,7 @@ class Facts:
             None where there is no session.
         has_accumulators: Whether spans can come home with a task, as on classic Spark.
         tracking_uri: The driver's tracking URI, without log-in.
-        transport: ``"direct"`` or ``"driver"``; None where spans cannot travel.
+        transport: ``"direct"``, ``"driver"`` or ``"otlp"``; None where spans cannot travel.
         transport_reason: Why it is this one, or none.
         takes_spans: Whether the store takes single spans.
         has_active_span: Whether a span is active on the driver; None where that is not asked.
@@ -503,7 +503,7 @@ def spans_can_travel(subject: Subject) -> Verdict | None:
             "task, and Spark Connect has no way for that"
         )
     way = (
-        "from the workers" if subject.facts.transport == "direct" else "with the task to the driver"
+        "with the task to the driver" if subject.facts.transport == "driver" else "from the workers"
     )
     found = f"{way}: {subject.facts.transport_reason}"
     if not subject.facts.takes_spans:

@@ -192,11 +192,14 @@ class _Examination:
         facts = self._facts
         worker_uri = None
         try:
-            worker_uri, facts.transport_reason = transport()
+            worker_uri, facts.transport_reason = transport(self._session)
             facts.transport = "driver" if worker_uri is None else "direct"
+            if store.exports_to_collector():
+                # Which takes spans, and cannot be asked for any.
+                facts.transport, worker_uri = "otlp", None
         except UnsupportedStoreError as error:
             facts.transport_reason = str(error)
-        if facts.transport is not None:
+        if facts.transport in ("direct", "driver"):
             self._find_experiment()
         self._gather(worker_uri)
         facts.round_trip_skipped = self._reason_to_stay(examine(facts))
@@ -214,7 +217,8 @@ class _Examination:
             "trace_id": trace_id,
         }
         try:
-            own = {} if facts.transport is None else {"tracking_uri": self._uri, **asked_of_store}
+            asks_store = facts.transport in ("direct", "driver")
+            own = {"tracking_uri": self._uri, **asked_of_store} if asks_store else {}
             facts.driver = probe.facts_of_process(**self._question, **own)
             if self._experiment_error is not None and "store" in facts.driver:
                 facts.driver["store"]["experiment"] = self._experiment_error
@@ -263,6 +267,8 @@ class _Examination:
     def _reason_to_stay(self, findings: Sequence[Finding]) -> str | None:
         if self._session is None:
             return "there is no Spark session"
+        if self._facts.transport == "otlp":
+            return "a collector cannot be asked what it has"
         if any(finding.level == "fail" for finding in findings):
             return "something else has to be put right first"
         if self._experiment_id is None:

@@ -163,6 +163,20 @@ def test_a_transport_that_cannot_be_had(
     assert causes(ctx_autolog.doctor()) == {"spans_can_travel": "fail", "span_is_active": "warn"}
 
 
+def test_a_collector_instead_of_a_store(
+    store: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where spans go to a collector, nothing is asked of it that only a tracking store knows."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    diagnosis = ctx_autolog.doctor()
+
+    assert causes(diagnosis) == {"span_is_active": "warn"}
+    by_check = {finding.check: finding for finding in diagnosis.findings}
+    assert "OTLP endpoint" in by_check["spans_can_travel"].found
+    assert by_check["store_is_reachable"].level == "unknown"
+
+
 def test_buffers_that_are_set_low(store: Destination, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings by which MLflow drops spans are named with their values."""
     monkeypatch.setenv("MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE", "10")
