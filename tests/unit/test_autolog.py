@@ -302,7 +302,7 @@ def test_a_relative_database_is_the_same_for_workers(
 ) -> None:
     """An SQLite file named relative to the driver's folder travels by its full path."""
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri("sqlite:///x.db")
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
     with mlflow.start_span("x"):
         assert ctx_autolog.capture().tracking_uri == database.tracking_uri
     mlflow.flush_trace_async_logging()
