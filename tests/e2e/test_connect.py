@@ -66,7 +66,8 @@ for name, job in functions.ON_FRAMES.items():
         except Exception as error:
             errors[name] = str(error)
 
-call = functions.asker(url)
+# One that has made a call holds a client, and cannot be handed on.
+call, handed_on = functions.asker(url), functions.asker(url)
 spark.udf.register("follow", lambda number: call(number))
 followed = []
 for name in ("monday", "tuesday"):
@@ -80,8 +81,8 @@ def keep(batch, number):
 
     for row in batch.collect():
         call(row.id)
-    batch.select(udf(lambda number: call(number + 100), "string")("id")).collect()
-    traced = mlflow_ctx_autolog.traced(lambda number: call(number + 200))
+    batch.select(udf(lambda number: handed_on(number + 100), "string")("id")).collect()
+    traced = mlflow_ctx_autolog.traced(lambda number: handed_on(number + 200))
     batch.select(udf(traced, "string")("id")).collect()
 
 with mlflow.start_span("batches") as batches, functions.stream_of(spark.range(3)) as stream:
