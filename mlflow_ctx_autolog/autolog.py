@@ -29,7 +29,9 @@ __all__ = ["Handle", "disable", "enable", "switch_on"]
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _openai_calls = OpenAICalls(
-    only_in_tasks=False, propagates_headers=lambda: settings().propagate_headers
+    only_in_tasks=False,
+    propagates_headers=lambda: settings().propagate_headers,
+    fingerprint_key=driver.fingerprint_key,
 )
 _handovers = Handovers(driver.carry, driver.follow)
 

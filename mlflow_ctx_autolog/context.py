@@ -48,6 +48,9 @@ class DriverContext:
             flags of MLflow's tracing.
         autologs: MLflow's autologs that are on at the driver, besides OpenAI's: their names, and
             of each its switches.
+        fingerprint_key: Random key of the fingerprints of requests; it is stored nowhere.
+        handover_id: Names this use of a function in a plan.
+        speculation: What Spark's setting ``spark.speculation`` says, if known.
         config: The settings in force on the driver.
     """
 
@@ -65,6 +68,10 @@ class DriverContext:
     # Not in the text of a log or an error.
     environment: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     autologs: Mapping[str, Mapping[str, bool]] = field(default_factory=dict, hash=False)
+    fingerprint_key: str | None = None
+    # Another hand-over is no other context.
+    handover_id: str | None = field(default=None, compare=False)
+    speculation: str | None = None
     config: Config = field(default_factory=Config)
 
     def to_json(self) -> str:
@@ -108,6 +115,9 @@ _OPTIONAL = (
     "user",
     "application_id",
     "process_id",
+    "fingerprint_key",
+    "handover_id",
+    "speculation",
 )
 _FLAGS = ("redacts", "has_span_processors")
 _MAPPINGS = ("environment", "tags")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 import time
@@ -20,6 +22,7 @@ from mlflow_ctx_autolog.exceptions import (
     IncompleteTraceError,
     UnsupportedStoreError,
 )
+from mlflow_ctx_autolog.fingerprint import new_key
 from mlflow_ctx_autolog.flavors import autologs_in_force
 from mlflow_ctx_autolog.ledger import Ledger
 from mlflow_ctx_autolog.receipts import Receipt
@@ -40,6 +43,8 @@ __all__ = [
     "warn_of_old_store",
 ]
 
+_logger = logging.getLogger(__name__)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -51,7 +56,10 @@ class Driver:
         self.warned_of_no_span = False
         self.warned_of_network = False
         self.enabled_at = 0.0
-        self.ledger = Ledger(settings)
+        self.fingerprint_key = new_key()
+        self.ledger = Ledger(settings, self.spark_facts)
+        self._session: Any = None
+        self._functions: set[str] = set()
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
 
@@ -120,6 +128,8 @@ class Driver:
             UnsupportedStoreError: The spans can reach the store neither directly nor by way of
                 the driver.
         """
+        self._session = session
+        self._functions.add(name or spark_api.name_of(function))
         way_home = spark_api.way_home(session, self.ledger.receive)
         context = _capture(
             session,
@@ -166,6 +176,18 @@ class Driver:
                 "registered, since Spark could not be told of the one that is active: "
                 f"{type(error).__name__}: {error}"
             )
+
+    def spark_facts(self, since: int) -> str | None:
+        """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""
+        if self._session is None:
+            return None
+        try:
+            facts = spark_api.job_facts(self._session, self._functions, since)
+        except Exception as error:
+            # Without, some causes of repetitions remain unknown.
+            _logger.info("Spark does not say what jobs have run: %r", error)
+            return None
+        return None if facts is None else json.dumps(facts, separators=(",", ":"))
 
 
 def settings() -> Config:
@@ -426,8 +448,15 @@ def _capture(
         environment=_environment(),
         redacts=settings().redact is not None,
         has_span_processors=bool(tracing.span_processors()),
+        fingerprint_key=driver.fingerprint_key,
+        handover_id=uuid.uuid4().hex[:16],
+        speculation=_speculation(session),
         config=settings(),
     )
+
+
+def _speculation(session: Any) -> str | None:
+    return None if session is None else spark_api.setting(session, "spark.speculation", "false")
 
 
 def _warn_of_no_span() -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from mlflow_ctx_autolog.calls import SPARK_FACTS
 from mlflow_ctx_autolog.checks import likely_causes
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
@@ -64,6 +65,8 @@ _TRACES = 100
 _READABLE = 20_000
 # Tasks that are kept in the book of those that are traces of their own.
 _TASKS = 10_000
+# Characters that a store takes as one piece of a trace's metadata.
+_LONGEST_METADATA = 8000
 _NOTHING = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 
 
@@ -148,10 +151,17 @@ class Ledger:
 
     Args:
         config: Returns the settings in force.
+        spark_facts: Returns what Spark knows of its jobs since a time, in milliseconds since the
+            epoch, as a text to keep with the trace; None where it does not say.
     """
 
-    def __init__(self, config: Callable[[], Config]) -> None:
+    def __init__(
+        self,
+        config: Callable[[], Config],
+        spark_facts: Callable[[int], str | None] | None = None,
+    ) -> None:
         self._config = config
+        self._spark_facts = spark_facts
         self._lock = threading.Lock()
         self._books: dict[str, _Book] = {}
         self._without_trace: dict[str, TaskReceipt] = {}
@@ -295,6 +305,7 @@ class Ledger:
         book.usage, book.cost = totals_of(own)
         book.has_ended = True
         record_totals(book.info, *book.totals())
+        self._record_facts(book)
         self._close_if_over()
         if book.delivers:
             self._last_trace_ended = time.monotonic()
@@ -546,10 +557,19 @@ class Ledger:
             found = self._within(deadline, sum_of_costs, book.destination, book.trace_id)
             cost = dict(found or cost)
         record_totals(book.info, usage, cost)
+        self._record_facts(book)
         delivery.submit_all([trace_record(book.info)])
         # Where nothing was stored a moment ago, there is no point in waiting again.
         if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
             book.written_totals = totals
+
+    def _record_facts(self, book: _Book) -> None:
+        if self._spark_facts is None:
+            return
+        facts = self._spark_facts(int(book.info.request_time))
+        # A store may have no room for a longer one.
+        if facts is not None and len(facts) <= _LONGEST_METADATA:
+            book.info.trace_metadata[SPARK_FACTS] = facts
 
     def _within(self, deadline: float, ask: Callable[..., T], *args: Any) -> T | None:
         """Return the store's answer; None where there is none by the deadline, or a second."""

@@ -7,12 +7,15 @@ import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import mlflow.openai
 from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
 
+from mlflow_ctx_autolog.annotations import ANNOTATION, current_annotations, set_last_call
+from mlflow_ctx_autolog.fingerprint import FINGERPRINT, fingerprint
 from mlflow_ctx_autolog.flavors import Autolog
 from mlflow_ctx_autolog.openai_client import OpenAIClient
 from mlflow_ctx_autolog.patching import Patch
@@ -45,12 +48,18 @@ class OpenAICalls:
             used again by jobs that have nothing to do with this one.
         propagates_headers: Whether calls outside tasks may take a ``traceparent`` header along;
             those of a task do as its settings say.
+        fingerprint_key: For the fingerprints of calls outside tasks.
     """
 
     def __init__(
-        self, *, only_in_tasks: bool, propagates_headers: Callable[[], bool] = lambda: True
+        self,
+        *,
+        only_in_tasks: bool,
+        propagates_headers: Callable[[], bool] = lambda: True,
+        fingerprint_key: str | None = None,
     ) -> None:
         self._only_in_tasks = only_in_tasks
+        self._fingerprint_key = fingerprint_key
         self._patches = [
             Patch(_autolog_module, "start_span_no_context", self._start_span),
             Patch(_autolog_module, "_end_span_on_success", self._end_span),
@@ -112,15 +121,26 @@ class OpenAICalls:
         if self._calling.get() is not None and _is_of_parse(kwargs.get("inputs")):
             return NoOpSpan()
         task = current_task()
+        key = self._fingerprint_key
         if task is None:
             if self._only_in_tasks and self._autolog.is_ours:
                 return NoOpSpan()
         else:
+            key = task.context.fingerprint_key
             task.count_call()
         if kwargs.get("span_type") in _UNKNOWN_TYPES:
             kwargs["span_type"] = _type_of(str(kwargs.get("name")), kwargs.get("inputs") or {})
+        kwargs["attributes"] = {
+            **(kwargs.get("attributes") or {}),
+            **_fingerprint(key, kwargs),
+            **{ANNOTATION + name: value for name, value in current_annotations().items()},
+        }
         span = original(*args, **kwargs)
-        self._calling.set(None if isinstance(span, NoOpSpan) else span)
+        if isinstance(span, NoOpSpan):
+            self._calling.set(None)
+        else:
+            self._calling.set(span)
+            set_last_call(span.trace_id, span.span_id)
         return span
 
     def _end_span(
@@ -272,3 +292,13 @@ def _layers(function: Any) -> Iterator[str]:
         else:
             yield str(getattr(wrapper, "__module__", None) or type(wrapper).__module__)
         function = getattr(function, "__wrapped__", None)
+
+
+def _fingerprint(key: str | None, call: dict[str, Any]) -> dict[str, str]:
+    inputs = call.get("inputs")
+    if key is None or not isinstance(inputs, dict):
+        return {}
+    # What users put into a request is theirs, and need not have a text.
+    with suppress(Exception):
+        return {FINGERPRINT: fingerprint(key, str(call.get("name")), inputs)}
+    return {}

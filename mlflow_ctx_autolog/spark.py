@@ -9,11 +9,13 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import re
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,10 +35,13 @@ __all__ = [
     "has_accumulators",
     "has_workers_elsewhere",
     "is_private_network",
+    "job_facts",
+    "name_of",
     "pickled",
     "run_on_workers",
     "session_of",
     "set_context",
+    "setting",
     "settings_of",
     "started_session",
     "way_home",
@@ -216,7 +221,7 @@ class Handovers:
         return self._wrap(
             Handed(
                 function,
-                _name_of(users),
+                name_of(users),
                 receiver,
                 repeated=not (handover.once or kind in _ONCE),
                 registered=handover.registered,
@@ -330,7 +335,7 @@ def carrying(
         way_home: What :func:`way_home` returned, for spans that the worker cannot store.
         filters: Functions of the user's that spans go through, :func:`pickled`.
     """
-    name = name or _name_of(function)
+    name = name or name_of(function)
     import_worker = _worker_importer()
     runner: Callable[..., Any] | None = None
 
@@ -433,7 +438,8 @@ def _bare_signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(bare)
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function, by which its tasks go."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", None) or type(function).__name__
@@ -538,8 +544,15 @@ def application_id(spark: Any) -> str | None:
     context = _spark_context(spark)
     if context is not None:
         return str(context.applicationId)
+    return setting(spark, "spark.app.id", "") or None
+
+
+def setting(spark: Any, name: str, default: str) -> str | None:
+    """Return one of Spark's settings, ``default`` where it is not set; None if it is not told."""
     try:
-        return str(spark.conf.get("spark.app.id"))
+        context = _spark_context(spark)
+        conf = spark.conf if context is None else context._conf
+        return str(conf.get(name, default))
     except Exception:
         return None
 
@@ -634,6 +647,92 @@ def run_on_workers(
     finally:
         cloudpickle.unregister_pickle_by_value(module)
     return [str(row[0]) for row in rows]
+
+
+# Milliseconds that Spark may take to tell its own listeners what has happened.
+_NEWS = 2000
+# Executions and jobs, of the latest ones, and tasks of a stage, that are looked at.
+_EXECUTIONS, _JOBS, _TASKS = 300, 1000, 5000
+
+
+def job_facts(spark: Any, functions: Collection[str], since: int) -> dict[str, Any] | None:
+    """Return what Spark knows of the jobs of a session, and does not tell its workers.
+
+    Args:
+        spark: A session or context.
+        functions: The names of the functions that were handed over.
+        since: Milliseconds since the epoch; what began before is left out.
+
+    Returns:
+        ``plans``: for each SQL execution, how many nodes of its final plan run each function or
+        scan a cached table; ``speculative``: ids of task attempts that were copies; ``jobs``: the
+        job of each stage. None on Spark Connect, and when Spark has stopped.
+    """
+    context = _spark_context(spark)
+    if context is None or context._jsc is None:
+        return None
+    core = context._jsc.sc()
+    with contextlib.suppress(Exception):
+        core.listenerBus().waitUntilEmpty(_NEWS)
+    status = core.statusStore()
+    jobs: dict[int, int] = {}
+    speculative: list[int] = []
+    for job in _latest(status.jobsList(None), _JOBS, by=lambda job: int(job.jobId())):
+        submitted = job.submissionTime()
+        if submitted.isDefined() and submitted.get().getTime() < since:
+            break
+        for stage in _items(job.stageIds()):
+            jobs.setdefault(stage, int(job.jobId()))
+    if context._conf.get("spark.speculation", "false") == "true":
+        for stage in jobs:
+            speculative += _speculative_attempts(status, stage)
+    session = spark if hasattr(spark, "_jsparkSession") else _session_in(context)
+    plans = {} if session is None else _plans(session._jsparkSession, functions, since)
+    return {"plans": plans, "speculative": speculative, "jobs": jobs}
+
+
+def _session_in(context: Any) -> Any:
+    from pyspark.sql import SparkSession
+
+    session = getattr(SparkSession, "_instantiatedSession", None)
+    return session if session is not None and session.sparkContext is context else None
+
+
+def _speculative_attempts(status: Any, stage: int) -> Iterator[int]:
+    last = status.asOption(status.lastStageAttempt(stage))
+    for attempt in range(last.get().attemptId() + 1 if last.isDefined() else 0):
+        copies = status.speculationSummary(stage, attempt)
+        if copies.isDefined():
+            for task in _items(status.taskList(stage, attempt, _TASKS)):
+                if task.speculative():
+                    yield int(task.taskId())
+
+
+def _plans(session: Any, functions: Collection[str], since: int) -> dict[str, dict[str, int]]:
+    status = session.sharedState().statusStore()
+    plans: dict[str, dict[str, int]] = {}
+    executions = status.executionsList()
+    for execution in _latest(executions, _EXECUTIONS, by=lambda each: int(each.executionId())):
+        if execution.submissionTime() < since:
+            break
+        nodes: Counter[str] = Counter()
+        for node in _items(status.planGraph(execution.executionId()).allNodes()):
+            if node.name() == "InMemoryTableScan":
+                nodes[node.name()] += 1
+            else:
+                named = set(re.findall(r"\w+(?=\()", node.desc()))
+                nodes.update(named.intersection(functions))
+        plans[str(execution.executionId())] = dict(nodes)
+    return plans
+
+
+def _items(sequence: Any) -> Iterator[Any]:
+    for index in range(sequence.size()):
+        yield sequence.apply(index)
+
+
+def _latest(sequence: Any, count: int, by: Callable[[Any], int]) -> list[Any]:
+    return sorted(_items(sequence), key=by, reverse=True)[:count]
 
 
 def broadcast_text(spark: Any, text: str) -> Any:

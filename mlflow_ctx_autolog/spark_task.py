@@ -26,6 +26,8 @@ __all__ = [
 CONTEXT_PROPERTY = "spark.mlflow_ctx_autolog.context"
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
+_ROOT_EXECUTION = "spark.sql.execution.root.id"
+_CALL_SITE = "callSite.short"
 
 
 def in_spark_task() -> bool:
@@ -51,7 +53,9 @@ def task_attributes() -> dict[str, Any]:
     ``host.name`` and ``process.pid`` (OpenTelemetry's resource names) always; the rest where
     Spark says so: ``spark.stage.id``, ``spark.partition.id``, ``spark.task.attempt_number``
     (0 for the first), ``spark.task.attempt_id`` (unique in the application),
-    ``spark.sql.execution.id`` and ``spark.job.group``.
+    ``spark.sql.execution.id``, that of the action as ``spark.sql.execution.root_id`` where one
+    execution has started another, ``spark.call_site`` (the action's line on the driver) and
+    ``spark.job.group``.
     """
     attributes: dict[str, Any] = {"host.name": socket.gethostname(), "process.pid": os.getpid()}
     context = _task_context()
@@ -63,6 +67,8 @@ def task_attributes() -> dict[str, Any]:
         "spark.task.attempt_number": context.attemptNumber(),
         "spark.task.attempt_id": context.taskAttemptId(),
         "spark.sql.execution.id": context.getLocalProperty(_SQL_EXECUTION),
+        "spark.sql.execution.root_id": context.getLocalProperty(_ROOT_EXECUTION),
+        "spark.call_site": context.getLocalProperty(_CALL_SITE),
         "spark.job.group": context.getLocalProperty(_JOB_GROUP),
     }
     attributes.update({name: value for name, value in facts.items() if value is not None})

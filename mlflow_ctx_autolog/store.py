@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
 from mlflow.environment_variables import MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT
 from mlflow.exceptions import MlflowException, MlflowNotImplementedException
-from mlflow.protos.service_pb2 import GetTrace, QueryTraceMetrics, StartTraceV3
+from mlflow.protos.service_pb2 import (
+    GetTrace,
+    GetTraceInfoV3,
+    QueryTraceMetrics,
+    StartTraceV3,
+)
 from mlflow.tracing.client import TracingClient
-from mlflow.tracing.constant import SpanMetricKey
+from mlflow.tracing.constant import SpanAttributeKey, SpanMetricKey
 from mlflow.tracing.utils.otlp import (
     MLFLOW_EXPERIMENT_ID_HEADER,
     OTLP_TRACES_PATH,
@@ -34,6 +40,7 @@ from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, TracesData
 
 from mlflow_ctx_autolog.answers import excerpt, failure, root_cause
+from mlflow_ctx_autolog.calls import StoredSpan, StoredTrace, is_wanted
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
 from mlflow_ctx_autolog.otlp import is_collector, send_to_collector
 from mlflow_ctx_autolog.spool import Destination, Record
@@ -45,7 +52,10 @@ __all__ = [
     "current_tracking_uri",
     "delete_trace",
     "exports_to_collector",
+    "find_traces",
     "is_of_this_host",
+    "log_text",
+    "read_stored_trace",
     "read_trace",
     "send",
     "send_to",
@@ -69,6 +79,12 @@ _ANSWER_TIME = 30.0
 _PROBE_TIME = 5.0
 _EXPERIMENT_PATH = "/api/2.0/mlflow/experiments/get"
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
+# Seconds that it may take to return all spans of a trace.
+_READING_TIME = 300.0
+# Traces that are found at most, and in one request.
+_TRACES_FOUND, _TRACES_AT_ONCE = 1000, 100
+# Where MLflow's own UI reads a trace's spans, in the form in which they are stored.
+_SPANS_PATH = "/ajax-api/2.0/mlflow/get-trace-artifact"
 
 
 def current_tracking_uri() -> str:
@@ -440,6 +456,168 @@ def _local_stage(store: Any, experiment_id: str) -> tuple[str | None, bool]:
         if error.error_code != _MISSING:
             raise
         return None, True
+
+
+def read_stored_trace(tracking_uri: str, trace_id: str) -> StoredTrace:
+    """Return what is needed of a trace to tell its calls, however large it is.
+
+    Raises:
+        StoreError: The store does not answer, or has no such trace.
+    """
+    destination = Destination(tracking_uri, "")
+    store = _store(destination)
+    if _is_remote(store):
+        question = {"request_id": trace_id}
+        try:
+            answer = _ask(store, "GET", f"{TRACES_PATH}/{trace_id}")
+            found = GetTraceInfoV3.Response()
+            parse_dict(answer, found)
+            info = TraceInfo.from_proto(found.trace.trace_info)
+            content = _request(
+                store, "GET", _SPANS_PATH, params=question, timeout=_READING_TIME
+            ).content
+            return _stored_trace(info, _spans_in(content))
+        except StoreError as error:
+            if error.unsupported and "RESOURCE_DOES_NOT_EXIST" in str(error):
+                raise StoreError(f"there is no trace {trace_id} in {tracking_uri}") from error
+            if not error.unsupported:
+                raise
+    info, spans = read_trace(destination, trace_id)
+    return _stored_trace(info, (span.to_dict() for span in spans))
+
+
+def _stored_trace(info: TraceInfo, spans: Iterable[dict[str, Any]]) -> StoredTrace:
+    return StoredTrace(
+        str(info.trace_id),
+        str(info.experiment_id),
+        str(getattr(info.state, "value", info.state)),
+        dict(info.trace_metadata),
+        (_stored_span(span) for span in spans),
+    )
+
+
+def _spans_in(content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the spans of a trace's JSON one by one, since all at once take far more memory."""
+    text = content.decode()
+    decoder = json.JSONDecoder()
+    position = text.find("[", text.find('"spans"')) + 1
+    while position:
+        while position < len(text) and text[position] in ", \r\n\t":
+            position += 1
+        if position >= len(text) or text[position] != "{":
+            return
+        span, position = decoder.raw_decode(text, position)
+        yield span
+
+
+def _stored_span(document: dict[str, Any]) -> StoredSpan:
+    if "span_id" not in document:
+        # As releases before 3 have stored it.
+        document = Span.from_dict(document).to_dict()
+    attributes = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in document.get("attributes", {}).items()
+    }
+    status = document.get("status") or {}
+    events = document.get("events") or []
+    kind = attributes.get(SpanAttributeKey.SPAN_TYPE, "")
+    return StoredSpan(
+        _span_id(document["span_id"]) or "",
+        _span_id(document.get("parent_span_id")),
+        str(document.get("name")),
+        kind.strip('"'),
+        int(document["start_time_unix_nano"]),
+        _whole(document.get("end_time_unix_nano")),
+        str(status.get("code", "")).removeprefix("STATUS_CODE_"),
+        {name: value for name, value in attributes.items() if is_wanted(name)},
+        next((_exception(event) for event in events if event.get("name") == "exception"), None),
+        next(
+            (_whole(event.get("time_unix_nano")) for event in events if _is_chunk(event)),
+            None,
+        ),
+    )
+
+
+def _span_id(text: str | None) -> str | None:
+    if not text:
+        return None
+    # Eight bytes, in base64; some releases have used hexadecimal digits.
+    return text.removeprefix("0x") if len(text) >= 16 else base64.b64decode(text).hex()
+
+
+def _whole(nanoseconds: Any) -> int | None:
+    return None if nanoseconds is None else int(nanoseconds)
+
+
+def _exception(event: dict[str, Any]) -> str:
+    attributes = event.get("attributes") or {}
+    kind = str(attributes.get("exception.type", "error")).rpartition(".")[2]
+    return f"{kind}: {excerpt(str(attributes.get('exception.message', '')))}"
+
+
+def _is_chunk(event: dict[str, Any]) -> bool:
+    return str(event.get("name")).startswith("mlflow.chunk.item.")
+
+
+def find_traces(
+    tracking_uri: str,
+    run_id: str | None,
+    experiment_id: str | None,
+    start: int | None,
+    end: int | None,
+) -> list[str]:
+    """Return the ids of the traces of a run, or of an experiment, the latest first.
+
+    Args:
+        tracking_uri: Where to look.
+        run_id: The run, if not an experiment.
+        experiment_id: The experiment, if not a run.
+        start: Milliseconds since the epoch at which the first may have begun.
+        end: The same for the last.
+
+    Raises:
+        StoreError: The store does not answer, or has no such run or experiment.
+    """
+    client = _client(tracking_uri)
+    conditions = [
+        f"trace.timestamp_ms {sign} {moment}"
+        for sign, moment in ((">=", start), ("<=", end))
+        if moment is not None
+    ]
+    found: list[str] = []
+    with _own_errors():
+        mlflow_client = mlflow.MlflowClient(tracking_uri)
+        if run_id is not None:
+            experiment_id = str(mlflow_client.get_run(run_id).info.experiment_id)
+            conditions.append(f"trace.run_id = '{run_id}'")
+        else:
+            mlflow_client.get_experiment(experiment_id)
+        token: str | None = None
+        while len(found) < _TRACES_FOUND:
+            page = client.search_traces(
+                experiment_ids=[str(experiment_id)],
+                filter_string=" AND ".join(conditions) or None,
+                max_results=_TRACES_AT_ONCE,
+                order_by=["timestamp_ms DESC"],
+                page_token=token,
+                include_spans=False,
+            )
+            found += [str(trace.info.trace_id) for trace in page]
+            token = page.token
+            if not token:
+                break
+    return found
+
+
+def log_text(text: str, name: str) -> None:
+    """Log a text to the active run as an artifact.
+
+    Raises:
+        RuntimeError: No run is active.
+    """
+    if mlflow.active_run() is None:
+        raise RuntimeError("No MLflow run is active; log inside with mlflow.start_run():")
+    mlflow.log_text(text, name)
 
 
 @functools.lru_cache(maxsize=8)

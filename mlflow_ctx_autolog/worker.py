@@ -333,6 +333,10 @@ def _begin(
             _finish(other, GeneratorExit())
     if context.application_id is not None:
         attributes["spark.application.id"] = context.application_id
+    if context.handover_id is not None:
+        attributes["spark.handover.id"] = context.handover_id
+    if context.speculation is not None:
+        attributes["spark.speculation"] = context.speculation
     attributes["spark.task.outcome"] = "running"
     worker.switch_on(task)
     task.open()

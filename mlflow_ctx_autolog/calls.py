@@ -1,0 +1,402 @@
+"""What one model call was, and the task attempt that made it, read from what spans carry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlflow_ctx_autolog.annotations import ANNOTATION
+from mlflow_ctx_autolog.fingerprint import FINGERPRINT
+from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+
+__all__ = [
+    "SPARK_FACTS",
+    "Attempt",
+    "Call",
+    "SparkFacts",
+    "StoredSpan",
+    "StoredTrace",
+    "is_wanted",
+    "read_calls",
+]
+
+# Metadata of a trace: what the driver has learnt from Spark, see SparkFacts.
+SPARK_FACTS = "mlflow_ctx_autolog.spark"
+
+_CALLS = frozenset({"CHAT_MODEL", "LLM", "EMBEDDING"})
+# MLflow records these as tools.
+_IMAGES = frozenset({"Images", "AsyncImages"})
+
+_USAGE, _COST = "mlflow.chat.tokenUsage", "mlflow.llm.cost"
+_MODELS = ("mlflow.llm.model", "model", "gen_ai.request.model")
+_RESENDS = "http.request.resend_count"
+_FIRST_TOKEN = ("gen_ai.response.time_to_first_chunk", "gen_ai.server.time_to_first_token")
+_INPUTS = "mlflow.spanInputs"
+_WANTED = frozenset({_USAGE, _COST, *_MODELS, _RESENDS, *_FIRST_TOKEN, _INPUTS, FINGERPRINT})
+_OF_TASKS = ("spark.", "host.", "process.", "llm.calls")
+
+# Characters of a prompt that are kept to recognise it by.
+_EXCERPT = 160
+
+
+def is_wanted(attribute: str) -> bool:
+    """Whether an attribute of a span says something about a call or its task."""
+    return attribute in _WANTED or attribute.startswith((ANNOTATION, *_OF_TASKS))
+
+
+@dataclass(slots=True)
+class StoredSpan:
+    """What is needed of a span, as the store has it.
+
+    Args:
+        span_id: Its id.
+        parent_id: That of the span above it; None for the root.
+        name: Its name.
+        kind: MLflow's span type, such as ``CHAT_MODEL``.
+        started: Nanoseconds since the epoch.
+        ended: The same; None while it runs.
+        status: ``OK``, ``ERROR`` or ``UNSET``.
+        attributes: The wanted ones, with values as JSON text.
+        error: Type and message of an exception that ended it.
+        first_chunk: When a stream's first piece came, in nanoseconds since the epoch.
+    """
+
+    span_id: str
+    parent_id: str | None
+    name: str
+    kind: str
+    started: int
+    ended: int | None
+    status: str
+    attributes: Mapping[str, str]
+    error: str | None = None
+    first_chunk: int | None = None
+
+    def get(self, name: str) -> Any:
+        """Return the value of an attribute; None where it has none that can be read."""
+        text = self.attributes.get(name)
+        if text is None:
+            return None
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    def number(self, name: str) -> int | None:
+        """Return the whole number that an attribute holds, also as a text; None for all else."""
+        try:
+            return int(self.get(name))
+        except (TypeError, ValueError):
+            return None
+
+    def text(self, name: str) -> str | None:
+        """Return an attribute as a text; None where there is none."""
+        value = self.get(name)
+        return None if value is None else str(value)
+
+
+@dataclass(slots=True)
+class StoredTrace:
+    """A trace as the store has it.
+
+    Args:
+        trace_id: MLflow's id.
+        experiment_id: Of the experiment that it is kept in.
+        state: ``OK``, ``ERROR`` or ``IN_PROGRESS``.
+        metadata: What MLflow and the driver say of it.
+        spans: In any order.
+    """
+
+    trace_id: str
+    experiment_id: str
+    state: str
+    metadata: Mapping[str, str]
+    spans: Iterable[StoredSpan]
+
+
+@dataclass(slots=True)
+class SparkFacts:
+    """What only the driver can learn from Spark, for one trace.
+
+    Args:
+        plans: For each SQL execution, how many nodes of its final plan run a function of that
+            name, and how many read a cached table (``InMemoryTableScan``).
+        speculative: Ids of the task attempts that were speculative copies; None where not asked.
+        jobs: The job of each stage.
+    """
+
+    plans: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    speculative: frozenset[int] | None = None
+    jobs: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str | None) -> SparkFacts:
+        """Parse the driver's JSON, an object of these fields; no facts where it is none."""
+        try:
+            document = json.loads(text or "{}")
+            speculative = document.get("speculative")
+            return cls(
+                {str(key): dict(nodes) for key, nodes in document.get("plans", {}).items()},
+                None if speculative is None else frozenset(map(int, speculative)),
+                {int(stage): int(job) for stage, job in document.get("jobs", {}).items()},
+            )
+        except (AttributeError, TypeError, ValueError):
+            return cls()
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One attempt of a Spark task, as its span tells of it.
+
+    Args:
+        span_id: Of its span.
+        trace_id: Of the trace that the span is in.
+        function: The name of the function handed to Spark.
+        facts: What the driver has learnt of its trace.
+        application: Spark's application id.
+        action: The SQL execution that it was part of, or the one that has started that; None
+            for RDDs.
+        execution: The SQL execution itself.
+        stage: Spark's stage id.
+        partition: Spark's partition id.
+        number: 0 for the first attempt of the partition in this attempt of the stage.
+        attempt_id: Unique in the application, and larger for later ones.
+        handover: Names the use of the function in a plan.
+        call_site: The line on the driver that ran the action, where Spark says so.
+        speculation: Whether ``spark.speculation`` was on, if known.
+        host: Where it ran.
+        process: The worker's process id.
+        outcome: ``completed``, ``failed``, ``closed early``, or ``running`` for one that was
+            killed, or runs still.
+        started: Nanoseconds since the epoch, on the worker's clock.
+        ended: The same; None for one that has not ended.
+        last_seen: When it, or a call in it, last began or ended.
+        rows: Rows that the function has taken.
+        calls: Calls that it has made by its own count; None where it has not ended.
+    """
+
+    span_id: str
+    trace_id: str
+    function: str
+    facts: SparkFacts
+    application: str | None
+    action: str | None
+    execution: str | None
+    stage: int | None
+    partition: int | None
+    number: int | None
+    attempt_id: int | None
+    handover: str | None
+    call_site: str | None
+    speculation: bool | None
+    host: str | None
+    process: int | None
+    outcome: str
+    started: int
+    ended: int | None
+    last_seen: int
+    rows: int | None = None
+    calls: int | None = None
+
+    def overlaps(self, other: Attempt) -> bool:
+        """Whether both are known to have run at the same time."""
+        return self.started < other.last_seen and other.started < self.last_seen
+
+    def ended_before(self, other: Attempt) -> bool:
+        """Whether this one is known to have ended before the other began."""
+        return self.ended is not None and self.ended <= other.started
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One model call.
+
+    Args:
+        trace_id: Of the trace that it is in.
+        experiment_id: Of that trace.
+        span_id: Of its span.
+        interface: What was called, such as ``Completions``.
+        model: The model asked for.
+        attempt: The task attempt that made it; None for calls of the driver.
+        started: Nanoseconds since the epoch.
+        ended: The same; None where it has not ended.
+        failed: Whether it has ended in an error.
+        error: Type and message of that.
+        request: By what the same request is recognised; None where nothing says so.
+        annotations: The user's own keys.
+        resends: How many times the client itself sent it again.
+        usage: Tokens, by MLflow's names.
+        cost: In US dollars; None where neither MLflow nor a price table says so.
+        first_token: Seconds to the first piece of a stream; None for others.
+        prompt: The beginning of the last message, "" where content is not kept.
+        is_orphan: Whether the store lacks a span above it, so that its task is not known.
+    """
+
+    trace_id: str
+    experiment_id: str
+    span_id: str
+    interface: str
+    model: str | None
+    attempt: Attempt | None
+    started: int
+    ended: int | None
+    failed: bool
+    error: str | None
+    request: str | None
+    annotations: Mapping[str, Any]
+    resends: int
+    usage: Amounts
+    cost: float | None
+    first_token: float | None
+    prompt: str
+    is_orphan: bool = False
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took."""
+        return None if self.ended is None else (self.ended - self.started) / 1e9
+
+    @property
+    def tokens(self) -> float:
+        """Input and output together."""
+        total = self.usage.get("total_tokens")
+        if total is None:
+            total = self.usage.get("input_tokens", 0) + self.usage.get("output_tokens", 0)
+        return total
+
+    @property
+    def function(self) -> str:
+        """The name of the function handed to Spark that made it."""
+        if self.attempt is not None:
+            return self.attempt.function
+        return "(not known)" if self.is_orphan else "(driver)"
+
+
+def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
+    """Return the calls of a trace, by their time, and its task attempts."""
+    facts = SparkFacts.from_json(trace.metadata.get(SPARK_FACTS))
+    parents: dict[str, str | None] = {}
+    attempts: dict[str, Attempt] = {}
+    calls: list[tuple[StoredSpan, Call]] = []
+    for span in trace.spans:
+        parents[span.span_id] = span.parent_id
+        if span.kind == "TASK" and "spark.task.outcome" in span.attributes:
+            attempts[span.span_id] = _attempt(trace, span, facts)
+        elif span.kind in _CALLS or span.name in _IMAGES:
+            calls.append((span, _call(trace, span)))
+    # A library's span around a call of the client is the same call.
+    above: set[str] = set()
+    for span, _ in calls:
+        parent = span.parent_id
+        while parent is not None and parent not in above:
+            above.add(parent)
+            parent = parents.get(parent)
+    found = [(span, call) for span, call in calls if span.span_id not in above]
+    for span, call in found:
+        parent = span.parent_id
+        while parent is not None and parent not in attempts:
+            call.is_orphan = parent not in parents
+            parent = parents.get(parent)
+        if parent is not None:
+            call.is_orphan = False
+            call.attempt = attempts[parent]
+            call.attempt.last_seen = max(call.attempt.last_seen, call.ended or call.started)
+    return sorted((call for _, call in found), key=lambda call: call.started), list(
+        attempts.values()
+    )
+
+
+def _attempt(trace: StoredTrace, span: StoredSpan, facts: SparkFacts) -> Attempt:
+    outcome = span.text("spark.task.outcome") or "running"
+    execution = span.text("spark.sql.execution.id")
+    speculation = span.text("spark.speculation")
+    # A task's span is stored when it begins, as if it had ended then.
+    ended = None if outcome == "running" else span.ended
+    return Attempt(
+        span.span_id,
+        trace.trace_id,
+        span.name,
+        facts,
+        application=span.text("spark.application.id"),
+        action=span.text("spark.sql.execution.root_id") or execution,
+        execution=execution,
+        stage=span.number("spark.stage.id"),
+        partition=span.number("spark.partition.id"),
+        number=span.number("spark.task.attempt_number"),
+        attempt_id=span.number("spark.task.attempt_id"),
+        handover=span.text("spark.handover.id"),
+        call_site=span.text("spark.call_site"),
+        speculation=None if speculation is None else speculation.lower() == "true",
+        host=span.text("host.name"),
+        process=span.number("process.pid"),
+        outcome=outcome,
+        started=span.started,
+        ended=ended,
+        last_seen=ended or span.started,
+        rows=span.number("spark.rows.in"),
+        calls=None if ended is None else span.number("llm.calls"),
+    )
+
+
+def _call(trace: StoredTrace, span: StoredSpan) -> Call:
+    inputs = span.attributes.get(_INPUTS)
+    request = span.text(FINGERPRINT)
+    if request is None and inputs is not None:
+        # Recorded without this library: what was asked is all that can be compared.
+        text = f"{span.name} {inputs}"
+        request = "content:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    cost = parse_amounts(span.get(_COST)).get("total_cost")
+    return Call(
+        trace.trace_id,
+        trace.experiment_id,
+        span.span_id,
+        span.name,
+        next((model for name in _MODELS if (model := span.text(name)) is not None), None),
+        None,
+        span.started,
+        span.ended,
+        span.status == "ERROR",
+        span.error,
+        request,
+        {
+            name.removeprefix(ANNOTATION): span.get(name)
+            for name in span.attributes
+            if name.startswith(ANNOTATION)
+        },
+        max(0, span.number(_RESENDS) or 0),
+        parse_amounts(span.get(_USAGE)),
+        cost,
+        _first_token(span),
+        _prompt(inputs),
+    )
+
+
+def _first_token(span: StoredSpan) -> float | None:
+    for name in _FIRST_TOKEN:
+        seconds = span.get(name)
+        if isinstance(seconds, (int, float)):
+            return float(seconds)
+    return None if span.first_chunk is None else (span.first_chunk - span.started) / 1e9
+
+
+def _prompt(inputs: str | None) -> str:
+    if not inputs:
+        return ""
+    try:
+        asked = json.loads(inputs)
+    except ValueError:
+        return inputs[:_EXCERPT]
+    if not isinstance(asked, dict):
+        return str(asked)[:_EXCERPT]
+    content = asked.get("messages") or asked.get("input") or asked.get("prompt") or ""
+    if isinstance(content, list) and content:
+        content = content[-1]
+    if isinstance(content, dict):
+        content = content.get("content") or ""
+    if isinstance(content, list):
+        texts = (part.get("text") for part in content if isinstance(part, dict))
+        content = " ".join(text for text in texts if isinstance(text, str))
+    return str(content)[:_EXCERPT]
