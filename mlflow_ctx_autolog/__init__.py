@@ -31,12 +31,15 @@ from mlflow_ctx_autolog.exceptions import (
 from mlflow_ctx_autolog.receipts import Receipt
 
 if TYPE_CHECKING:
+    from mlflow_ctx_autolog.annotations import annotate, last_call
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
     from mlflow_ctx_autolog.diagnosis import Diagnosis, doctor
     from mlflow_ctx_autolog.driver import broadcast, capture, flush, receipt, traced
+    from mlflow_ctx_autolog.report import CallReport, report
     from mlflow_ctx_autolog.worker import attach
 
 __all__ = [
+    "CallReport",
     "CarrierError",
     "Config",
     "CtxAutologError",
@@ -49,6 +52,7 @@ __all__ = [
     "Receipt",
     "UnsupportedStoreError",
     "UnsupportedVersionError",
+    "annotate",
     "attach",
     "broadcast",
     "capture",
@@ -56,7 +60,9 @@ __all__ = [
     "doctor",
     "enable",
     "flush",
+    "last_call",
     "receipt",
+    "report",
     "traced",
 ]
 
@@ -64,7 +70,9 @@ __all__ = [
 # MLflow is therefore imported on first use.
 _LAZY = {
     "Diagnosis": "diagnosis",
+    "CallReport": "report",
     "Handle": "autolog",
+    "annotate": "annotations",
     "attach": "worker",
     "broadcast": "driver",
     "capture": "driver",
@@ -72,7 +80,9 @@ _LAZY = {
     "doctor": "diagnosis",
     "enable": "autolog",
     "flush": "driver",
+    "last_call": "annotations",
     "receipt": "driver",
+    "report": "report",
     "traced": "driver",
 }
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sqlite3
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -45,12 +46,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--model-url", help="the model endpoint that workers have to reach")
     doctor.add_argument("--strict", action="store_true", help="exit with 1 for warnings")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    report = commands.add_parser(
+        "report", help="show what the calls of traces came to, and why some were made again"
+    )
+    report.add_argument("trace_id", nargs="+", help="a trace's id, such as tr-0a1b...")
+    report.add_argument("--tracking-uri", help="where it is kept, if not in MLflow's store")
+    report.add_argument("--html", type=Path, help="write it to this file, too, to look at")
+    report.add_argument("--json", action="store_true", help="print it as JSON")
     given = parser.parse_args(arguments)
     if given.command == "doctor":
         return _doctor(given)
+    if given.command == "report":
+        return _report(given.trace_id, given.tracking_uri, given.html, given.json)
     if given.command == "recover":
         return _recover(given.path, given.tracking_uri)
     return _show_versions()
+
+
+def _report(
+    trace_ids: list[str], tracking_uri: str | None, html: Path | None, as_json: bool
+) -> int:
+    from mlflow_ctx_autolog.exceptions import StoreError
+    from mlflow_ctx_autolog.report import report
+
+    try:
+        found = report(trace_ids, tracking_uri=tracking_uri)
+        print(found.to_json() if as_json else found)
+        if html is not None:
+            found.to_html(html)
+    except (ImportError, OSError, StoreError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def _recover(path: Path, tracking_uri: str | None) -> int:

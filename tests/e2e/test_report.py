@@ -1,0 +1,248 @@
+"""Known repeats of every cause, made by a real job on two executors, and what the report says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from pyspark.sql import SparkSession, functions
+from workload import ask
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog import CallReport
+from mlflow_ctx_autolog.testing import OpenAIEndpoint
+
+SCHEMA = "id long"
+Job = Callable[[SparkSession, str, Path], None]
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[SparkSession]:
+    """Two executors in processes of their own; a copy is made of a task that is slow."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    session = (
+        SparkSession.builder.master("local-cluster[2,1,1024]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.speculation", "true")
+        .config("spark.speculation.quantile", "0.4")
+        .config("spark.speculation.multiplier", "1.2")
+        .config("spark.speculation.minTaskRuntime", "5s")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("OFF")
+    yield session
+    session.stop()
+
+
+def asking(url: str, before: Callable[[int], None] | None = None) -> Callable[..., Any]:
+    """Return a function for mapInPandas that makes one call a row."""
+
+    def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        from openai import OpenAI
+
+        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
+        for batch in batches:
+            for number in batch["id"]:
+                if before is not None:
+                    before(number)
+                ask(client, number)
+            yield batch
+
+    return extract
+
+
+def first_attempt() -> bool:
+    """Whether this is the first attempt of its task."""
+    from pyspark import TaskContext
+
+    return TaskContext.get().attemptNumber() == 0
+
+
+def kill_executor() -> None:
+    """Kill the Java process that has started this worker."""
+    import signal
+    import time
+
+    with open(f"/proc/{os.getppid()}/stat") as file:
+        daemons_parent = int(file.read().split()[3])
+    os.kill(daemons_parent, signal.SIGKILL)
+    time.sleep(60)
+
+
+def another_action(spark: SparkSession, url: str, folder: Path) -> None:
+    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    frame.collect()
+    frame.count()
+
+
+def united_with_itself(spark: SparkSession, url: str, folder: Path) -> None:
+    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    frame.union(frame).collect()
+
+
+def joined_with_itself(spark: SparkSession, url: str, folder: Path) -> None:
+    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    frame.join(frame.selectExpr("id + 1 AS id"), "id").collect()
+
+
+def filtered_udf(spark: SparkSession, url: str, folder: Path) -> None:
+    @functions.udf("string")
+    def extract(number: int) -> str:
+        from openai import OpenAI
+
+        return ask(OpenAI(base_url=url, api_key="not-a-key"), number)
+
+    answers = spark.range(0, 4, 1, 2).withColumn("answer", extract("id"))
+    answers.filter("answer != ''").select("answer").collect()
+
+
+def failing_task(spark: SparkSession, url: str, folder: Path) -> None:
+    def fail(number: int) -> None:
+        if number == 1 and first_attempt():
+            raise ValueError("not in the first attempt")
+
+    spark.range(0, 4, 1, 2).mapInPandas(asking(url, fail), SCHEMA).collect()
+
+
+def killed_executor(spark: SparkSession, url: str, folder: Path) -> None:
+    def kill(number: int) -> None:
+        if number == 3 and first_attempt():
+            kill_executor()
+
+    spark.range(0, 4, 1, 2).mapInPandas(asking(url, kill), SCHEMA).collect()
+
+
+def lost_shuffle(spark: SparkSession, url: str, folder: Path) -> None:
+    flag = folder / "killed"
+
+    def kill_once(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            try:
+                os.open(flag, os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                pass
+            else:
+                kill_executor()
+            yield batch
+
+    asked = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    asked.repartition(2, "id").mapInPandas(kill_once, SCHEMA).collect()
+
+
+def straggler(spark: SparkSession, url: str, folder: Path) -> None:
+    def wait(number: int) -> None:
+        if number == 3 and first_attempt():
+            import time
+
+            time.sleep(60)
+
+    spark.range(0, 4, 1, 2).mapInPandas(asking(url, wait), SCHEMA).collect()
+
+
+def duplicate_rows(spark: SparkSession, url: str, folder: Path) -> None:
+    numbers = spark.range(0, 4, 1, 2).selectExpr("id % 2 AS id")
+    numbers.mapInPandas(asking(url), SCHEMA).collect()
+
+
+def documents_twice(spark: SparkSession, url: str, folder: Path) -> None:
+    numbers = spark.range(0, 4, 1, 2)
+    numbers.union(numbers).mapInPandas(asking(url), SCHEMA).collect()
+
+
+# Each job, and how many calls of four it repeats for which reason.
+JOBS: list[tuple[Job, str, int]] = [
+    (another_action, "another_action", 4),
+    (united_with_itself, "plan_twice", 4),
+    (joined_with_itself, "plan_twice", 4),
+    (filtered_udf, "udf_duplicated", 4),
+    (failing_task, "task_retry", 1),
+    (duplicate_rows, "duplicate_row", 2),
+    (documents_twice, "duplicate_row", 4),
+    (killed_executor, "task_retry", 1),
+    (straggler, "speculative_copy", 1),
+    (lost_shuffle, "stage_retry", 4),
+]
+
+
+@pytest.mark.parametrize(("job", "cause", "repeats"), JOBS, ids=lambda each: str(each))
+def test_each_repeat_has_its_true_cause(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    experiment_id: str,
+    tmp_path: Path,
+    job: Job,
+    cause: str,
+    repeats: int,
+) -> None:
+    """Every call that a job made again is attributed to why it did, and no other cause is named."""
+    ctx_autolog.enable()
+    with mlflow.start_span(job.__name__) as span:
+        job(spark, endpoint.base_url, tmp_path)
+    mlflow.flush_trace_async_logging()
+    report = ctx_autolog.report(span.trace_id)
+
+    found = {each.key: sums.calls for each, sums in report.by_cause().items()}
+    assert report.made.calls == len(endpoint.requests)
+    if cause == "stage_retry":
+        # How many blocks the executor held is up to Spark.
+        assert found == {cause: len(endpoint.requests) - report.distinct}
+        assert found[cause] > 0
+    else:
+        assert found == {cause: repeats}
+    assert report.distinct == len({request.prompt for request in endpoint.requests})
+    assert_sums(report, endpoint)
+
+
+def assert_sums(report: CallReport, endpoint: OpenAIEndpoint) -> None:
+    """What was useful and what was repeated is what was made, as the endpoint has billed it."""
+    assert report.useful.calls == report.distinct
+    assert report.useful.tokens + report.repeated.tokens == report.made.tokens
+    assert report.made.tokens == endpoint.total_tokens
+    assert sum(sums.tokens for sums in report.by_cause().values()) == report.repeated.tokens
+
+
+def test_endpoint_that_fails_once(spark: SparkSession, experiment_id: str, tmp_path: Path) -> None:
+    """A call that the user's code makes again after an error is a retry, and costs nothing."""
+    from mlflow_ctx_autolog.testing import EndpointError
+
+    seen: set[str] = set()
+
+    def fail_once(request: Any) -> str:
+        if request.prompt not in seen:
+            seen.add(request.prompt)
+            raise EndpointError(500, "try again")
+        return "yes"
+
+    def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        import openai
+
+        client = openai.OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
+        for batch in batches:
+            for number in batch["id"]:
+                try:
+                    ask(client, number)
+                except openai.InternalServerError:
+                    ask(client, number)
+            yield batch
+
+    with OpenAIEndpoint(fail_once) as endpoint:
+        url = endpoint.base_url
+        ctx_autolog.enable()
+        with mlflow.start_span("job") as span:
+            spark.range(0, 4, 1, 2).mapInPandas(extract, SCHEMA).collect()
+        mlflow.flush_trace_async_logging()
+        report = ctx_autolog.report(span.trace_id)
+        assert {each.key: sums.calls for each, sums in report.by_cause().items()} == {
+            "client_retry": 4
+        }
+        assert report.errors() == {"InternalServerError": 4}
+        assert report.repeated.tokens == 0
+        assert_sums(report, endpoint)
