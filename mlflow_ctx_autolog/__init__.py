@@ -33,9 +33,9 @@ from mlflow_ctx_autolog.receipts import Receipt
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.annotations import annotate, last_call
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
+    from mlflow_ctx_autolog.call_report import CallReport, report
     from mlflow_ctx_autolog.diagnosis import Diagnosis, doctor
     from mlflow_ctx_autolog.driver import broadcast, capture, flush, receipt, traced
-    from mlflow_ctx_autolog.report import CallReport, report
     from mlflow_ctx_autolog.worker import attach
 
 __all__ = [
@@ -70,7 +70,7 @@ __all__ = [
 # MLflow is therefore imported on first use.
 _LAZY = {
     "Diagnosis": "diagnosis",
-    "CallReport": "report",
+    "CallReport": "call_report",
     "Handle": "autolog",
     "annotate": "annotations",
     "attach": "worker",
@@ -82,7 +82,7 @@ _LAZY = {
     "flush": "driver",
     "last_call": "annotations",
     "receipt": "driver",
-    "report": "report",
+    "report": "call_report",
     "traced": "driver",
 }
 

@@ -361,7 +361,7 @@ function draw() {{
       margin: {{ l: 60, r: 20, t: 30, b: 45, autoexpand: true }},
       xaxis: {{ ...axis, automargin: true, ...given.xaxis }},
       yaxis: {{ ...axis, automargin: true, ...given.yaxis }} }};
-    Plotly.react(name, figure.data, layout, {{ responsive: true, displaylogo: false }});
+    Plotly.react(name, figure.data, layout, {{ responsive: true, displayModeBar: false }});
   }}
 }}
 draw(); dark.addEventListener("change", draw);
