@@ -84,7 +84,8 @@ class Task:
     def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run one step of the task's function with the context variables of its last step."""
         # For a UDF this is done for each row, hence without a context manager.
-        if (work := _owner.get(None)) is not None and work.task is self:
+        owner = _owner.get(None)
+        if owner is not None and owner.task is self:
             # A step of its own calls another one.
             return function(*args, **kwargs)
         variables = self._variables

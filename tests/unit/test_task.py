@@ -105,6 +105,20 @@ def test_foreign_thread_belongs_to_the_task_opened_last(first: Task, second: Tas
     assert in_new_thread(current_task) is first
 
 
+def test_a_step_may_call_another_step_of_its_task(first: Task) -> None:
+    """It runs in the context variables that it is called in."""
+
+    def inner() -> str:
+        assert current_task() is first
+        return colour.get()
+
+    def outer() -> str:
+        colour.set("red")
+        return first.run(inner)
+
+    assert first.run(outer) == "red"
+
+
 def test_task_that_failed_is_no_longer_running(first: Task, second: Task) -> None:
     """After a step that raised, its task no longer counts as the running one."""
 
