@@ -82,10 +82,15 @@ def keep(batch, number):
     for row in batch.collect():
         call(row.id)
     batch.select(udf(lambda number: handed_on(number + 100), "string")("id")).collect()
-    traced = mlflow_ctx_autolog.traced(lambda number: handed_on(number + 200))
-    batch.select(udf(traced, "string")("id")).collect()
+
+    def answer(number):
+        with mlflow_ctx_autolog.attach(batches_carrier):
+            return handed_on(number + 200)
+
+    batch.select(udf(answer, "string")("id")).collect()
 
 with mlflow.start_span("batches") as batches, functions.stream_of(spark.range(3)) as stream:
+    batches_carrier = ctx_autolog.broadcast(spark)
     stream.writeStream.foreachBatch(keep).trigger(availableNow=True).start().awaitTermination()
 
 try:
@@ -170,9 +175,9 @@ def _prompts(calls: list[Any]) -> list[str]:
 def test_calls_of_a_batch_function_are_traced_on_spark_connect(result: dict[str, Any]) -> None:
     """foreachBatch's function runs beside the server, in a span of its own below the driver's."""
     trace = stored_trace(result["batches"])
-    nested = [call for call in trace.calls if trace.is_nested(call)]
-    assert _prompts(nested) == [workload.question(number) for number in range(3)]
-    assert "keep" in {task.name for task in trace.tasks}
+    (keep,) = [task for task in trace.tasks if task.name == "keep"]
+    assert keep.parent_id == trace.root.span_id
+    assert _prompts(trace.children_of(keep)) == [workload.question(each) for each in range(3)]
 
 
 @pytest.mark.covers(
@@ -180,15 +185,15 @@ def test_calls_of_a_batch_function_are_traced_on_spark_connect(result: dict[str,
     "stream, `foreachBatch`, functions that it hands to Spark",
     "Spark Connect",
     limit="the function runs in a process of the server's, where nothing is enabled. "
-    "Hand `mlflow_ctx_autolog.traced(f)` to Spark there.",
+    "In what it hands on, `attach` to a carrier that `broadcast` has made before.",
 )
-def test_a_batch_function_hands_on_what_is_traced(result: dict[str, Any]) -> None:
-    """Of the functions that it hands to Spark, those in traced() are below its own span."""
+def test_a_batch_function_hands_on_what_attaches(result: dict[str, Any]) -> None:
+    """Of the functions that it hands to Spark, only the calls of one that attaches are traced."""
     trace = stored_trace(result["batches"])
     (keep,) = [task for task in trace.tasks if task.name == "keep"]
-    below = [call for task in trace.children_of(keep) for call in trace.children_of(task)]
-    assert _prompts(below) == [workload.question(200 + number) for number in range(3)]
-    assert len(trace.calls) == 6
+    others = [call for call in trace.calls if call.parent_id != keep.span_id]
+    assert all(trace.is_nested(call) for call in others)
+    assert _prompts(others) == [workload.question(200 + number) for number in range(3)]
 
 
 @pytest.mark.parametrize(
