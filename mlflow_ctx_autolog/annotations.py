@@ -75,7 +75,8 @@ def annotate(**keys: Value | None) -> Annotations:
 
     Args:
         **keys: Texts of at most 1000 characters, numbers, or true and false; they are stored
-            with the trace. None takes a key back.
+            with the trace as they are, whatever the settings say of content. None takes a key
+            back.
 
     Raises:
         TypeError: A value is of another type.

@@ -23,7 +23,7 @@ _FACTS = re.compile(
     r"mlflow\.(?!spanInputs|spanOutputs|spanDescription|chat\.(?!tokenUsage)|trace\.intermediate"
     r"|chunk).*"
     r"|(?:spark|spans|process|host|os|service|server|network|thread|code|error|telemetry)\..*"
-    r"|mlflow_ctx_autolog\..*|llm\.(?:calls|tokens|cost|request|silence)\b.*"
+    r"|mlflow_ctx_autolog\..*|annotation\..*|llm\.(?:calls|tokens|cost|request|silence|stream)\b.*"
     r"|gen_ai\.(?:request|response|usage|operation|provider|agent|conversation)\..*"
     r"|gen_ai\.(?:system|output\.type|tool\.name|tool\.type)"
     r"|exception\.(?:type|escaped)|http\.(?:request\.method|response\.status_code)"

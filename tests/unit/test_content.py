@@ -41,6 +41,8 @@ def span(database: Destination) -> Iterator[LiveSpan]:
         span.set_attribute("mlflow.llm.model", "gpt-test")
         span.set_attribute("model", "gpt-test")
         span.set_attribute("llm.request.fingerprint", "0f0f")
+        span.set_attribute("llm.stream.outcome", "closed early")
+        span.set_attribute("annotation.doc_id", "contract-7")
         span.set_attribute("spark.stage.id", 3)
         span.set_attribute("temperature", 0.5)
         span.set_attribute("note", SECRET)
@@ -91,6 +93,8 @@ def test_without_content_facts_remain(span: LiveSpan) -> None:
         "mlflow.llm.model": "gpt-test",
         "model": "gpt-test",
         "llm.request.fingerprint": "0f0f",
+        "llm.stream.outcome": "closed early",
+        "annotation.doc_id": "contract-7",
         "spark.stage.id": 3,
         "temperature": 0.5,
         "gen_ai.request.model": "gpt-test",
