@@ -11,12 +11,16 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
+from pyspark import cloudpickle
 from pyspark.sql import SparkSession, functions
 from workload import ask
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import CallReport
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
+
+# Workers cannot import the tests' modules.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SCHEMA = "id long"
 Job = Callable[[SparkSession, str, Path], None]
@@ -172,7 +176,9 @@ JOBS: list[tuple[Job, str, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("job", "cause", "repeats"), JOBS, ids=lambda each: str(each))
+@pytest.mark.parametrize(
+    ("job", "cause", "repeats"), JOBS, ids=[job.__name__ for job, _, _ in JOBS]
+)
 def test_each_repeat_has_its_true_cause(
     spark: SparkSession,
     endpoint: OpenAIEndpoint,
