@@ -13,7 +13,6 @@ from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 from pyspark.sql.functions import udf, udtf
 from pyspark.sql.types import StructType
-from pyspark.sql.udtf import AnalyzeArgument, AnalyzeResult, SkipRestOfInputTableException
 from workload import stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -149,11 +148,13 @@ def test_a_table_function_may_say_its_schema_and_stop_early(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
     """analyze() works, and a function that skips the rest of its table goes on in one good task."""
+    from pyspark.sql.udtf import AnalyzeResult, SkipRestOfInputTableException
+
     call = functions.asker(endpoint.base_url)
 
     class Extract:
         @staticmethod
-        def analyze(table: AnalyzeArgument) -> AnalyzeResult:
+        def analyze(table: Any) -> AnalyzeResult:
             assert table.isTable
             return AnalyzeResult(StructType().add("answer", "string"), withSinglePartition=True)
 
