@@ -90,7 +90,7 @@ def _add_session(name: str, row: Row) -> None:
             "pytest",
             "-q",
             *(session.posargs or TESTS),
-            env={"MLFLOW_CTX_AUTOLOG_SERVER_PYTHON": server},
+            env={"CTX_AUTOLOG_TESTING_SERVER_PYTHON": server},
         )
 
 

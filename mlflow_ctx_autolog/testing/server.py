@@ -19,7 +19,7 @@ from types import TracebackType
 
 _LOG_TAIL_CHARACTERS = 4000
 _GRACE_SECONDS = 5.0
-_PYTHON = "MLFLOW_CTX_AUTOLOG_SERVER_PYTHON"
+_PYTHON = "CTX_AUTOLOG_TESTING_SERVER_PYTHON"
 
 
 class TrackingServer:
@@ -31,7 +31,7 @@ class TrackingServer:
     for the server to answer. ``backend_store_uri`` is where it keeps what it is told, by default
     an SQLite file in ``directory``. With ``password`` it demands a log-in, as user ``admin``.
     Where this Python has MLflow's client only, the environment variable
-    ``MLFLOW_CTX_AUTOLOG_SERVER_PYTHON`` names one that has the server.
+    ``CTX_AUTOLOG_TESTING_SERVER_PYTHON`` names one that has the server.
     """
 
     def __init__(
