@@ -33,10 +33,11 @@ setup: .venv/library
 demo: setup
 	@$(RUN) $(BIN)/python demo/run.py $(DOCUMENTS)
 
-# Not run from the root of the checkout, where Python would find the sources before the wheel.
+# Not run from the root of the checkout, where Python would find the sources before the wheel. Two
+# files at a time, since most tests wait for Spark or a server to start.
 test: setup
-	@$(RUN) cd tests && ../$(BIN)/coverage run --rcfile=../pyproject.toml -m pytest . $(ARGS)
-	@cd tests && ../$(BIN)/coverage report --rcfile=../pyproject.toml
+	@$(RUN) cd tests && ../$(BIN)/pytest . -n 2 --dist loadfile \
+		--cov --cov-config=../pyproject.toml --cov-report=term $(ARGS)
 
 test-unit: setup
 	@$(RUN) cd tests && ../$(BIN)/pytest unit $(ARGS)
