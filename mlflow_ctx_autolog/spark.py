@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import logging
 import re
 import sys
 import threading
@@ -46,6 +47,8 @@ __all__ = [
     "started_session",
     "way_home",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _CARRIES = "__mlflow_ctx_autolog__"
 
@@ -665,8 +668,9 @@ def job_facts(spark: Any, functions: Collection[str], since: int) -> dict[str, A
 
     Returns:
         ``plans``: for each SQL execution, how many nodes of its final plan run each function or
-        scan a cached table; ``speculative``: ids of task attempts that were copies; ``jobs``: the
-        job of each stage. None on Spark Connect, and when Spark has stopped.
+        scan a cached table; ``speculative``: ids of task attempts that were copies, None where
+        Spark does not say; ``jobs``: the job of each stage. None on Spark Connect, and when Spark
+        has stopped.
     """
     context = _spark_context(spark)
     if context is None or context._jsc is None:
@@ -676,7 +680,7 @@ def job_facts(spark: Any, functions: Collection[str], since: int) -> dict[str, A
         core.listenerBus().waitUntilEmpty(_NEWS)
     status = core.statusStore()
     jobs: dict[int, int] = {}
-    speculative: list[int] = []
+    speculative: list[int] | None = []
     for job in _latest(status.jobsList(None), _JOBS, by=lambda job: int(job.jobId())):
         submitted = job.submissionTime()
         if submitted.isDefined() and submitted.get().getTime() < since:
@@ -684,8 +688,11 @@ def job_facts(spark: Any, functions: Collection[str], since: int) -> dict[str, A
         for stage in _items(job.stageIds()):
             jobs.setdefault(stage, int(job.jobId()))
     if context._conf.get("spark.speculation", "false") == "true":
-        for stage in jobs:
-            speculative += _speculative_attempts(status, stage)
+        try:
+            speculative = [each for stage in jobs for each in _speculative_attempts(status, stage)]
+        except Exception as error:
+            _logger.info("Spark does not say which task attempts were copies: %r", error)
+            speculative = None
     session = spark if hasattr(spark, "_jsparkSession") else _session_in(context)
     plans = {} if session is None else _plans(session._jsparkSession, functions, since)
     return {"plans": plans, "speculative": speculative, "jobs": jobs}
@@ -699,8 +706,7 @@ def _session_in(context: Any) -> Any:
 
 
 def _speculative_attempts(status: Any, stage: int) -> Iterator[int]:
-    last = status.asOption(status.lastStageAttempt(stage))
-    for attempt in range(last.get().attemptId() + 1 if last.isDefined() else 0):
+    for attempt in range(status.lastStageAttempt(stage).attemptId() + 1):
         copies = status.speculationSummary(stage, attempt)
         if copies.isDefined():
             for task in _items(status.taskList(stage, attempt, _TASKS)):
