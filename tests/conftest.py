@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
 
+from mlflow_ctx_autolog.driver import driver
+from mlflow_ctx_autolog.process import worker_process
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer, TrackingStore
 
 
@@ -24,11 +27,15 @@ def server(ctx_autolog_server: TrackingServer) -> TrackingServer:
 
 
 @pytest.fixture(autouse=True)
-def spools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def spools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where this test's processes keep what is not stored yet, apart from those of others."""
     folder = tmp_path / "spools"
     monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY", str(folder))
-    return folder
+    yield folder
+    # What waits for a server that is gone would hold up whoever flushes later.
+    for delivery in [*driver.ledger._deliveries.all(), *worker_process().deliveries.all()]:
+        if delivery.waiting:
+            delivery.take()
 
 
 @pytest.fixture

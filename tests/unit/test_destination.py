@@ -20,6 +20,7 @@ from workload import stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import driver, spark, store
+from mlflow_ctx_autolog.spark import Handed
 from mlflow_ctx_autolog.spool import Destination
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlflow_ctx_autolog.CtxAutologWarning")
@@ -134,7 +135,8 @@ def test_where_tracing_is_off_functions_stay_as_they_are(
 
     if is_by_context:
         with mlflow.tracing.context(enabled=False):
-            assert driver.driver.carry(extract, None, False) is extract
+            handed = Handed(extract, "extract", None, False, False, False, False)
+            assert driver.driver.carry(handed) is extract
             assert ctx_autolog.traced(extract) is extract
         return
     mlflow.tracing.disable()

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import driver, store, tracing, worker
+from mlflow_ctx_autolog import driver, exceptions, store, tracing, worker
 from mlflow_ctx_autolog.ledger import Arrival, Ledger
 from mlflow_ctx_autolog.receipts import TaskReceipt
 from mlflow_ctx_autolog.spool import Destination
@@ -140,7 +140,7 @@ def test_a_task_that_could_not_begin_says_so_at_home(
     monkeypatch: pytest.MonkeyPatch, database: Destination
 ) -> None:
     """A function that runs untraced on a worker is told of on the driver, where somebody reads."""
-    monkeypatch.setattr(worker, "_warned", set())
+    monkeypatch.setattr(exceptions, "_warned", set())
     home = WayHome()
     run = worker.task_runner(
         len, "len", '{"version": 99}', required=False, repeated=False, way_home=home
