@@ -142,9 +142,10 @@ def test_a_task_that_could_not_begin_says_so_at_home(
     """A function that runs untraced on a worker is told of on the driver, where somebody reads."""
     monkeypatch.setattr(exceptions, "_warned", set())
     home = WayHome()
-    run = worker.task_runner(
-        len, "len", '{"version": 99}', required=False, repeated=False, way_home=home
+    runner = worker.task_runner(
+        "len", '{"version": 99}', required=False, repeated=False, way_home=home
     )
+    run = runner(len, False)
 
     assert run("abc") == 3
     ((text, _, _, records),) = home.arrivals
