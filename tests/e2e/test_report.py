@@ -17,7 +17,7 @@ from pyspark.sql import SparkSession, functions
 from workload import ask
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import CallReport
+from mlflow_ctx_autolog import CallReport, cli
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
 # Workers cannot import the tests' modules.
@@ -177,6 +177,7 @@ def test_each_repeat_has_its_true_cause(
     endpoint: OpenAIEndpoint,
     experiment_id: str,
     tmp_path: Path,
+    spools: Path,
     job: Job,
     cause: str,
     repeats: int,
@@ -186,7 +187,7 @@ def test_each_repeat_has_its_true_cause(
     ctx_autolog.enable()
     with mlflow.start_span(job.__name__) as span:
         job(spark, endpoint.base_url, tmp_path)
-    report = complete_report(span.trace_id, endpoint)
+    report = complete_report(span.trace_id, endpoint, spools)
 
     found = {each.key: sums.calls for each, sums in report.by_cause().items()}
     if cause == "stage_retry":
@@ -199,12 +200,14 @@ def test_each_repeat_has_its_true_cause(
     assert_sums(report, endpoint)
 
 
-def complete_report(trace_id: str, endpoint: OpenAIEndpoint) -> CallReport:
-    """Read the trace once it has all calls: those of a killed worker are sent by the next task."""
+def complete_report(trace_id: str, endpoint: OpenAIEndpoint, spools: Path) -> CallReport:
+    """Read the trace once it has all calls: those of a killed worker are recovered."""
     mlflow.flush_trace_async_logging()
     report = ctx_autolog.report(trace_id)
     while report.made.calls < len(endpoint.requests):
+        # A killed executor's Python worker may outlive it, and its spool is its own until then.
         time.sleep(0.5)
+        cli.main(["recover", str(spools)])
         report = ctx_autolog.report(trace_id)
     assert report.made.calls == len(endpoint.requests)
     return report
