@@ -37,8 +37,8 @@ from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.spool import Destination
-from mlflow_ctx_autolog.store import send, span_record
+from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.stores.tracking_store import send, span_record
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 CALLS, PARTITIONS = 2_000, 4

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.exceptions import (
     CarrierError,
     CtxAutologError,
@@ -28,15 +29,14 @@ from mlflow_ctx_autolog.exceptions import (
     UnsupportedStoreError,
     UnsupportedVersionError,
 )
-from mlflow_ctx_autolog.receipts import Receipt
 
 if TYPE_CHECKING:
-    from mlflow_ctx_autolog.annotations import annotate, last_call
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
-    from mlflow_ctx_autolog.call_report import CallReport, report
-    from mlflow_ctx_autolog.diagnosis import Diagnosis, doctor
-    from mlflow_ctx_autolog.driver import broadcast, capture, flush, receipt, traced
-    from mlflow_ctx_autolog.worker import attach
+    from mlflow_ctx_autolog.diagnosis.doctor import Diagnosis, doctor
+    from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
+    from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
+    from mlflow_ctx_autolog.reporting.call_report import CallReport, report
+    from mlflow_ctx_autolog.worker.runner import attach
 
 __all__ = [
     "CallReport",
@@ -69,21 +69,21 @@ __all__ = [
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow is therefore imported on first use.
 _LAZY = {
-    "Diagnosis": "diagnosis",
-    "CallReport": "call_report",
+    "Diagnosis": "diagnosis.doctor",
+    "CallReport": "reporting.call_report",
     "Handle": "autolog",
-    "annotate": "annotations",
-    "attach": "worker",
-    "broadcast": "driver",
-    "capture": "driver",
+    "annotate": "model_calls.annotations",
+    "attach": "worker.runner",
+    "broadcast": "driver.handover",
+    "capture": "driver.handover",
     "disable": "autolog",
-    "doctor": "diagnosis",
+    "doctor": "diagnosis.doctor",
     "enable": "autolog",
-    "flush": "driver",
-    "last_call": "annotations",
-    "receipt": "driver",
-    "report": "call_report",
-    "traced": "driver",
+    "flush": "driver.handover",
+    "last_call": "model_calls.annotations",
+    "receipt": "driver.handover",
+    "report": "reporting.call_report",
+    "traced": "driver.handover",
 }
 
 

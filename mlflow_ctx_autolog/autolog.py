@@ -8,21 +8,22 @@ import time
 from types import TracebackType
 from typing import Any
 
-from mlflow_ctx_autolog import process, versions
-from mlflow_ctx_autolog.checks import Facts, examine
+from mlflow_ctx_autolog import versions
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.driver import (
+from mlflow_ctx_autolog.diagnosis.checks import Facts, examine
+from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
+from mlflow_ctx_autolog.driver.handover import (
     describe_transport,
     driver,
     settings,
     warn,
     warn_of_old_store,
 )
+from mlflow_ctx_autolog.driver.spark import Handovers
 from mlflow_ctx_autolog.exceptions import DiagnosisError
-from mlflow_ctx_autolog.openai_calls import OpenAICalls
-from mlflow_ctx_autolog.probe import facts_of_process
-from mlflow_ctx_autolog.spark import Handovers
-from mlflow_ctx_autolog.spark_task import in_spark_task
+from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.worker import process
+from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 
 __all__ = ["Handle", "disable", "enable", "switch_on"]
 

@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(
     trace_ids: list[str], tracking_uri: str | None, html: Path | None, as_json: bool
 ) -> int:
-    from mlflow_ctx_autolog.call_report import report
     from mlflow_ctx_autolog.exceptions import StoreError
+    from mlflow_ctx_autolog.reporting.call_report import report
 
     try:
         found = report(trace_ids, tracking_uri=tracking_uri)
@@ -82,12 +82,12 @@ def _report(
 
 def _recover(path: Path, tracking_uri: str | None) -> int:
     # Imports MLflow, for which nobody should wait who wants to know versions.
+    from mlflow_ctx_autolog.delivery.recovery import recover
+    from mlflow_ctx_autolog.delivery.spool import Destination, Record, spool_files
+    from mlflow_ctx_autolog.driver.ledger import write_stored_totals
     from mlflow_ctx_autolog.exceptions import StoreError
-    from mlflow_ctx_autolog.ledger import write_stored_totals
-    from mlflow_ctx_autolog.otlp import is_collector
-    from mlflow_ctx_autolog.recovery import recover
-    from mlflow_ctx_autolog.spool import Destination, Record, spool_files
-    from mlflow_ctx_autolog.store import send_to, spans_of
+    from mlflow_ctx_autolog.stores.otlp import is_collector
+    from mlflow_ctx_autolog.stores.tracking_store import send_to, spans_of
 
     if not path.exists():
         print(f"{path} does not exist")
@@ -129,8 +129,8 @@ def _recover(path: Path, tracking_uri: str | None) -> int:
 
 def _doctor(given: argparse.Namespace) -> int:
     # Imports MLflow and starts Spark.
-    from mlflow_ctx_autolog.diagnosis import diagnose
-    from mlflow_ctx_autolog.spark import started_session
+    from mlflow_ctx_autolog.diagnosis.doctor import diagnose
+    from mlflow_ctx_autolog.driver.spark import started_session
 
     with started_session(given.master, given.remote) as (session, problem):
         diagnosis = diagnose(session, model_url=given.model_url, session_error=problem)

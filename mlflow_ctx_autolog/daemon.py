@@ -19,7 +19,7 @@ __all__ = ["main", "preload"]
 
 # What the first call of a traced task would import; the client loads these as they are used.
 _MODULES = (
-    "mlflow_ctx_autolog.worker",
+    "mlflow_ctx_autolog.worker.runner",
     "openai.resources.chat.completions",
     "openai.resources.completions",
     "openai.resources.embeddings",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlflow_ctx_autolog.spark_task import in_spark_task, task_attributes
 from mlflow_ctx_autolog.task import current_task
+from mlflow_ctx_autolog.worker.spark_task import in_spark_task, task_attributes
 
 __all__ = ["DriverExperimentProvider", "SparkRunContextProvider"]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.usage import Amounts, Tally
 
 __all__ = [

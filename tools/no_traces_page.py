@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from mlflow_ctx_autolog.checks import CHECKS
+from mlflow_ctx_autolog.diagnosis.checks import CHECKS
 
 PAGE = Path(__file__).parents[1] / "docs" / "no-traces.md"
 

@@ -153,7 +153,7 @@ def test_a_library_that_workers_lack_breaks_nothing(
 ) -> None:
     """An autolog that cannot be turned on in a worker costs its spans and nothing else."""
     monkeypatch.setattr(
-        "mlflow_ctx_autolog.driver.autologs_in_force",
+        "mlflow_ctx_autolog.driver.handover.autologs_in_force",
         lambda: {"smolagents": {}, "of a later release": {"log_traces": True}},
     )
 

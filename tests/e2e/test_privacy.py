@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 from workload import SCHEMA, extractor, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import driver
+from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request, TrackingServer
 
 SECRET = "Alice-of-Turku"

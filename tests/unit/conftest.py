@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.testing import TrackingStore
 
 

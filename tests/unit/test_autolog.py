@@ -26,8 +26,9 @@ from pyspark.sql.udtf import UserDefinedTableFunction
 from workload import ask, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import autolog, driver, versions
-from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog import autolog, versions
+from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 try:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlflow_ctx_autolog.calls import Attempt, Call, SparkFacts
-from mlflow_ctx_autolog.causes import judge, skewed_hosts
+from mlflow_ctx_autolog.reporting.calls import Attempt, Call, SparkFacts
+from mlflow_ctx_autolog.reporting.causes import judge, skewed_hosts
 
 SECOND = 1_000_000_000
 ONCE = SparkFacts({"0": {"extract": 1}, "1": {"extract": 1}}, frozenset(), {0: 0, 1: 1, 2: 2})

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_ctx_autolog import store as store_module
 from mlflow_ctx_autolog.cli import main
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, SpoolFile
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.spool import Destination, Record, SpoolFile
+from mlflow_ctx_autolog.stores import tracking_store as store_module
 
 DESTINATION = Destination("http://a", "1")
 SPANS = [Record("span", f"{number}", b"payload") for number in range(3)]

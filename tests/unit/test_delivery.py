@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import Config
-from mlflow_ctx_autolog import delivery as delivery_module
-from mlflow_ctx_autolog.delivery import Counts, Deliveries, Delivery
+from mlflow_ctx_autolog.delivery import sender as delivery_module
+from mlflow_ctx_autolog.delivery.recovery import recover
+from mlflow_ctx_autolog.delivery.sender import Counts, Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, SpoolFile, spool_files
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.recovery import recover
-from mlflow_ctx_autolog.spool import Destination, Record, Spool, SpoolFile, spool_files
 
 A = Destination("http://a", "1")
 B = Destination("http://b", "1")
@@ -1053,8 +1053,8 @@ def test_nothing_stays_on_the_disk_after_a_flush(
 KILLED = """
 import sys, threading
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.delivery import Delivery
-from mlflow_ctx_autolog.spool import Destination, Record
+from mlflow_ctx_autolog.delivery.sender import Delivery
+from mlflow_ctx_autolog.delivery.spool import Destination, Record
 
 class Delivery(Delivery):
     # As long as a slow machine may need.

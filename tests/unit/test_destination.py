@@ -19,9 +19,11 @@ from mlflow.tracking.default_experiment.databricks_notebook_experiment_provider 
 from workload import stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import driver, spark, store
-from mlflow_ctx_autolog.spark import Handed
-from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.driver import handover as driver
+from mlflow_ctx_autolog.driver import spark
+from mlflow_ctx_autolog.driver.spark import Handed
+from mlflow_ctx_autolog.stores import tracking_store as store
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlflow_ctx_autolog.CtxAutologWarning")
 
@@ -221,7 +223,7 @@ def test_spans_of_other_libraries_nest_where_mlflow_shares_its_provider(
     script = f"""
         import mlflow
         from opentelemetry import trace
-        from mlflow_ctx_autolog import spark
+        from mlflow_ctx_autolog.driver import spark
 
         def extract():
             with trace.get_tracer("other").start_as_current_span("of another library"):

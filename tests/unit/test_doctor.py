@@ -19,9 +19,9 @@ import pytest
 from mlflow.entities.trace_location import MlflowExperimentLocation
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.checks import Finding
-from mlflow_ctx_autolog.openai_calls import _CALLS
-from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.diagnosis.checks import Finding
+from mlflow_ctx_autolog.model_calls.openai_calls import _CALLS
 from mlflow_ctx_autolog.testing import Status, UnreliableProxy
 
 Completions = openai.resources.chat.completions.Completions

@@ -22,10 +22,13 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from workload import StoredTrace, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import driver, ledger, store, tracing
-from mlflow_ctx_autolog.ledger import Ledger
-from mlflow_ctx_autolog.receipts import TaskReceipt
-from mlflow_ctx_autolog.spool import Destination, Record
+from mlflow_ctx_autolog import tracing
+from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.spool import Destination, Record
+from mlflow_ctx_autolog.driver import handover as driver
+from mlflow_ctx_autolog.driver import ledger
+from mlflow_ctx_autolog.driver.ledger import Ledger
+from mlflow_ctx_autolog.stores import tracking_store as store
 
 USAGE = "mlflow.chat.tokenUsage"
 COST = "mlflow.llm.cost"
@@ -122,7 +125,7 @@ def _away(
     return Span.from_otel_proto(span.to_otel_proto())
 
 
-def our_warnings(caplog: pytest.LogCaptureFixture, name: str = "ledger") -> list[str]:
+def our_warnings(caplog: pytest.LogCaptureFixture, name: str = "driver.ledger") -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
@@ -175,6 +178,23 @@ def test_spans_opened_since_are_announced_too(book: Ledger, database: Destinatio
             assert ctx_autolog.flush(60)
             _, spans = store.read_trace(database, root.trace_id)
             assert sorted(span.name for span in spans) == ["chapter", "driver"]
+
+
+def test_a_receipt_is_of_the_trace_that_was_handed_to_spark_last(
+    book: Ledger, database: Destination
+) -> None:
+    """Also where another one was handed over in between; one that is forgotten counts no more."""
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        with tracing.new_trace("other") as other:
+            ctx_autolog.capture()
+        assert ctx_autolog.receipt().trace_id == other
+        ctx_autolog.capture()
+        assert ctx_autolog.receipt().trace_id == root.trace_id
+    book.forget(root.trace_id)
+    assert ctx_autolog.receipt().trace_id == other
+    with pytest.raises(KeyError):
+        ctx_autolog.receipt(root.trace_id)
 
 
 @pytest.mark.parametrize("is_async", ["true", "false"])
@@ -766,7 +786,7 @@ def test_a_store_that_is_gone_is_waited_for_no_longer_than_set(
     incomplete = [text for text in our_warnings(caplog) if root.trace_id in text]
     assert len(incomplete) == 1
     assert "did not say how many it has" in incomplete[0]
-    assert len(our_warnings(caplog, "delivery")) == 1
+    assert len(our_warnings(caplog, "delivery.sender")) == 1
 
 
 @pytest.mark.usefixtures("gone")

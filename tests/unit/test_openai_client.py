@@ -19,9 +19,9 @@ from workload import ask, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.openai_calls import OpenAICalls
-from mlflow_ctx_autolog.spool import Destination
-from mlflow_ctx_autolog.store import read_trace
+from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.stores.tracking_store import read_trace
 from mlflow_ctx_autolog.task import current_task
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request, script
 

@@ -10,9 +10,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+from mlflow_ctx_autolog.delivery.spool import Record
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.otlp import collector_uri, send_to_collector
-from mlflow_ctx_autolog.spool import Record
+from mlflow_ctx_autolog.stores.otlp import collector_uri, send_to_collector
 from mlflow_ctx_autolog.testing import Collector
 
 RECORDS = [Record("span", "a", b"\x0a\x00"), Record("span", "b", b"\x0a\x00")]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlflow_ctx_autolog.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 
 FULL = TaskReceipt(
     trace_id="tr-1",

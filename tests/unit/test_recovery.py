@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.recovery import Recovered, Recovery, recover
-from mlflow_ctx_autolog.spool import (
+from mlflow_ctx_autolog.delivery.recovery import Recovered, Recovery, recover
+from mlflow_ctx_autolog.delivery.spool import (
     Destination,
     Record,
     SpoolFile,
     spool_files,
 )
+from mlflow_ctx_autolog.exceptions import StoreError
 
 DESTINATION = Destination("http://a", "1")
 PAGE = 4096

@@ -9,10 +9,13 @@ import mlflow
 import pytest
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import driver, exceptions, store, tracing, worker
-from mlflow_ctx_autolog.ledger import Arrival, Ledger
-from mlflow_ctx_autolog.receipts import TaskReceipt
-from mlflow_ctx_autolog.spool import Destination
+from mlflow_ctx_autolog import exceptions, tracing
+from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.driver import handover as driver
+from mlflow_ctx_autolog.driver.ledger import Arrival, Ledger
+from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.worker import runner as worker
 
 
 @pytest.fixture

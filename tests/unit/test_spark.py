@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlflow_ctx_autolog.spark import _users_function
+from mlflow_ctx_autolog.driver.spark import _users_function
 
 
 def extract(number: int) -> int:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_ctx_autolog import spool as spool_module
-from mlflow_ctx_autolog.spool import (
+from mlflow_ctx_autolog.delivery import spool as spool_module
+from mlflow_ctx_autolog.delivery.spool import (
     Destination,
     Record,
     Spool,
@@ -108,7 +108,7 @@ def process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
 HOLDER = """
 import sys
 from pathlib import Path
-from mlflow_ctx_autolog.spool import Destination, Record, Spool
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool
 
 spool = Spool(Destination("http://a", "1"), Path(sys.argv[1]), 10_000_000, 10_000_000)
 for number in range(int(sys.argv[2])):
@@ -500,7 +500,7 @@ def test_own_file_cannot_be_opened_again(make: MakeSpool, spools: Path) -> None:
     for _ in range(2):
         with pytest.raises(BlockingIOError):
             SpoolFile.open(path)
-    code = "import sys, pathlib; from mlflow_ctx_autolog.spool import SpoolFile\n"
+    code = "import sys, pathlib; from mlflow_ctx_autolog.delivery.spool import SpoolFile\n"
     code += "try: SpoolFile.open(pathlib.Path(sys.argv[1]))\nexcept BlockingIOError: print('ready')"
     with process(code, path):
         pass
@@ -536,7 +536,7 @@ def test_records_outlive_a_killed_process(spools: Path) -> None:
 FORKING = """
 import gc, os, sys
 from pathlib import Path
-from mlflow_ctx_autolog.spool import Destination, Record, Spool, SpoolFile, spool_files
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, SpoolFile, spool_files
 
 directory = Path(sys.argv[1])
 spool = Spool(Destination("http://a", "1"), directory, 10_000_000, 10_000_000)

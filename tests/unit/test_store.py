@@ -20,9 +20,9 @@ from mlflow.entities.trace_location import TraceLocation
 from mlflow.entities.trace_state import TraceState
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 
-from mlflow_ctx_autolog import store
+from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.spool import Destination, Record
+from mlflow_ctx_autolog.stores import tracking_store as store
 
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
 JSON = {"Content-Type": "application/json"}

@@ -68,7 +68,7 @@ def test_users(ctx_autolog_store, n):
     assert len(ctx_autolog_store.traces()) == 1
 
 def test_afterwards():
-    from mlflow_ctx_autolog.driver import driver
+    from mlflow_ctx_autolog.driver.handover import driver
 
     assert mlflow.get_tracking_uri() == before
     assert driver.config is None

@@ -13,7 +13,7 @@ import pytest
 from mlflow_ctx_autolog import DriverContext
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task, Work, current_work
-from mlflow_ctx_autolog.threads import ThreadHandovers
+from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
 colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
 

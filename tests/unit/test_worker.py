@@ -20,12 +20,15 @@ from pyspark import cloudpickle
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import exceptions, spark, spark_task, worker
+from mlflow_ctx_autolog import exceptions
+from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.spool import Destination, Record
+from mlflow_ctx_autolog.driver import spark
 from mlflow_ctx_autolog.exceptions import CarrierError
-from mlflow_ctx_autolog.process import worker_process
-from mlflow_ctx_autolog.receipts import TaskReceipt
-from mlflow_ctx_autolog.spool import Destination, Record
-from mlflow_ctx_autolog.store import read_trace, spans_of
+from mlflow_ctx_autolog.stores.tracking_store import read_trace, spans_of
+from mlflow_ctx_autolog.worker import runner as worker
+from mlflow_ctx_autolog.worker import spark_task
+from mlflow_ctx_autolog.worker.process import worker_process
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mlflow_ctx_autolog import autolog, probe, store, tracing
-from mlflow_ctx_autolog import spark as spark_api
-from mlflow_ctx_autolog.checks import (
+from mlflow_ctx_autolog import autolog, tracing
+from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery.spool import Destination, without_credentials
+from mlflow_ctx_autolog.diagnosis import probe
+from mlflow_ctx_autolog.diagnosis.checks import (
     SPARK_SETTINGS,
     VARIABLES,
     Facts,
@@ -24,10 +26,10 @@ from mlflow_ctx_autolog.checks import (
     Level,
     examine,
 )
-from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.driver import driver, settings, transport
+from mlflow_ctx_autolog.driver import spark as spark_api
+from mlflow_ctx_autolog.driver.handover import driver, settings, transport
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
-from mlflow_ctx_autolog.spool import Destination, without_credentials
+from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.versions import SUPPORTED
 
 __all__ = ["Diagnosis", "diagnose", "doctor"]

@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ from mlflow.utils.rest_utils import http_request
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, TracesData
 
-from mlflow_ctx_autolog.answers import excerpt, failure, root_cause
-from mlflow_ctx_autolog.calls import StoredSpan, StoredTrace, is_wanted
+from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
-from mlflow_ctx_autolog.otlp import is_collector, send_to_collector
-from mlflow_ctx_autolog.spool import Destination, Record
+from mlflow_ctx_autolog.stores.answers import excerpt, failure, root_cause
+from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
+from mlflow_ctx_autolog.stores.stored_trace import StoredSpan, StoredTrace
 
 __all__ = [
     "TRACE_KEY",
@@ -458,8 +458,15 @@ def _local_stage(store: Any, experiment_id: str) -> tuple[str | None, bool]:
         return None, True
 
 
-def read_stored_trace(tracking_uri: str, trace_id: str) -> StoredTrace:
-    """Return what is needed of a trace to tell its calls, however large it is.
+def read_stored_trace(
+    tracking_uri: str, trace_id: str, wanted: Callable[[str], bool]
+) -> StoredTrace:
+    """Return what is needed of a trace, however large it is.
+
+    Args:
+        tracking_uri: Where it is stored.
+        trace_id: MLflow's id.
+        wanted: Which attributes of its spans to keep, by their names.
 
     Raises:
         StoreError: The store does not answer, or has no such trace.
@@ -476,23 +483,25 @@ def read_stored_trace(tracking_uri: str, trace_id: str) -> StoredTrace:
             content = _request(
                 store, "GET", _SPANS_PATH, params=question, timeout=_READING_TIME
             ).content
-            return _stored_trace(info, _spans_in(content))
+            return _stored_trace(info, _spans_in(content), wanted)
         except StoreError as error:
             if error.unsupported and "RESOURCE_DOES_NOT_EXIST" in str(error):
                 raise StoreError(f"there is no trace {trace_id} in {tracking_uri}") from error
             if not error.unsupported:
                 raise
     info, spans = read_trace(destination, trace_id)
-    return _stored_trace(info, (span.to_dict() for span in spans))
+    return _stored_trace(info, (span.to_dict() for span in spans), wanted)
 
 
-def _stored_trace(info: TraceInfo, spans: Iterable[dict[str, Any]]) -> StoredTrace:
+def _stored_trace(
+    info: TraceInfo, spans: Iterable[dict[str, Any]], wanted: Callable[[str], bool]
+) -> StoredTrace:
     return StoredTrace(
         str(info.trace_id),
         str(info.experiment_id),
         str(getattr(info.state, "value", info.state)),
         dict(info.trace_metadata),
-        (_stored_span(span) for span in spans),
+        (_stored_span(span, wanted) for span in spans),
     )
 
 
@@ -510,7 +519,7 @@ def _spans_in(content: bytes) -> Iterator[dict[str, Any]]:
         yield span
 
 
-def _stored_span(document: dict[str, Any]) -> StoredSpan:
+def _stored_span(document: dict[str, Any], wanted: Callable[[str], bool]) -> StoredSpan:
     if "span_id" not in document:
         # As releases before 3 have stored it.
         document = Span.from_dict(document).to_dict()
@@ -529,7 +538,7 @@ def _stored_span(document: dict[str, Any]) -> StoredSpan:
         int(document["start_time_unix_nano"]),
         _whole(document.get("end_time_unix_nano")),
         str(status.get("code", "")).removeprefix("STATUS_CODE_"),
-        {name: value for name, value in attributes.items() if is_wanted(name)},
+        {name: value for name, value in attributes.items() if wanted(name)},
         next((_exception(event) for event in events if event.get("name") == "exception"), None),
         next(
             (_whole(event.get("time_unix_nano")) for event in events if _is_chunk(event)),

@@ -12,15 +12,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mlflow_ctx_autolog.calls import SPARK_FACTS
-from mlflow_ctx_autolog.checks import likely_causes
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
-from mlflow_ctx_autolog.delivery import Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
+from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
-from mlflow_ctx_autolog.receipts import Receipt, TaskReceipt
-from mlflow_ctx_autolog.spool import Destination, Record, default_directory
-from mlflow_ctx_autolog.store import (
+from mlflow_ctx_autolog.stores.stored_trace import SPARK_FACTS
+from mlflow_ctx_autolog.stores.tracking_store import (
     TRACE_KEY,
     count_spans,
     current_tracking_uri,

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow_ctx_autolog.annotations import ANNOTATION
-from mlflow_ctx_autolog.fingerprint import FINGERPRINT
+from mlflow_ctx_autolog.model_calls.annotations import ANNOTATION
+from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
+from mlflow_ctx_autolog.stores.stored_trace import SPARK_FACTS, StoredSpan, StoredTrace
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
-    "SPARK_FACTS",
     "Attempt",
     "Call",
     "SparkFacts",
-    "StoredSpan",
-    "StoredTrace",
     "is_wanted",
     "read_calls",
 ]
-
-# Metadata of a trace: what the driver has learnt from Spark, see SparkFacts.
-SPARK_FACTS = "mlflow_ctx_autolog.spark"
 
 _CALLS = frozenset({"CHAT_MODEL", "LLM", "EMBEDDING"})
 # MLflow records these as tools.
@@ -45,76 +40,6 @@ _EXCERPT = 160
 def is_wanted(attribute: str) -> bool:
     """Whether an attribute of a span says something about a call or its task."""
     return attribute in _WANTED or attribute.startswith((ANNOTATION, *_OF_TASKS))
-
-
-@dataclass(slots=True)
-class StoredSpan:
-    """What is needed of a span, as the store has it.
-
-    Args:
-        span_id: Its id.
-        parent_id: That of the span above it; None for the root.
-        name: Its name.
-        kind: MLflow's span type, such as ``CHAT_MODEL``.
-        started: Nanoseconds since the epoch.
-        ended: The same; None while it runs.
-        status: ``OK``, ``ERROR`` or ``UNSET``.
-        attributes: The wanted ones, with values as JSON text.
-        error: Type and message of an exception that ended it.
-        first_chunk: When a stream's first piece came, in nanoseconds since the epoch.
-    """
-
-    span_id: str
-    parent_id: str | None
-    name: str
-    kind: str
-    started: int
-    ended: int | None
-    status: str
-    attributes: Mapping[str, str]
-    error: str | None = None
-    first_chunk: int | None = None
-
-    def get(self, name: str) -> Any:
-        """Return the value of an attribute; None where it has none that can be read."""
-        text = self.attributes.get(name)
-        if text is None:
-            return None
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-
-    def number(self, name: str) -> int | None:
-        """Return the whole number that an attribute holds, also as a text; None for all else."""
-        try:
-            return int(self.get(name))
-        except (TypeError, ValueError):
-            return None
-
-    def text(self, name: str) -> str | None:
-        """Return an attribute as a text; None where there is none."""
-        value = self.get(name)
-        return None if value is None else str(value)
-
-
-@dataclass(slots=True)
-class StoredTrace:
-    """A trace as the store has it.
-
-    Args:
-        trace_id: MLflow's id.
-        experiment_id: Of the experiment that it is kept in.
-        state: ``OK``, ``ERROR`` or ``IN_PROGRESS``.
-        metadata: What MLflow and the driver say of it.
-        spans: In any order.
-    """
-
-    trace_id: str
-    experiment_id: str
-    state: str
-    metadata: Mapping[str, str]
-    spans: Iterable[StoredSpan]
 
 
 @dataclass(slots=True)

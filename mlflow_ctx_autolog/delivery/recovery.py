@@ -11,8 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.spool import (
+from mlflow_ctx_autolog.delivery.spool import (
     LAST_NUMBER,
     Destination,
     Record,
@@ -20,6 +19,7 @@ from mlflow_ctx_autolog.spool import (
     first_of,
     spool_files,
 )
+from mlflow_ctx_autolog.exceptions import StoreError
 
 __all__ = ["Recovered", "Recovery", "recover"]
 

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow_ctx_autolog.patching import Patch
-from mlflow_ctx_autolog.spark_task import CONTEXT_PROPERTY
+from mlflow_ctx_autolog.worker.spark_task import CONTEXT_PROPERTY
 
 __all__ = [
     "Handed",
@@ -417,7 +417,7 @@ def attaching(function: Callable[..., Any], carrier: object, name: str) -> Calla
 def _worker_importer() -> Callable[[], Any]:
     def import_worker() -> Any:
         try:
-            from mlflow_ctx_autolog import worker
+            from mlflow_ctx_autolog.worker import runner as worker
         except ImportError as error:
             import socket
             import sys

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from mlflow_ctx_autolog.report_text import headline, seconds, tables
+from mlflow_ctx_autolog.reporting.text import headline, seconds, tables
 
 __all__ = ["page"]
 

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.spool import Destination, Record, Spool
 
 __all__ = ["Counts", "Deliveries", "Delivery"]
 

@@ -12,10 +12,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlflow_ctx_autolog import store
-from mlflow_ctx_autolog.calls import Attempt, Call, StoredTrace, read_calls
-from mlflow_ctx_autolog.causes import CAUSES, CLIENT_RETRY, Cause, Judged, judge, skewed_hosts
-from mlflow_ctx_autolog.report_text import lines, tables
+from mlflow_ctx_autolog.reporting.calls import Attempt, Call, is_wanted, read_calls
+from mlflow_ctx_autolog.reporting.causes import (
+    CAUSES,
+    CLIENT_RETRY,
+    Cause,
+    Judged,
+    judge,
+    skewed_hosts,
+)
+from mlflow_ctx_autolog.reporting.text import lines, tables
+from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.stored_trace import StoredTrace
 
 __all__ = ["CallReport", "Sums", "report"]
 
@@ -303,7 +311,7 @@ class CallReport:
         return target
 
     def _page(self) -> str:
-        from mlflow_ctx_autolog.report_html import page
+        from mlflow_ctx_autolog.reporting.html_page import page
 
         rows = [_row(each) for each in self.calls]
         tasks = [_task_row(attempt) for attempt in self.attempts]
@@ -370,7 +378,7 @@ def report(
         ids = [_trace_id(trace) for trace in (traces if several else [traces])]
     reader = _Reader(priced)
     for trace_id in ids:
-        reader.read(store.read_stored_trace(uri, trace_id))
+        reader.read(store.read_stored_trace(uri, trace_id, is_wanted))
     found = reader.finish(_key(request_key), ids)
     found.tracking_uri = uri if uri.startswith(("http://", "https://")) else None
     return found

@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit
 import requests
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from mlflow_ctx_autolog.answers import failure, root_cause
+from mlflow_ctx_autolog.delivery.spool import Record
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
-from mlflow_ctx_autolog.spool import Record
+from mlflow_ctx_autolog.stores.answers import failure, root_cause
 
 __all__ = ["collector_uri", "is_collector", "otlp_record", "send_to_collector"]
 

@@ -14,10 +14,14 @@ import mlflow.openai
 from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
 
-from mlflow_ctx_autolog.annotations import ANNOTATION, current_annotations, set_last_call
-from mlflow_ctx_autolog.fingerprint import FINGERPRINT, fingerprint
-from mlflow_ctx_autolog.flavors import Autolog
-from mlflow_ctx_autolog.openai_client import OpenAIClient
+from mlflow_ctx_autolog.model_calls.annotations import (
+    ANNOTATION,
+    current_annotations,
+    set_last_call,
+)
+from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT, fingerprint
+from mlflow_ctx_autolog.model_calls.flavors import Autolog
+from mlflow_ctx_autolog.model_calls.openai_client import OpenAIClient
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.task import Task, current_task
 from mlflow_ctx_autolog.tracing import record_usage

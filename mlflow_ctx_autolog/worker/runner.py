@@ -15,20 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Counts, Delivery
+from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
 from mlflow_ctx_autolog.exceptions import CarrierError, users_traceback, warn_once
-from mlflow_ctx_autolog.openai_calls import autolog_is_on
-from mlflow_ctx_autolog.process import content_policy, worker_process
-from mlflow_ctx_autolog.receipts import TaskReceipt
-from mlflow_ctx_autolog.spark_task import (
-    context_of_query,
-    in_spark_task,
-    is_batch,
-    on_task_end,
-    row_count,
-    skips_rest,
-    task_attributes,
-)
+from mlflow_ctx_autolog.model_calls.openai_calls import autolog_is_on
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 from mlflow_ctx_autolog.tracing import (
     active_context,
@@ -37,6 +27,16 @@ from mlflow_ctx_autolog.tracing import (
     task_span_activated,
     trace_id_of,
     tracing_problem,
+)
+from mlflow_ctx_autolog.worker.process import content_policy, worker_process
+from mlflow_ctx_autolog.worker.spark_task import (
+    context_of_query,
+    in_spark_task,
+    is_batch,
+    on_task_end,
+    row_count,
+    skips_rest,
+    task_attributes,
 )
 
 __all__ = ["attach", "process_id", "read_carrier", "task_runner"]

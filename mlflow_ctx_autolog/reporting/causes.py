@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlflow_ctx_autolog.calls import Attempt, Call
+from mlflow_ctx_autolog.reporting.calls import Attempt, Call
 
 __all__ = ["CAUSES", "CLIENT_RETRY", "Cause", "Judged", "judge", "skewed_hosts"]
 

@@ -12,22 +12,25 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from mlflow_ctx_autolog import otlp, process, store, tracing, versions
-from mlflow_ctx_autolog import spark as spark_api
+from mlflow_ctx_autolog import tracing, versions
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery.receipts import Receipt
+from mlflow_ctx_autolog.driver import spark as spark_api
+from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.exceptions import (
     CtxAutologWarning,
     IncompleteTraceError,
     UnsupportedStoreError,
 )
-from mlflow_ctx_autolog.fingerprint import new_key
-from mlflow_ctx_autolog.flavors import autologs_in_force
-from mlflow_ctx_autolog.ledger import Ledger
-from mlflow_ctx_autolog.receipts import Receipt
-from mlflow_ctx_autolog.spark_task import in_spark_task
-from mlflow_ctx_autolog.worker import process_id
+from mlflow_ctx_autolog.model_calls.fingerprint import new_key
+from mlflow_ctx_autolog.model_calls.flavors import autologs_in_force
+from mlflow_ctx_autolog.stores import otlp
+from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.worker import process
+from mlflow_ctx_autolog.worker.runner import process_id
+from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 
 __all__ = [
     "Driver",

@@ -11,17 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mlflow_ctx_autolog.children import Children, Parent
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery import Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.recovery import Recovery
+from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.flavors import Autologs
-from mlflow_ctx_autolog.openai_calls import OpenAICalls
-from mlflow_ctx_autolog.otlp import is_collector, otlp_record
-from mlflow_ctx_autolog.recovery import Recovery
-from mlflow_ctx_autolog.spool import Destination, Record
-from mlflow_ctx_autolog.store import send, span_record
+from mlflow_ctx_autolog.model_calls.flavors import Autologs
+from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.stores.otlp import is_collector, otlp_record
+from mlflow_ctx_autolog.stores.tracking_store import send, span_record
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
@@ -31,7 +30,6 @@ from mlflow_ctx_autolog.task import (
     look_elsewhere,
     open_tasks,
 )
-from mlflow_ctx_autolog.threads import ThreadHandovers
 from mlflow_ctx_autolog.tracing import (
     WorkerTracing,
     active_context,
@@ -46,6 +44,8 @@ from mlflow_ctx_autolog.tracing import (
     usage_of,
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+from mlflow_ctx_autolog.worker.children import Children, Parent
+from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
 __all__ = ["WorkerProcess", "content_policy", "flush", "join", "remove", "worker_process"]
 

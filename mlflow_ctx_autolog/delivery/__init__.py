@@ -1,0 +1,1 @@
+"""From a finished span to the store: spool, sender, recovery, and receipts of it all."""

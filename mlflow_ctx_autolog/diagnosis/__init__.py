@@ -1,0 +1,1 @@
+"""Why traces may be missing: facts from driver and workers, and what they mean."""

@@ -1,0 +1,1 @@
+"""Where spans are stored, and how these places are spoken to."""
