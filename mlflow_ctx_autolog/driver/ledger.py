@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -163,7 +164,8 @@ class Ledger:
         self._config = config
         self._spark_facts = spark_facts
         self._lock = threading.Lock()
-        self._books: dict[str, _Book] = {}
+        # The trace that was handed to Spark last comes last.
+        self._books: OrderedDict[str, _Book] = OrderedDict()
         self._without_trace: dict[str, TaskReceipt] = {}
         self._deliveries = Deliveries(self._new_delivery)
         self._tracing = DriverTracing(self)
@@ -196,6 +198,7 @@ class Ledger:
                 destination = Destination(current_tracking_uri(), table or str(info.experiment_id))
                 book = _Book(destination, info, store_takes_spans(), table, receipts_come_home)
                 self._books[_key(info.trace_id)] = book
+            self._books.move_to_end(_key(info.trace_id))
             book.receipts_come_home &= receipts_come_home
             book.handed_over += functions
             over = [trace_id for trace_id, each in self._books.items() if each.has_ended]
@@ -388,7 +391,7 @@ class Ledger:
 
     def forget(self, trace_id: str) -> None:
         """Strike a trace off that nobody is to ask for."""
-        self._books.pop(trace_id, None)
+        self._books.pop(_key(trace_id), None)
 
     def close(self) -> None:
         """Leave export to MLflow again, once the traces that are open have ended."""
