@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_ctx_autolog.driver import driver
-from mlflow_ctx_autolog.process import worker_process
+from mlflow_ctx_autolog.driver.handover import driver
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer, TrackingStore
+from mlflow_ctx_autolog.worker.process import worker_process
 
 
 def pytest_report_header() -> str:
@@ -32,7 +32,10 @@ def spools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "spools"
     monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY", str(folder))
     yield folder
-    # What waits for a server that is gone would hold up whoever flushes later.
+    # What waits for a server that is gone, or would be written there at each flush, would hold up
+    # whoever flushes later.
+    for book in driver.ledger._unsettled():
+        driver.ledger.forget(book.trace_id)
     for delivery in [*driver.ledger._deliveries.all(), *worker_process().deliveries.all()]:
         if delivery.waiting:
             delivery.take()
