@@ -772,7 +772,7 @@ def test_store_is_asked_again_when_the_time_is_up(store: Store, unhurried: Confi
     store.fail(StoreError("it answered 429", retry_after=0.3))
     delivery = QuickToRetry(A, store, unhurried)
     delivery.submit(span(0))
-    delivery.flush(0.01)
+    delivery.hurry()
     store.wait_for(lambda: store.attempts == 1)
     asked = time.monotonic()
 
@@ -826,7 +826,7 @@ def test_first_reason_is_remembered(store: Store, unhurried: Config) -> None:
     assert delivery.first_error is None
     store.fail(StoreError("it answered 503"))
     delivery.submit(span(0))
-    delivery.flush(0.05)
+    delivery.hurry()
     store.wait_for(lambda: store.attempts >= 2)
     store.fail(StoreError("it answered 500"))
     enough = store.attempts + 2
@@ -841,7 +841,7 @@ def test_reason_is_forgotten_when_all_is_well(store: Store, unhurried: Config) -
     for reason in ("it answered 503", "it answered 500"):
         store.fail(StoreError(reason))
         delivery.submit(span(reason))
-        delivery.flush(0.05)
+        delivery.hurry()
         until(lambda: delivery.first_error is not None)
         assert delivery.first_error == reason
         store.recover()
@@ -881,7 +881,7 @@ def test_batch_that_is_refused_is_halved(store: Store, unhurried: Config) -> Non
     store.refuses = {"5"}
     delivery = QuickToRetry(A, store, unhurried)
     submit_all(delivery, spans(names(8)))
-    delivery.flush(0.01)
+    assert delivery.flush(LONG) is False
     store.wait_for(lambda: len(store.stored) == 7)
     until(lambda: delivery.waiting == 1)
 
@@ -926,8 +926,8 @@ def test_batches_grow_again_after_a_refusal(store: Store, settings: Settings) ->
     delivery = QuickToRetry(A, store, settings(batch_size=8))
     delivery.submit(span(0))
     delivery.submit(span(1))
-    delivery.flush(0.01)
-    store.wait_for(lambda: store.stored == ["1"])
+    assert delivery.flush(LONG) is False
+    assert store.stored == ["1"]
     store.refuses = set()
     assert flushed(delivery)
 
@@ -1192,7 +1192,7 @@ def test_flush_and_counts_agree(
     monkeypatch.setattr(Spool, "remove", remove)
     delivery = Delivery(A, store, unhurried)
     delivery.submit(span("a", "task"))
-    delivery.flush(0.01)
+    delivery.hurry()
     assert removed.wait(LONG)
     # As when the sender is held up between the disk and the book.
     threading.Timer(0.3, go_on.set).start()
