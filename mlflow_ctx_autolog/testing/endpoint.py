@@ -65,14 +65,8 @@ class OpenAIEndpoint:
         self._closed = False
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.endpoint = self
-        self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever,
-            kwargs={"poll_interval": 0.02},
-            name="openai-endpoint",
-            daemon=True,
-        )
-        self._thread.start()
+        self.port = self._server.port
+        self._server.start("openai-endpoint")
 
     @property
     def url(self) -> str:
@@ -102,10 +96,7 @@ class OpenAIEndpoint:
             if self._closed:
                 return
             self._closed = True
-        self._server.shutdown()
-        self._server.server_close()
-        self._server.drop_connections()
-        self._thread.join()
+        self._server.stop()
 
     def __enter__(self) -> OpenAIEndpoint:
         return self

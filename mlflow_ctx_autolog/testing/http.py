@@ -44,10 +44,8 @@ class HTTPServer(ABC):
         self._received: list[Received] = []
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.answers = self
-        self.port: int = self._server.server_address[1]
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
+        self.port = self._server.port
+        self._server.start("http-server")
 
     @abstractmethod
     def reply(self, request: Received) -> Reply:
@@ -72,9 +70,7 @@ class HTTPServer(ABC):
 
     def close(self) -> None:
         """Stop listening, and cut the connections that are open."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._server.drop_connections()
+        self._server.stop()
 
     def __enter__(self: ServerT) -> ServerT:
         return self

@@ -129,20 +129,13 @@ class UnreliableProxy:
         if self._server is None:
             self._server = _Server(("127.0.0.1", self.port), _Handler)
             self._server.proxy = self
-            self.port = self._server.server_address[1]
-            threading.Thread(
-                target=self._server.serve_forever,
-                kwargs={"poll_interval": 0.02},
-                name="unreliable-proxy",
-                daemon=True,
-            ).start()
+            self.port = self._server.port
+            self._server.start("unreliable-proxy")
 
     def _stop_listening(self) -> None:
         server, self._server = self._server, None
         if server is not None:
-            server.shutdown()
-            server.server_close()
-            server.drop_connections()
+            server.stop()
 
     def _mode_for(self, server: _Server, method: str, path: str) -> Mode:
         """Count a request and return what is to happen to it, once that is known."""

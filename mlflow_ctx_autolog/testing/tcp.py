@@ -23,6 +23,25 @@ class DroppingServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._connections_lock = threading.Lock()
         super().__init__(address, handler)
 
+    @property
+    def port(self) -> int:
+        """Where it listens on this host."""
+        return int(self.server_address[1])
+
+    def start(self, name: str) -> None:
+        """Serve on a thread of that name, until `stop`."""
+        self._thread = threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, name=name, daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop listening, and cut the connections that are open."""
+        self.shutdown()
+        self.server_close()
+        self._drop_connections()
+        self._thread.join()
+
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._connections_lock:
             self._connections.add(request)
@@ -33,8 +52,8 @@ class DroppingServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._connections.discard(request)
         super().shutdown_request(request)
 
-    def drop_connections(self) -> None:
-        """Cut every open connection, in the middle of a reply if need be."""
+    def _drop_connections(self) -> None:
+        # In the middle of a reply if need be.
         with self._connections_lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):  # The client may have closed it first.
