@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
 import json
@@ -17,11 +18,17 @@ import openai
 import openai.resources.chat.completions
 import pytest
 from mlflow.entities.trace_location import MlflowExperimentLocation
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from mlflow.tracing.client import TracingClient
 
 import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog import cli
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.diagnosis.checks import Finding
+from mlflow_ctx_autolog.driver import spark
 from mlflow_ctx_autolog.model_calls.openai_calls import _CALLS
+from mlflow_ctx_autolog.stores.tracking_store import PROBE_TAG
 from mlflow_ctx_autolog.testing import Status, UnreliableProxy
 
 Completions = openai.resources.chat.completions.Completions
@@ -81,6 +88,37 @@ def test_a_store_where_nobody_listens(store: Destination) -> None:
     (failure,) = diagnosis.failures
     assert uri in failure.found
     assert "mlflow.set_tracking_uri" in failure.advice
+
+
+def test_the_command_tells_by_its_status(
+    store: Destination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 for what cannot work, in so many words."""
+    monkeypatch.setattr(
+        spark, "started_session", lambda master, remote: contextlib.nullcontext((None, None))
+    )
+    assert cli.main(["doctor"]) == 0
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    assert cli.main(["doctor"]) == 2
+    assert "http://127.0.0.1:9" in capsys.readouterr().out
+
+
+def test_a_probe_that_cannot_be_deleted_is_tagged(
+    database: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a log-in may write, but not delete, the trace says what it was."""
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise MlflowException("not for you", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(TracingClient, "delete_traces", forbidden)
+    diagnosis = examine_in_span()
+
+    assert causes(diagnosis) == {}
+    (trace,) = mlflow.search_traces(
+        locations=["0"], filter_string=f"tag.`{PROBE_TAG}` = 'true'", return_type="list"
+    )
+    assert [span.name for span in trace.data.spans] == ["mlflow-ctx-autolog doctor"]
 
 
 @pytest.mark.parametrize(
