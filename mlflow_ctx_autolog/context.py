@@ -36,6 +36,7 @@ class DriverContext:
             the driver stores them, as for an address with a user name or password in it.
         traceparent: W3C ``traceparent`` of the span active on the driver; None if there was none.
         tracestate: W3C ``tracestate`` of that span, if any.
+        workspace: The server's workspace that the experiment is in; None for the default one.
         session_id: Groups the traces of one job where there is no ``traceparent`` to join them.
         user: Who the traces of the job are of, where there is no ``traceparent``, if MLflow knows.
         tags: Tags of these traces.
@@ -58,6 +59,7 @@ class DriverContext:
     tracking_uri: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
+    workspace: str | None = None
     session_id: str | None = None
     user: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -111,6 +113,7 @@ _OPTIONAL = (
     "tracking_uri",
     "traceparent",
     "tracestate",
+    "workspace",
     "session_id",
     "user",
     "application_id",

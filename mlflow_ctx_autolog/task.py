@@ -79,7 +79,8 @@ class Task:
     def destination(self) -> Destination:
         """Where this task's spans are stored."""
         uri, experiment_id = self.context.tracking_uri, self.context.experiment_id
-        return Destination(uri, experiment_id, self.context.process_id if uri is None else None)
+        driver_id = self.context.process_id if uri is None else None
+        return Destination(uri, experiment_id, driver_id, self.context.workspace)
 
     def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run one step of the task's function with the context variables of its last step."""

@@ -56,6 +56,12 @@ from mlflow_ctx_autolog.context import DriverContext, is_traceparent
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
+try:
+    from mlflow.utils import workspace_context
+except ImportError:
+    # Of a release without workspaces.
+    workspace_context = None
+
 __all__ = [
     "DriverTracing",
     "JoinedTrace",
@@ -65,6 +71,7 @@ __all__ = [
     "active_context",
     "active_span_headers",
     "active_trace",
+    "active_workspace",
     "add_to_trace",
     "complete_info",
     "cost_of",
@@ -203,10 +210,17 @@ def active_trace() -> TraceInfo | None:
     with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
         if trace is None or trace.is_remote_trace or trace.info.trace_location is None:
             return None
-        # Which MLflow does by itself, for a workspace of its own choice.
-        if getattr(trace, "workspace", None):
-            return None
         return copy.deepcopy(trace.info)
+
+
+def active_workspace() -> str | None:
+    """Return the workspace of the active span's trace, or of a new one; None for none."""
+    span = mlflow.get_current_active_span()
+    if span is not None:
+        with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+            if trace is not None:
+                return getattr(trace, "workspace", None)
+    return None if workspace_context is None else workspace_context.get_request_workspace()
 
 
 def open_spans(trace_id: str) -> list[Span]:
@@ -536,11 +550,7 @@ class DriverTracing:
         spans: list[Span],
         workspace: str | None = None,
     ) -> None:
-        rest = [
-            span
-            for span in spans
-            if workspace or not self._try(self._takes.take_span, span, experiment_id)
-        ]
+        rest = [span for span in spans if not self._try(self._takes.take_span, span, experiment_id)]
         if rest:
             original(exporter, experiment_id, rest, *([workspace] if workspace else []))
 
@@ -552,7 +562,7 @@ class DriverTracing:
         prompts: Sequence[Any],
         workspace: str | None = None,
     ) -> None:
-        if trace is not None and not workspace and self._try(self._takes.take_trace, trace):
+        if trace is not None and self._try(self._takes.take_trace, trace):
             # All that is left to MLflow is what does not travel with spans.
             attached = any(getattr(span, "_attachments", None) for span in trace.data.spans)
             if not attached and not prompts:

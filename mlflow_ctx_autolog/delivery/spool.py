@@ -14,7 +14,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -47,11 +47,13 @@ class Destination:
         tracking_uri: The store; None where only the driver can store it.
         experiment_id: The experiment; of spans that go to a Unity Catalog table, that table.
         driver_id: Names that driver's process.
+        workspace: The workspace of the server that the experiment is in; None for the default one.
     """
 
     tracking_uri: str | None
     experiment_id: str
     driver_id: str | None = None
+    workspace: str | None = None
 
 
 class Record(NamedTuple):
@@ -305,13 +307,12 @@ class SpoolFile:
                 connection.execute("BEGIN")
                 connection.execute(
                     "CREATE TABLE destination "
-                    "(tracking_uri TEXT, experiment_id TEXT, driver_id TEXT)"
+                    "(tracking_uri TEXT, experiment_id TEXT, driver_id TEXT, workspace TEXT)"
                 )
-                uri = without_credentials(destination.tracking_uri)
-                connection.execute(
-                    "INSERT INTO destination VALUES (?, ?, ?)",
-                    (uri, destination.experiment_id, destination.driver_id),
+                public = replace(
+                    destination, tracking_uri=without_credentials(destination.tracking_uri)
                 )
+                connection.execute("INSERT INTO destination VALUES (?, ?, ?, ?)", astuple(public))
                 connection.execute(
                     "CREATE TABLE record (number INTEGER PRIMARY KEY, kind TEXT, key TEXT, "
                     "payload BLOB, owner TEXT, UNIQUE (kind, key))"

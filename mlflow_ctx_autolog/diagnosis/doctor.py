@@ -217,6 +217,7 @@ class _Examination:
         asked_of_store: dict[str, Any] = {
             "experiment_id": self._experiment_id,
             "trace_id": trace_id,
+            "workspace": tracing.active_workspace(),
         }
         try:
             asks_store = facts.transport in ("direct", "driver")
@@ -315,7 +316,8 @@ class _Examination:
         return f"the call is not among the {len(spans)} spans in the store: {receipt}; {reason}"
 
     def _destination(self) -> Destination:
-        return Destination(self._uri, str(self._experiment_id))
+        workspace = tracing.active_workspace()
+        return Destination(self._uri, str(self._experiment_id), workspace=workspace)
 
     def _delete(self, trace_id: str) -> None:
         # Where neither deleting nor tagging is allowed, the trace's name says what it is.

@@ -86,6 +86,7 @@ def _facts_by_the_library(
     tracking_uri: str | None = None,
     experiment_id: str | None = None,
     trace_id: str | None = None,
+    workspace: str | None = None,
 ) -> dict[str, Any]:
     """Return what it takes this library to find out.
 
@@ -95,6 +96,7 @@ def _facts_by_the_library(
         tracking_uri: The tracking store that this process has to reach; None not to try.
         experiment_id: The experiment that it has to write to, if known.
         trace_id: The trace that it is to write a span to; None not to try.
+        workspace: The server's workspace that the experiment is in.
 
     Returns:
         ``tracing`` and, if there is one, ``spool``: what is wrong with them, None if nothing is;
@@ -124,7 +126,7 @@ def _facts_by_the_library(
             return facts
         span = None if trace_id is None else lone_span("mlflow-ctx-autolog doctor", trace_id)
         records = [] if span is None else [span_record(span)]
-        facts["store"] = access(tracking_uri, experiment_id, records)
+        facts["store"] = access(tracking_uri, experiment_id, records, workspace)
         facts["span_id"] = None if span is None else span.span_id
     return facts
 

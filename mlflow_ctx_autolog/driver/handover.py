@@ -442,6 +442,7 @@ def _capture(
         experiment_id="" if is_collector else tracing.current_experiment_id(),
         traceparent=headers.get("traceparent"),
         tracestate=headers.get("tracestate"),
+        workspace=tracing.active_workspace(),
         session_id=None if headers else declared_session or f"spark-{uuid.uuid4()}",
         user=None if headers else user,
         tags={} if headers else tags,

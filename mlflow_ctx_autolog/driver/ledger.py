@@ -37,6 +37,7 @@ from mlflow_ctx_autolog.stores.tracking_store import (
 from mlflow_ctx_autolog.tracing import (
     DriverTracing,
     active_trace,
+    active_workspace,
     add_to_trace,
     complete_info,
     filtered,
@@ -170,9 +171,10 @@ class Ledger:
         self._deliveries = Deliveries(self._new_delivery)
         self._tracing = DriverTracing(self)
         self._is_closing = False
+        self._is_exiting = False
         self._timer: threading.Timer | None = None
         self._watches_exit = False
-        self._last_trace_ended = -math.inf
+        self._last_settled = -math.inf, -math.inf
         self._warned: set[str] = set()
         self._came_home: str | None = None
 
@@ -195,7 +197,11 @@ class Ledger:
             is_new = book is None
             if book is None:
                 table = span_table()
-                destination = Destination(current_tracking_uri(), table or str(info.experiment_id))
+                destination = Destination(
+                    current_tracking_uri(),
+                    table or str(info.experiment_id),
+                    workspace=active_workspace(),
+                )
                 book = _Book(destination, info, store_takes_spans(), table, receipts_come_home)
                 self._books[_key(info.trace_id)] = book
             self._books.move_to_end(_key(info.trace_id))
@@ -262,18 +268,21 @@ class Ledger:
         self, destination: Destination, records: Sequence[Record], receipt: TaskReceipt | None
     ) -> None:
         book = None if receipt is None else self._book_of(receipt.trace_id)
+        workspace = active_workspace() if book is None else book.destination.workspace
         if destination.tracking_uri is not None:
             reason = None if receipt is None else receipt.first_error
             self._came_home = self._came_home or reason or "no answer in time"
         if store_takes_spans() if book is None else book.delivers:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own
-            self._deliveries.to(Destination(uri, destination.experiment_id)).submit_all(records)
+            home = Destination(uri, destination.experiment_id, workspace=workspace)
+            self._deliveries.to(home).submit_all(records)
             return
         table = span_table() if book is None else book.table
         if table is not None:
             uri = current_tracking_uri() if book is None else book.destination.tracking_uri
-            self._deliveries.to(Destination(uri, table)).submit_all(records)
+            home = Destination(uri, table, workspace=workspace)
+            self._deliveries.to(home).submit_all(records)
             return
         late = [span for span in spans_of(records) if not add_to_trace(span)]
         if late:
@@ -311,8 +320,9 @@ class Ledger:
         self._record_facts(book)
         self._close_if_over()
         if book.delivers:
-            self._last_trace_ended = time.monotonic()
+            began = time.monotonic()
             self._settle_and_warn(book, self._config().flush_timeout, give_up_if_down=True)
+            self._last_settled = began, time.monotonic()
         self._warn_of_silence(book)
         return book.delivers
 
@@ -575,7 +585,10 @@ class Ledger:
             book.info.trace_metadata[SPARK_FACTS] = facts
 
     def _within(self, deadline: float, ask: Callable[..., T], *args: Any) -> T | None:
-        """Return the store's answer; None where there is none by the deadline, or a second."""
+        """Return the store's answer; None where there is none by the deadline.
+
+        But for the exit of the process, there is a second at least.
+        """
         answers: list[T] = []
 
         def run() -> None:
@@ -592,7 +605,7 @@ class Ledger:
             # At the exit of the process, there are no more threads.
             run()
         else:
-            thread.join(max(_LULL, deadline - time.monotonic()))
+            thread.join(max(0.0 if self._is_exiting else _LULL, deadline - time.monotonic()))
         return answers[0] if answers else None
 
     def _receipt_without_trace(self, trace_id: str | None, timeout: float) -> Receipt:
@@ -630,11 +643,12 @@ class Ledger:
         return Delivery(destination, send, self._config())
 
     def _at_exit(self) -> None:
-        timeout = self._config().flush_timeout
-        if (waited := time.monotonic() - self._last_trace_ended) < timeout:
+        self._is_exiting = True
+        deadline = time.monotonic() + self._config().flush_timeout
+        began, ended = self._last_settled
+        if time.monotonic() - ended < _LULL:
             # For the end of a trace, which MLflow's own exit handler has waited for.
-            timeout = max(_LULL, timeout - waited)
-        deadline = time.monotonic() + timeout
+            deadline -= ended - began
         # MLflow may have the end of a trace still to export, from which it is known what is down.
         self._within(deadline, flush_exports)
         self.flush(max(0.0, deadline - time.monotonic()), give_up_if_down=True)

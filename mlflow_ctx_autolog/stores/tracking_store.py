@@ -6,11 +6,11 @@ import base64
 import functools
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import mlflow
@@ -45,6 +45,12 @@ from mlflow_ctx_autolog.stores.answers import excerpt, failure, root_cause
 from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
 from mlflow_ctx_autolog.stores.stored_trace import StoredSpan, StoredTrace
 
+try:
+    from mlflow.utils.workspace_context import ServerWorkspaceContext
+except ImportError:
+    # Of a release without workspaces, whose name nobody sets.
+    ServerWorkspaceContext = None
+
 __all__ = [
     "TRACE_KEY",
     "access",
@@ -69,6 +75,9 @@ __all__ = [
     "worker_tracking_uri",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # Metadata of a trace by which its spans can be counted without reading them.
 TRACE_KEY = "mlflow_ctx_autolog.trace_id"
 # Tag of a trace that was made to try the store, where it cannot be deleted.
@@ -85,6 +94,21 @@ _READING_TIME = 300.0
 _TRACES_FOUND, _TRACES_AT_ONCE = 1000, 100
 # Where MLflow's own UI reads a trace's spans, in the form in which they are stored.
 _SPANS_PATH = "/ajax-api/2.0/mlflow/get-trace-artifact"
+
+
+def _in_its_workspace(
+    ask: Callable[Concatenate[Destination, P], T],
+) -> Callable[Concatenate[Destination, P], T]:
+    """Have MLflow speak of the destination's workspace, on whatever thread it is asked."""
+
+    @functools.wraps(ask)
+    def asks(destination: Destination, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if destination.workspace is None or ServerWorkspaceContext is None:
+            return ask(destination, *args, **kwargs)
+        with ServerWorkspaceContext(destination.workspace):
+            return ask(destination, *args, **kwargs)
+
+    return asks
 
 
 def current_tracking_uri() -> str:
@@ -155,12 +179,6 @@ def worker_tracking_uri() -> tuple[str | None, str]:
         UnsupportedStoreError: Neither can the driver store them for the workers.
     """
     uri = mlflow.get_tracking_uri()
-    workspace = os.environ.get("MLFLOW_WORKSPACE")
-    if workspace not in (None, "", "default"):
-        raise UnsupportedStoreError(
-            f"The workspace {workspace!r} of the tracking server is active, which is not supported "
-            "yet: workers would store their calls in the default one. Set no workspace."
-        )
     if not store_takes_spans():
         span_table()
         kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
@@ -221,6 +239,7 @@ def trace_record(info: TraceInfo) -> Record:
     return Record("trace", str(info.trace_id), json.dumps(info.to_dict()).encode())
 
 
+@_in_its_workspace
 def send(destination: Destination, records: Sequence[Record]) -> None:
     """Store records, spans in one request. Storing a record again replaces it.
 
@@ -250,7 +269,7 @@ def send_to(
         StoreError: The store does not answer, or refuses them.
     """
     uri = tracking_uri or destination.tracking_uri or current_tracking_uri()
-    used = Destination(uri, destination.experiment_id)
+    used = replace(destination, tracking_uri=uri)
     send(used, records)
     return used
 
@@ -314,6 +333,7 @@ def sum_of_costs(destination: Destination, trace_id: str) -> dict[str, float]:
     return found
 
 
+@_in_its_workspace
 def _metric(
     destination: Destination, trace_id: str, name: str, aggregation: AggregationType
 ) -> float | None:
@@ -344,6 +364,7 @@ def _metric(
     return sum(amounts) if amounts else None
 
 
+@_in_its_workspace
 def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list[Span]]:
     """Return what the store has of a trace: its info and all its spans.
 
@@ -371,6 +392,7 @@ def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list
     return trace.info, list(trace.data.spans)
 
 
+@_in_its_workspace
 def delete_trace(destination: Destination, trace_id: str) -> None:
     """Delete a trace with all its spans; where that is not allowed, tag it as a probe.
 
@@ -387,7 +409,10 @@ def delete_trace(destination: Destination, trace_id: str) -> None:
 
 
 def access(
-    tracking_uri: str, experiment_id: str | None = None, records: Sequence[Record] = ()
+    tracking_uri: str,
+    experiment_id: str | None = None,
+    records: Sequence[Record] = (),
+    workspace: str | None = None,
 ) -> dict[str, str | None]:
     """Return how far this process gets with a tracking store, in seconds rather than minutes.
 
@@ -395,13 +420,14 @@ def access(
         tracking_uri: The store.
         experiment_id: An experiment in it; None to ask no further than for the log-in.
         records: What to store there, to see whether that is allowed.
+        workspace: The workspace of the server that the experiment is in.
 
     Returns:
         For each step that was taken what is wrong there, None where nothing is. The steps are
         ``"reach"``, ``"login"``, ``"experiment"`` and ``"write"``; the first that fails is the
         last.
     """
-    destination = Destination(tracking_uri, experiment_id or "0")
+    destination = Destination(tracking_uri, experiment_id or "0", workspace=workspace)
     last, problem = _try_experiment(destination)
     if experiment_id is None and last == "experiment":
         last, problem = "login", None
@@ -411,6 +437,7 @@ def access(
     return {**dict.fromkeys(steps[: steps.index(last)]), last: problem}
 
 
+@_in_its_workspace
 def _try_experiment(destination: Destination) -> tuple[str, str | None]:
     """Return the last step towards reading an experiment, and what is wrong there."""
     named = f"the experiment {destination.experiment_id}"

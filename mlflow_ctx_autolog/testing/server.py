@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -30,6 +31,7 @@ class TrackingServer:
     stays the same over `kill` and `start`. ``timeout`` is the time in seconds that `start` waits
     for the server to answer. ``backend_store_uri`` is where it keeps what it is told, by default
     an SQLite file in ``directory``. With ``password`` it demands a log-in, as user ``admin``.
+    ``options`` are more of ``mlflow server``'s.
     Where this Python has MLflow's client only, the environment variable
     ``CTX_AUTOLOG_TESTING_SERVER_PYTHON`` names one that has the server.
     """
@@ -41,6 +43,7 @@ class TrackingServer:
         timeout: float = 60.0,
         backend_store_uri: str | None = None,
         password: str | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self._temporary = directory is None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="mlflow-server-")).resolve()
@@ -48,6 +51,7 @@ class TrackingServer:
         self.timeout = timeout
         self.backend_store_uri = backend_store_uri or f"sqlite:///{self.directory}/mlflow.db"
         self.password = password
+        self.options = tuple(options)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -124,6 +128,7 @@ class TrackingServer:
             *("--artifacts-destination", (self.directory / "artifacts").as_uri()),
             *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
             *(("--app-name", "basic-auth") if self.password else ()),
+            *self.options,
         ]
 
     def _environment(self) -> dict[str, str]:

@@ -314,6 +314,7 @@ def _task_environment(context: DriverContext) -> dict[str, str | None]:
     return {
         **context.environment,
         **store,
+        "MLFLOW_WORKSPACE": context.workspace,
         # Left over from the driver when it started Spark; our default experiment provider gives
         # the driver's experiment of today.
         "MLFLOW_EXPERIMENT_ID": None,

@@ -17,6 +17,7 @@ import mlflow
 import pandas as pd
 import postgresql
 import pytest
+import requests
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from pyspark.sql import SparkSession
@@ -30,8 +31,10 @@ from mlflow_ctx_autolog.testing import (
     TrackingServer,
 )
 
+LOG_IN = ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"]
 PASSWORD = "correct-horse-battery"
 ORCHESTRATOR = "a" * 32
+WORKSPACE = "legal"
 COLLECTOR_KEY = "key of the collector"
 
 Environment = dict[str, str]
@@ -64,8 +67,16 @@ def server_on_postgresql(folder: Path) -> Iterator[tuple[str, Environment]]:
 @contextmanager
 def server_with_log_in(folder: Path) -> Iterator[tuple[str, Environment]]:
     with TrackingServer(folder, password=PASSWORD) as server:
-        log_in = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
-        yield server.uri, log_in
+        yield server.uri, dict(zip(LOG_IN, ("admin", PASSWORD), strict=True))
+
+
+@contextmanager
+def server_with_workspaces(folder: Path) -> Iterator[tuple[str, Environment]]:
+    with TrackingServer(folder, options=["--enable-workspaces"]) as server:
+        requests.post(
+            f"{server.uri}/api/3.0/mlflow/workspaces", json={"name": WORKSPACE}, timeout=30
+        ).raise_for_status()
+        yield server.uri, {"MLFLOW_WORKSPACE": WORKSPACE}
 
 
 @contextmanager
@@ -86,6 +97,7 @@ STORES: dict[str, tuple[Store, list[str]]] = {
     "Server on SQLite": (server_on_sqlite, ["auto", "direct", "driver"]),
     "Server on PostgreSQL": (server_on_postgresql, ["auto", "direct", "driver"]),
     "Server with a log-in that workers lack": (server_with_log_in, ["auto", "direct", "driver"]),
+    "Server with workspaces": (server_with_workspaces, ["auto", "direct", "driver"]),
     "Folder of files": (folder_of_files, ["auto", "driver"]),
     "Databricks, traces in the experiment": (databricks, ["auto", "driver"]),
 }
@@ -158,7 +170,7 @@ def test_every_call_is_in_every_store(
                 # Where the store has a log-in, direct works for those who let it travel.
                 ctx_autolog.enable(
                     transport=transport,
-                    forward_env=list(environment) if transport == "direct" else (),
+                    forward_env=LOG_IN if transport == "direct" else (),
                 ),
                 mlflow.start_span("job") as span,
             ):

@@ -231,17 +231,6 @@ def test_the_transport_can_be_chosen(experiment_id: str, server: TrackingServer)
         ctx_autolog.enable(transport="pigeon")
 
 
-def test_a_workspace_of_the_server_is_refused(
-    experiment_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Workers would write to the default workspace, so enable() says that it cannot be."""
-    monkeypatch.setenv("MLFLOW_WORKSPACE", "team-a")
-    with pytest.raises(ctx_autolog.UnsupportedStoreError, match="'team-a'"):
-        ctx_autolog.enable()
-    monkeypatch.setenv("MLFLOW_WORKSPACE", "default")
-    ctx_autolog.enable()
-
-
 def test_a_store_that_cannot_end_such_a_trace_is_warned_of(
     experiment_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
