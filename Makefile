@@ -34,9 +34,10 @@ demo: setup
 	@$(RUN) $(BIN)/python demo/run.py $(DOCUMENTS)
 
 # Not run from the root of the checkout, where Python would find the sources before the wheel. Two
-# files at a time, since most tests wait for Spark or a server to start.
+# files at a time, since most tests wait for Spark or a server to start; in this order, since those
+# come first that take longest.
 test: setup
-	@$(RUN) cd tests && ../$(BIN)/pytest . -n 2 --dist loadfile \
+	@$(RUN) cd tests && ../$(BIN)/pytest . -n 2 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-config=../pyproject.toml --cov-report=term $(ARGS)
 
 test-unit: setup

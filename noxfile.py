@@ -18,6 +18,18 @@ nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False
 
 
+# Enough to notice whatever a release has moved.
+TESTS = (
+    "e2e/test_functions.py",
+    "e2e/test_one_line.py",
+    "unit/test_openai_calls.py",
+    "unit/test_packaging.py",
+    "unit/test_plugin.py",
+    "unit/test_task.py",
+    "unit/test_worker.py",
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """What is installed; by default the newest of everything, in this environment's Python."""
@@ -27,6 +39,7 @@ class Row:
     pyspark: str = "pyspark"
     python: str = "3.11"
     also: tuple[str, ...] = ()
+    tests: tuple[str, ...] = TESTS
 
 
 # What came out later than the releases beside it and is too new for them.
@@ -54,19 +67,23 @@ ROWS = {
     "openai-2": Row(openai="openai<3"),
     "pyspark-3.5": Row(pyspark="pyspark==3.5.*", also=SPARK_3_5),
     "pyspark-4.0": Row(pyspark="pyspark==4.0.*"),
+    # Which takes no newer openai.
+    "databricks-openai": Row(
+        openai="openai<3", also=("databricks-openai",), tests=("e2e/test_calls.py",)
+    ),
 }
 
-# Enough to notice whatever a release has moved.
-TESTS = (
-    "unit/test_openai_calls.py",
-    "unit/test_packaging.py",
-    "unit/test_plugin.py",
-    "unit/test_task.py",
-    "unit/test_worker.py",
-    "e2e/test_functions.py",
-    "e2e/test_one_line.py",
+NEEDED = (
+    "packaging",
+    "pandas<3",
+    "pyarrow>=11",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "setuptools",
 )
-NEEDED = ("packaging", "pandas<3", "pyarrow>=11", "pytest", "pytest-timeout", "setuptools")
+# Two files at a time, in this order, so that those that take longest do not come last.
+AT_ONCE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def _interpreter(version: str) -> str:
@@ -89,7 +106,8 @@ def _add_session(name: str, row: Row) -> None:
         session.run(
             "pytest",
             "-q",
-            *(session.posargs or TESTS),
+            *AT_ONCE,
+            *(session.posargs or row.tests),
             env={"CTX_AUTOLOG_TESTING_SERVER_PYTHON": server},
         )
 
