@@ -207,6 +207,7 @@ def main(job: Job) -> None:
     if span is not None:
         receipt = ctx_autolog.receipt(span.trace_id)
         tell("receipt", text=str(receipt), complete=receipt.complete)
+    tell("ending")
     spark.stop()
 
 

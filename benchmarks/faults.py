@@ -3,6 +3,7 @@
     make faults
     python benchmarks/faults.py --rows kill-worker,hang
     python benchmarks/faults.py --write docs/faults.md
+    python benchmarks/faults.py --rows hang --write docs/faults.md
 
 Each row runs the job of `fault_job.py` in a driver process of its own, once untraced and once
 traced, against a real tracking server behind a proxy that fails on command.
@@ -111,6 +112,7 @@ class Outcome:
     """Seconds that each call took, for those that returned to the job's function."""
     seconds: float | None = None
     error: str | None = None
+    receipt_seconds: float = 0.0
     exit_seconds: float = 0.0
     stored: list[str] = field(default_factory=list)
     """The same for the call spans in the store."""
@@ -207,8 +209,11 @@ class Run:
     def let_driver_end(self) -> None:
         """Let the driver go on after the action, and wait until it has ended."""
         assert self._driver is not None
-        started = time.perf_counter()
+        asked = time.perf_counter()
         self._go_on()
+        self._wait_for("ending", EXIT_TIMEOUT)
+        started = time.perf_counter()
+        self.outcome.receipt_seconds = started - asked
         try:
             self._driver.wait(EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -571,6 +576,8 @@ standalone cluster of two executors with one core each.
   minus the longest in the untraced run; in brackets the same for the 99th percentile.
 - **job time vs untraced**: from the action's start to the end of the driver's span, by the same of
   the untraced run. Workers have imported `openai` and MLflow before, which takes each two seconds.
+- `receipt()` waits for what is on its way, `flush_timeout` (10 s) at most; *exit held up* is what
+  the exit of the driver took longer than untraced, after that.
 - **what the user was told**: the library's warnings, shortened, and its receipt.
 
 {{table}}
@@ -586,6 +593,8 @@ def table_row(row: Row, traced: Outcome, untraced: Outcome) -> str:
         notes.append(f"{twice:,} twice")
     if unanswered := len(set(traced.stored) - traced.answered):
         notes.append(f"{unanswered:,} of them unanswered")
+    if traced.receipt_seconds > 5:
+        notes.append(f"`receipt()` waited {traced.receipt_seconds:.0f} s for the store")
     held_up = traced.exit_seconds - untraced.exit_seconds
     if held_up > 5:
         notes.append(f"exit held up by {held_up:.0f} s")
@@ -668,21 +677,27 @@ class Table:
         return folder
 
 
+def _lines_in(document: Path) -> dict[str, str]:
+    """Return the lines of the table in a document, by their fault."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+
+
 def main() -> None:
     """Run the rows asked for, and print or write the table."""
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(description="What faults cost.")
     parser.add_argument("--rows", metavar="NAME,...", help=f"some of {', '.join(names)}")
-    parser.add_argument("--write", metavar="FILE", type=Path, help="write the table to a file")
+    parser.add_argument(
+        "--write", metavar="FILE", type=Path, help="write the table, or these rows of it"
+    )
     arguments = parser.parse_args()
     chosen = arguments.rows.split(",") if arguments.rows else names
     if unknown := set(chosen) - set(names):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}")
-    if arguments.write and arguments.rows:
-        parser.error("--write is for the whole table")
 
     print(HEADER, flush=True)
-    lines = []
+    lines = _lines_in(arguments.write) if arguments.write and arguments.rows else {}
     with (
         tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder,
         contextlib.ExitStack() as stack,
@@ -690,15 +705,15 @@ def main() -> None:
         table = Table(Path(folder), stack)
         for row in ROWS:
             if row.name in chosen:
-                lines.append(table.line(row))
-                print(lines[-1], flush=True)
+                lines[row.fault] = table.line(row)
+                print(lines[row.fault], flush=True)
     if arguments.write:
         packages = ("mlflow", "pyspark", "openai")
         versions = ", ".join(f"{name} {version(name)}" for name in packages)
         text = DOCUMENT.format(
             versions=f"Python {sys.version_info.major}.{sys.version_info.minor}, {versions}",
             cores=os.cpu_count(),
-            table="\n".join([HEADER, *lines]),
+            table="\n".join([HEADER, *(lines[row.fault] for row in ROWS if row.fault in lines)]),
         )
         arguments.write.write_text(text, encoding="utf-8")
 
