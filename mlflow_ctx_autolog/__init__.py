@@ -21,6 +21,7 @@ from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.exceptions import (
+    BudgetExceeded,
     CarrierError,
     CtxAutologError,
     CtxAutologWarning,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.worker.runner import attach
 
 __all__ = [
+    "BudgetExceeded",
     "CallReport",
     "CarrierError",
     "Config",

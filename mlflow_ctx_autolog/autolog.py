@@ -90,6 +90,7 @@ def enable(config: Config | None = None, **settings: Any) -> Handle:
         UnsupportedVersionError: mlflow, openai or pyspark is too old or too new.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
         DiagnosisError: With ``strict=True``, something on the driver is wrong.
+        ImportError: With ``progress=True``, tqdm is not installed.
     """
     if in_spark_task():
         return Handle(None)
@@ -124,6 +125,7 @@ def switch_on(resolved: Config) -> Handle:
             _logger.info("%s", describe_transport())
             warn_of_old_store()
             driver.check_forwarding()
+            driver.progress.switch(resolved.progress)
             driver.endings.install()
             if resolved.join_trace:
                 driver.joined_trace.enter()
@@ -163,6 +165,7 @@ def _check_if_strict() -> None:
 
 def _uninstall() -> None:
     driver.config = None
+    driver.progress.switch(False)
     driver.ledger.close()
     driver.joined_trace.leave()
     driver.endings.uninstall()

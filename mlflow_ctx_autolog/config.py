@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-__all__ = ["CAPTURE_CONTENT_VARIABLE", "ENV_PREFIX", "TRANSPORTS", "Config"]
+from mlflow_ctx_autolog.exceptions import shortened
+
+__all__ = [
+    "CAPTURE_CONTENT_VARIABLE",
+    "ENV_PREFIX",
+    "TRANSPORTS",
+    "Config",
+    "Price",
+    "checked_prices",
+]
+
+# US dollars for a million input and a million output tokens.
+Price = tuple[float, float]
 
 ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
 CAPTURE_CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
@@ -59,6 +73,15 @@ class Config:
             their values at the time a function is handed to Spark, in its broadcast. By default
             none, since whoever listens to Spark's network can read it. In a variable, separated
             by commas.
+        max_calls: Requests to models that one job, which is one trace of the driver, may make.
+            Beyond it the next call raises :class:`~mlflow_ctx_autolog.BudgetExceeded` in the
+            worker, and no request is sent. None for no limit. At least 1.
+        max_cost: The same in US dollars, of the answers that have come. More than 0.
+        max_repeats: The same for requests that were made before in the same job. At least 0.
+        prices: US dollars for a million input and a million output tokens, by model, where MLflow
+            does not know them. In a variable, as JSON.
+        progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
+            with what tokens, cost, errors and repeats. Needs tqdm.
 
     Raises:
         ValueError: A value is outside its range; the message names it and the range.
@@ -79,6 +102,11 @@ class Config:
     propagate_headers: bool = True
     join_trace: bool = False
     forward_env: Sequence[str] = ()
+    max_calls: int | None = None
+    max_cost: float | None = None
+    max_repeats: int | None = None
+    prices: Mapping[str, Price] = field(default_factory=dict, hash=False)
+    progress: bool = False
 
     def __post_init__(self) -> None:
         _check("flush_timeout", self.flush_timeout, above=0, at_most=3600)
@@ -93,11 +121,16 @@ class Config:
                 f"spool_directory={self.spool_directory!r} is not an absolute path, and a worker "
                 "has another working directory"
             )
-        for name in ("strict", "capture_content", "propagate_headers", "join_trace"):
+        flags = ("strict", "capture_content", "propagate_headers", "join_trace", "progress")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} is not True or False")
-        if self.max_content_chars is not None:
-            _check("max_content_chars", self.max_content_chars, at_least=1, whole=True)
+        for name, least in (("max_content_chars", 1), ("max_calls", 1), ("max_repeats", 0)):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), at_least=least, whole=True)
+        if self.max_cost is not None:
+            _check("max_cost", self.max_cost, above=0, at_most=1e9)
+        object.__setattr__(self, "prices", checked_prices(self.prices))
         if self.redact is not None and not callable(self.redact):
             raise TypeError(f"redact={self.redact!r} is not a function")
         # So that two settings objects with the same names are equal, whatever held them.
@@ -105,6 +138,11 @@ class Config:
         if self.transport not in TRANSPORTS:
             known = ", ".join(TRANSPORTS)
             raise ValueError(f"transport={self.transport!r} is unknown; it must be one of {known}")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is a limit to what calls may spend."""
+        return (self.max_calls, self.max_cost, self.max_repeats) != (None, None, None)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> Config:
@@ -157,16 +195,44 @@ def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _reader(name: str) -> tuple[Callable[[str], Any], str]:
     """Return what reads a field's variable, and what it expects."""
-    default = getattr(Config, name)
+    default = getattr(Config, name, None)
     if isinstance(default, bool):
         return _flag, "true or false"
-    if name == "max_content_chars":
+    if name in ("max_content_chars", "max_calls", "max_repeats"):
         return int, "a number"
+    if name == "max_cost":
+        return float, "a number"
+    if name == "prices":
+        return json.loads, "JSON"
     if name == "forward_env":
         return _listed, "a list"
     if name == "redact":
         return _no_function, "a function: give it to enable()"
     return type(default or ""), "a number"
+
+
+def checked_prices(prices: object) -> dict[str, Price]:
+    """Return prices by model, each two numbers.
+
+    Raises:
+        TypeError: It is no mapping.
+        ValueError: One is no price.
+    """
+    if not isinstance(prices, Mapping):
+        raise TypeError(f"prices={shortened(repr(prices))} is not a mapping of models to prices")
+    checked: dict[str, Price] = {}
+    for model, price in prices.items():
+        try:
+            first, second = price
+            if not (0 <= first < math.inf and 0 <= second < math.inf):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"the price of {model!r} is {shortened(repr(price))}; it must be two numbers, at "
+                "least 0: US dollars for a million input and a million output tokens"
+            ) from None
+        checked[str(model)] = (first, second)
+    return checked
 
 
 def _no_function(text: str) -> None:

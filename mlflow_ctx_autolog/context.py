@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.exceptions import CarrierError, shortened
+from mlflow_ctx_autolog.usage import parse_amounts
 
 __all__ = ["CARRIER_VERSION", "DriverContext", "is_traceparent"]
 
@@ -52,6 +53,8 @@ class DriverContext:
         fingerprint_key: Random key of the fingerprints of requests; it is stored nowhere.
         handover_id: Names this use of a function in a plan.
         speculation: What Spark's setting ``spark.speculation`` says, if known.
+        spent: What the calls of the trace have spent so far, as far as the driver knows:
+            ``calls`` and ``cost``.
         config: The settings in force on the driver.
     """
 
@@ -74,6 +77,7 @@ class DriverContext:
     # Another hand-over is no other context.
     handover_id: str | None = field(default=None, compare=False)
     speculation: str | None = None
+    spent: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
     config: Config = field(default_factory=Config)
 
     def to_json(self) -> str:
@@ -104,6 +108,7 @@ class DriverContext:
         return cls(
             autologs=_parse_autologs(document.pop("autologs", {})),
             config=_parse_config(document.pop("config", {})),
+            spent=parse_amounts(document.pop("spent", {})),
             **_parse_fields(document),
         )
 
@@ -124,7 +129,7 @@ _OPTIONAL = (
 )
 _FLAGS = ("redacts", "has_span_processors")
 _MAPPINGS = ("environment", "tags")
-_FIELDS = (*_REQUIRED, *_OPTIONAL, *_FLAGS, *_MAPPINGS, "autologs")
+_FIELDS = (*_REQUIRED, *_OPTIONAL, *_FLAGS, *_MAPPINGS, "autologs", "spent")
 
 
 def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:

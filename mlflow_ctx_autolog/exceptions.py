@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 __all__ = [
+    "BudgetExceeded",
     "CarrierError",
     "CtxAutologError",
     "CtxAutologWarning",
@@ -90,6 +91,19 @@ class StoreError(CtxAutologError):
         self.refused = refused
         self.retry_after = retry_after
         self.unsupported = unsupported
+
+
+class BudgetExceeded(CtxAutologError):  # noqa: N818 - what it is, rather than what went wrong
+    """In a worker: a model call was not made, since the job has spent what it may.
+
+    Args:
+        message: Which limit is reached, what was spent on what, and what to do.
+        spent: ``calls``, ``repeats`` and ``cost`` (in US dollars) so far.
+    """
+
+    def __init__(self, message: str, spent: Any = None) -> None:
+        super().__init__(message)
+        self.spent = dict(spent or {})
 
 
 class IncompleteTraceError(CtxAutologError):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.model_calls.budget import Budget
 from mlflow_ctx_autolog.usage import Amounts, Tally
 
 __all__ = [
@@ -45,7 +46,11 @@ class Task:
         span: The task's span, an ``mlflow.entities.Span``.
         parent: What is active in the function when it begins, parent of what has no other; opaque
             here, it comes from :mod:`~mlflow_ctx_autolog.tracing`.
+        budget: What its calls may spend; None where there is no limit.
         calls: Model calls made so far.
+        errors: Of these, those that have failed.
+        spent: US dollars that those which have ended have cost, as far as the budget knows.
+        requests: Fingerprints of the calls, where the driver is to know.
         rows_in: Rows that the function has taken from Spark so far.
         rows_out: Rows that it has handed back so far.
         usage: Tokens of the model calls that have ended.
@@ -62,7 +67,11 @@ class Task:
     span_processors: Sequence[Callable[[Any], None]] = ()
     span: Any = None
     parent: Any = None
+    budget: Budget | None = None
     calls: int = 0
+    errors: int = 0
+    spent: float = 0.0
+    requests: list[str] = field(default_factory=list)
     rows_in: int = 0
     rows_out: int = 0
     usage: Tally = field(default_factory=Tally)
@@ -149,6 +158,12 @@ class Task:
         """Count model calls, from any thread."""
         with self._lock:
             self.calls += number
+
+    def count_answer(self, failed: bool, cost: float) -> None:
+        """Count a model call that has ended, from any thread."""
+        with self._lock:
+            self.errors += failed
+            self.spent += cost
 
     def take_calls(self) -> int:
         """Return how many calls were counted, for somebody else to count."""

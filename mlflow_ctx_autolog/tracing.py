@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import mlflow.tracing.utils as mlflow_utils
 from mlflow import environment_variables
 from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceState
 from mlflow.entities.span import NoOpSpan, create_mlflow_span
+from mlflow.entities.span_status import SpanStatusCode
 from mlflow.environment_variables import (
     MLFLOW_TRACE_SAMPLING_RATIO,
     MLFLOW_USE_DEFAULT_TRACER_PROVIDER,
@@ -53,6 +55,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext, is_traceparent
+from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
@@ -82,10 +85,13 @@ __all__ = [
     "flush_exports",
     "for_collector",
     "has_active_span",
+    "has_failed",
     "is_on",
     "is_recorded",
     "is_task",
+    "list_price",
     "lone_span",
+    "model_asked",
     "new_trace",
     "open_spans",
     "parent_activated",
@@ -241,6 +247,19 @@ def usage_of(span: Span) -> Amounts:
     return parse_amounts(span.get_attribute(_USAGE_OF_SPAN))
 
 
+def model_asked(span: Span) -> str | None:
+    """Return the model that a call of the OpenAI client asks; None for every other span."""
+    if span.get_attribute(FINGERPRINT) is None:
+        return None
+    inputs = span.inputs
+    return str(inputs.get("model")) if isinstance(inputs, dict) else str(None)
+
+
+def has_failed(span: Span) -> bool:
+    """Whether a span has ended with an error."""
+    return bool(span.status.status_code == SpanStatusCode.ERROR)
+
+
 def record_usage(span: LiveSpan, usage: Any) -> None:
     """Write the tokens that the server has counted, unless MLflow has.
 
@@ -258,6 +277,15 @@ def record_usage(span: LiveSpan, usage: Any) -> None:
 def cost_of(span: Span) -> Amounts:
     """Return the cost that a span reports itself, in US dollars."""
     return parse_amounts(span.get_attribute(_COST_OF_SPAN))
+
+
+@functools.lru_cache(maxsize=256)
+def list_price(model: str) -> tuple[float, float] | None:
+    """Return US dollars for a million input and output tokens of a model, if MLflow knows."""
+    calculate = getattr(mlflow_utils, "calculate_cost_by_model_and_token_usage", None)
+    million = {"input_tokens": 1_000_000, "output_tokens": 1_000_000}
+    cost = None if calculate is None else calculate(model, million)
+    return None if not cost else (float(cost["input_cost"]), float(cost["output_cost"]))
 
 
 def totals_of(spans: Sequence[Span]) -> tuple[Amounts, Amounts]:

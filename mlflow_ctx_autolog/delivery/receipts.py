@@ -13,6 +13,7 @@ __all__ = ["Receipt", "TaskReceipt"]
 
 _MADE = "spans.made"
 _SILENCE = "llm.silence"
+_CALLS = "llm.calls"
 _TOKENS = "llm.tokens."
 _COST = "llm.cost."
 
@@ -32,6 +33,10 @@ class TaskReceipt:
         seconds_waiting: How long the end of the task waited for its spans to be stored.
         usage: Tokens of its model calls, by MLflow's names.
         cost: Cost of its model calls in US dollars, where their spans say so.
+        calls: Model calls that it has made.
+        errors: Of these, those that have failed.
+        spent: US dollars that they have cost, where there is a budget.
+        requests: Fingerprints of the calls, where the driver wants to know of repeats.
         silence: Why its model calls left no span, where that is known.
     """
 
@@ -45,6 +50,10 @@ class TaskReceipt:
     seconds_waiting: float = 0.0
     usage: Amounts = field(default_factory=dict)
     cost: Amounts = field(default_factory=dict)
+    calls: int = 0
+    errors: int = 0
+    spent: float = 0.0
+    requests: Sequence[str] = ()
     silence: str | None = None
 
     def to_json(self) -> str:
@@ -62,6 +71,7 @@ class TaskReceipt:
             fields = json.loads(text)
             fields["usage"] = parse_amounts(fields.get("usage"))
             fields["cost"] = parse_amounts(fields.get("cost"))
+            fields["requests"] = tuple(fields.get("requests", ()))
             return cls(**fields)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"not the receipt of a task: {text[:200]!r}") from error
@@ -89,7 +99,17 @@ class TaskReceipt:
         usage = _amounts(attributes, _TOKENS, "_tokens")
         cost = _amounts(attributes, _COST, "_cost")
         silence = attributes.get(_SILENCE)
-        return cls(trace_id, span_id, made, delivered=made, usage=usage, cost=cost, silence=silence)
+        calls = attributes.get(_CALLS, 0)
+        return cls(
+            trace_id,
+            span_id,
+            made,
+            delivered=made,
+            usage=usage,
+            cost=cost,
+            calls=calls,
+            silence=silence,
+        )
 
 
 def _amounts(attributes: Mapping[str, Any], prefix: str, suffix: str) -> Amounts:

@@ -28,6 +28,7 @@ __all__ = [
     "default_directory",
     "directory_problem",
     "first_of",
+    "private_file",
     "spool_files",
     "without_credentials",
 ]
@@ -98,6 +99,21 @@ def first_of(
 def default_directory() -> Path:
     """Return this user's directory for spools among the host's temporary files."""
     return Path(tempfile.gettempdir()) / f"mlflow-ctx-autolog-{os.getuid()}"
+
+
+def private_file(directory: Path | None, name: str) -> Path:
+    """Make a file that only this user may read, unless it is there; return its path.
+
+    Raises:
+        OSError: It cannot be made there, or the directory is somebody else's.
+    """
+    folder = directory or default_directory()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory is None:
+        _check_is_private(folder)
+    path = folder / name
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    return path
 
 
 def directory_problem(directory: Path | None) -> str | None:
@@ -286,12 +302,7 @@ class SpoolFile:
     @classmethod
     def create(cls, destination: Destination, directory: Path | None, max_bytes: int) -> SpoolFile:
         """Make a new file for records that belong to ``destination``."""
-        folder = directory or default_directory()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory is None:
-            _check_is_private(folder)
-        path = folder / f"{uuid.uuid4().hex}{_SUFFIX}"
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        path = private_file(directory, f"{uuid.uuid4().hex}{_SUFFIX}")
         try:
             connection = _connect(path)
             # Somebody who looks for what is left behind may have it for a moment.

@@ -19,6 +19,7 @@ from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.ledger import Ledger
+from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.exceptions import (
     CtxAutologWarning,
     IncompleteTraceError,
@@ -60,7 +61,8 @@ class Driver:
         self.warned_of_network = False
         self.enabled_at = 0.0
         self.fingerprint_key = new_key()
-        self.ledger = Ledger(settings, self.spark_facts)
+        self.progress = Progress()
+        self.ledger = Ledger(settings, self.spark_facts, self.progress.add)
         self._session: Any = None
         self._functions: set[str] = set()
         self.endings = tracing.SpanEndings(self._filter)
@@ -455,6 +457,7 @@ def _capture(
         fingerprint_key=driver.fingerprint_key,
         handover_id=uuid.uuid4().hex[:16],
         speculation=_speculation(session),
+        spent=driver.ledger.spent() if settings().has_budget else {},
         config=settings(),
     )
 

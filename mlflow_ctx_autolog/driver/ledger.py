@@ -155,15 +155,18 @@ class Ledger:
         config: Returns the settings in force.
         spark_facts: Returns what Spark knows of its jobs since a time, in milliseconds since the
             epoch, as a text to keep with the trace; None where it does not say.
+        progress: Is shown the receipt of each task that has ended.
     """
 
     def __init__(
         self,
         config: Callable[[], Config],
         spark_facts: Callable[[int], str | None] | None = None,
+        progress: Callable[[TaskReceipt], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._spark_facts = spark_facts
+        self._progress = progress
         self._lock = threading.Lock()
         # The trace that was handed to Spark last comes last.
         self._books: OrderedDict[str, _Book] = OrderedDict()
@@ -232,6 +235,16 @@ class Ledger:
             records.append(trace_record(info))
         delivery.submit_all(records, at_once=True)
 
+    def spent(self) -> dict[str, float]:
+        """Return what the calls of the active span's trace have come to, as tasks have told."""
+        info = active_trace()
+        book = None if info is None else self._book_of(info.trace_id)
+        tasks = [] if book is None else list(book.receipts.values())
+        return {
+            "calls": sum(task.calls for task in tasks),
+            "cost": sum(task.spent for task in tasks),
+        }
+
     def receive(self, arrivals: Sequence[Arrival]) -> None:
         """Take what tasks bring home. Never raises: Spark calls this."""
         for arrival in arrivals:
@@ -250,6 +263,7 @@ class Ledger:
             self._enter(came)
 
     def _enter(self, receipt: TaskReceipt) -> None:
+        self._progress(receipt)
         book = self._book_of(receipt.trace_id)
         if book is None:
             if receipt.silence is not None:
@@ -553,6 +567,7 @@ class Ledger:
                 continue
             receipt = TaskReceipt.from_attributes(book.trace_id, task_id, by_id[task_id].attributes)
             if receipt is not None:
+                self._progress(receipt)
                 book.receipts[task_id] = receipt
             else:
                 # Killed, or still running: what it has stored is all that is known.

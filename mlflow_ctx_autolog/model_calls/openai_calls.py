@@ -14,11 +14,13 @@ import mlflow.openai
 from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
 
+from mlflow_ctx_autolog.exceptions import BudgetExceeded
 from mlflow_ctx_autolog.model_calls.annotations import (
     ANNOTATION,
     current_annotations,
     set_last_call,
 )
+from mlflow_ctx_autolog.model_calls.budget import NOT_SENT
 from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT, fingerprint
 from mlflow_ctx_autolog.model_calls.flavors import Autolog
 from mlflow_ctx_autolog.model_calls.openai_client import OpenAIClient
@@ -77,6 +79,10 @@ class OpenAICalls:
             )
         self._autolog = Autolog(mlflow.openai.FLAVOR_NAME)
         self._unread: set[_Answer] = set()
+        # What the call that is being made asks, where a budget has to admit it.
+        self._sending: contextvars.ContextVar[_Request | None] = contextvars.ContextVar(
+            "ctx_autolog_sending", default=None
+        )
         # The span of the call that is being made, until the client returns from it.
         self._calling: contextvars.ContextVar[Any] = contextvars.ContextVar(
             "ctx_autolog_calling", default=None
@@ -103,6 +109,18 @@ class OpenAICalls:
         for answer in list(self._unread):
             if answer.task is task:
                 self._client.close(answer)
+
+    def sends(self) -> None:
+        request = self._sending.get()
+        if request is None or request.is_over:
+            return
+        try:
+            request.admit()
+        except BudgetExceeded:
+            span = self._calling.get()
+            if span is not None:
+                span.set_attribute(NOT_SENT, True)
+            raise
 
     def resends(self) -> None:
         span = self._calling.get()
@@ -132,14 +150,21 @@ class OpenAICalls:
         else:
             key = task.context.fingerprint_key
             task.count_call()
+        asked = _fingerprint(key, kwargs)
+        request = None
+        if task is not None and (task.budget is not None or task.context.config.progress):
+            request = _Request(task, kwargs.get("inputs"), asked.get(FINGERPRINT))
+        self._sending.set(request)
         if kwargs.get("span_type") in _UNKNOWN_TYPES:
             kwargs["span_type"] = _type_of(str(kwargs.get("name")), kwargs.get("inputs") or {})
         kwargs["attributes"] = {
             **(kwargs.get("attributes") or {}),
-            **_fingerprint(key, kwargs),
+            **asked,
             **{ANNOTATION + name: value for name, value in current_annotations().items()},
         }
         span = original(*args, **kwargs)
+        if request is not None:
+            request.span = span
         if isinstance(span, NoOpSpan):
             self._calling.set(None)
         else:
@@ -157,6 +182,7 @@ class OpenAICalls:
     ) -> None:
         if self._calling.get() is span:
             self._calling.set(None)
+            self._sending.set(None)
         result = _autolog_module._try_parse_raw_response(raw_result)
         if not isinstance(span, NoOpSpan):
             answer = _Answer(span, inputs, is_responses_api, current_task(), self._unread)
@@ -179,6 +205,42 @@ def _is_of_parse(inputs: Any) -> bool:
     """Whether a call is a part of parse(), which has a span of its own, as before openai 1.92."""
     headers = (inputs or {}).get("extra_headers") or {}
     return str(headers.get("X-Stainless-Helper-Method")).endswith(".completions.parse")
+
+
+class _Request:
+    """What a task's call asks of a model, and the span of the call."""
+
+    def __init__(self, task: Task, inputs: Any, fingerprint: str | None) -> None:
+        self.span: Any = None
+        self._task = task
+        self._model = str((inputs or {}).get("model"))
+        self._fingerprint = fingerprint
+        self._was_sent = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the client sends something else by now."""
+        if isinstance(self.span, NoOpSpan):
+            # Whose end nobody tells.
+            return self._was_sent
+        return self.span is None or self.span.end_time_ns is not None
+
+    def admit(self) -> None:
+        """Enter the request with its task, before it is sent.
+
+        Raises:
+            BudgetExceeded: It may not be sent.
+        """
+        if self._task.budget is not None:
+            try:
+                self._task.budget.admit(self._model, self._fingerprint)
+            except BudgetExceeded:
+                if not self._was_sent:
+                    self._task.count_call(-1)
+                raise
+        self._was_sent = True
+        if self._fingerprint is not None and self._task.context.config.progress:
+            self._task.requests.append(self._fingerprint[:12])
 
 
 class _Answer:

@@ -22,6 +22,9 @@ _logger = logging.getLogger(__name__)
 class CallObserver(Protocol):
     """Who is told of the call that is being made in this execution context."""
 
+    def sends(self) -> None:
+        """The client is about to send a request. What this raises, the call raises."""
+
     def resends(self) -> None:
         """The client is about to send the request once more."""
 
@@ -132,11 +135,13 @@ class OpenAIClient:
             )
 
     def _resend(self, original: Callable[..., float], *args: Any, **kwargs: Any) -> float:
+        self._observer.sends()
         _tell(self._observer.resends)
         return original(*args, **kwargs)
 
     def _request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
+            self._observer.sends()
             return original(*args, **kwargs)
         except BaseException as error:
             self._interrupted(error)
@@ -144,6 +149,7 @@ class OpenAIClient:
 
     async def _async_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
+            self._observer.sends()
             return await original(*args, **kwargs)
         except BaseException as error:
             self._interrupted(error)

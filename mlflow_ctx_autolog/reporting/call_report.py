@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mlflow_ctx_autolog.config import checked_prices
 from mlflow_ctx_autolog.reporting.calls import Attempt, Call, is_wanted, read_calls
 from mlflow_ctx_autolog.reporting.causes import (
     CAUSES,
@@ -367,7 +368,7 @@ def report(
     """
     if sum(source is not None for source in (traces, run_id, experiment_id)) != 1:
         raise ValueError("name exactly one of: traces, run_id, experiment_id")
-    priced = _checked_prices(prices or {})
+    priced = checked_prices(prices or {})
     uri = tracking_uri or store.current_tracking_uri()
     if traces is None:
         ids = store.find_traces(
@@ -507,20 +508,6 @@ def _milliseconds(moment: datetime | None) -> int | None:
     if not isinstance(moment, datetime):
         raise ValueError(f"{shown(moment)} is not a datetime")
     return int(moment.timestamp() * 1000)
-
-
-def _checked_prices(prices: Prices) -> Prices:
-    for model, price in prices.items():
-        try:
-            good = len(price) == 2 and all(0 <= rate < math.inf for rate in price)
-        except TypeError:
-            good = False
-        if not good:
-            raise ValueError(
-                f"the price of {model!r} is {shown(price)}; it must be two numbers, at least 0: "
-                "US dollars for a million input and a million output tokens"
-            )
-    return prices
 
 
 def _key(request_key: RequestKey | None) -> Callable[[Call], Hashable] | None:

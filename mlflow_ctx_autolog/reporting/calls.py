@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow_ctx_autolog.model_calls.annotations import ANNOTATION
+from mlflow_ctx_autolog.model_calls.budget import NOT_SENT
 from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
 from mlflow_ctx_autolog.stores.stored_trace import SPARK_FACTS, StoredSpan, StoredTrace
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
@@ -30,7 +31,9 @@ _MODELS = ("mlflow.llm.model", "model", "gen_ai.request.model")
 _RESENDS = "http.request.resend_count"
 _FIRST_TOKEN = ("gen_ai.response.time_to_first_chunk", "gen_ai.server.time_to_first_token")
 _INPUTS = "mlflow.spanInputs"
-_WANTED = frozenset({_USAGE, _COST, *_MODELS, _RESENDS, *_FIRST_TOKEN, _INPUTS, FINGERPRINT})
+_WANTED = frozenset(
+    {_USAGE, _COST, *_MODELS, _RESENDS, *_FIRST_TOKEN, _INPUTS, FINGERPRINT, NOT_SENT}
+)
 _OF_TASKS = ("spark.", "host.", "process.", "llm.calls")
 
 # Characters of a prompt that are kept to recognise it by.
@@ -210,7 +213,7 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
         parents[span.span_id] = span.parent_id
         if span.kind == "TASK" and "spark.task.outcome" in span.attributes:
             attempts[span.span_id] = _attempt(trace, span, facts)
-        elif span.kind in _CALLS or span.name in _IMAGES:
+        elif NOT_SENT not in span.attributes and (span.kind in _CALLS or span.name in _IMAGES):
             calls.append((span, _call(trace, span)))
     # A library's span around a call of the client is the same call.
     above: set[str] = set()

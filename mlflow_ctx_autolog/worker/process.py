@@ -17,6 +17,7 @@ from mlflow_ctx_autolog.delivery.recovery import Recovery
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
 from mlflow_ctx_autolog.model_calls.flavors import Autologs
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.stores.otlp import is_collector, otlp_record
@@ -39,15 +40,27 @@ from mlflow_ctx_autolog.tracing import (
     filter_open_span,
     filtered,
     for_collector,
+    has_failed,
     headers_of,
+    list_price,
+    model_asked,
     snapshot,
+    trace_id_of,
     usage_of,
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 from mlflow_ctx_autolog.worker.children import Children, Parent
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
-__all__ = ["WorkerProcess", "content_policy", "flush", "join", "remove", "worker_process"]
+__all__ = [
+    "WorkerProcess",
+    "budget_of",
+    "content_policy",
+    "flush",
+    "join",
+    "remove",
+    "worker_process",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -116,10 +129,21 @@ class WorkerProcess:
         else:
             record = span_record(sent, task.span_id)
         if task.elsewhere is not None:
+            self._count_answer(task, span, usage, cost)
             self._submit_to_parent(task, span, usage, cost, record)
             return
         task.count_span(span.span_id, span.parent_id, usage, cost)
+        self._count_answer(task, span, usage, cost)
         self.deliveries.to(task.destination).submit(record)
+
+    def _count_answer(self, task: Task, span: Any, usage: Amounts, cost: Amounts) -> None:
+        model = model_asked(span)
+        if model is None:
+            return
+        failed, paid = has_failed(span), 0.0
+        if task.budget is not None and not failed:
+            paid = task.budget.paid(model, usage, cost.get("total_cost"))
+        task.count_answer(failed, paid)
 
     def _change(self, task: Task, span: Any) -> None:
         """Have a span go through what the driver's MLflow has its own spans go through."""
@@ -260,6 +284,18 @@ def content_policy(
     return ContentPolicy(context.config, redact, reason), span_processors
 
 
+def budget_of(context: DriverContext) -> Budget | None:
+    """Return what the calls of a task may spend; None where the settings set no limit."""
+    prices = context.config.prices
+    return open_budget(
+        context.config,
+        job=trace_id_of(context) or str(context.session_id),
+        handover=str(context.handover_id),
+        known=context.spent,
+        price_of=lambda model: prices.get(model) or list_price(model),
+    )
+
+
 def _work_here() -> Work | None:
     """Return the work of this moment, to be handed over with the span that is active."""
     work = current_work()
@@ -282,7 +318,9 @@ def _work_elsewhere(span_id: str, text: str) -> Work:
     # The user's functions stay with the parent; where spans must go through them, content is
     # withheld here.
     content, _ = content_policy(context)
-    return Work(Task(context, content, elsewhere=span_id, is_open=True, parent=context_of(context)))
+    task = Task(context, content, elsewhere=span_id, is_open=True, parent=context_of(context))
+    task.budget = budget_of(context)
+    return Work(task)
 
 
 def flush(timeout: float) -> bool:

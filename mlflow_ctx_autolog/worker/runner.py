@@ -28,7 +28,7 @@ from mlflow_ctx_autolog.tracing import (
     trace_id_of,
     tracing_problem,
 )
-from mlflow_ctx_autolog.worker.process import content_policy, worker_process
+from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
 from mlflow_ctx_autolog.worker.spark_task import (
     context_of_query,
     in_spark_task,
@@ -326,6 +326,7 @@ def _begin(
         attempt_id=attributes.get("spark.task.attempt_id"),
         way_home=way_home,
         span_processors=span_processors,
+        budget=budget_of(context),
     )
     for other in open_tasks():
         # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
@@ -456,6 +457,10 @@ def _send_home(
         seconds_waiting=seconds,
         usage=task.usage.total,
         cost=task.cost.total,
+        calls=task.calls,
+        errors=task.errors,
+        spent=task.spent,
+        requests=task.requests,
         silence=silence,
     )
     arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]

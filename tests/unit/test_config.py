@@ -15,8 +15,8 @@ from mlflow_ctx_autolog import Config
 from mlflow_ctx_autolog.config import CAPTURE_CONTENT_VARIABLE, TRANSPORTS
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
-FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace"]
-OTHERS = ["spool_directory", "transport", "redact", "forward_env"]
+FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress"]
+OTHERS = ["spool_directory", "transport", "redact", "forward_env", "prices"]
 NUMBERS = [name for name in NAMES if name not in (*FLAGS, *OTHERS)]
 # None of its settings is the default.
 OTHER = Config(
@@ -34,12 +34,18 @@ OTHER = Config(
     propagate_headers=False,
     join_trace=True,
     forward_env=("MLFLOW_TRACKING_TOKEN",),
+    max_calls=100,
+    max_cost=2.5,
+    max_repeats=10,
+    prices={"gpt-x": (2.5, 10.0)},
+    progress=True,
 )
 
 
 def test_other_settings_are_all_other() -> None:
     """The settings that these tests copy differ from the defaults, each one."""
-    assert not OTHER.to_dict().items() & Config().to_dict().items()
+    defaults = Config().to_dict()
+    assert [name for name, value in OTHER.to_dict().items() if value == defaults[name]] == []
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,10 @@ def test_other_settings_are_all_other() -> None:
         {"max_content_chars": None},
         {"redact": len},
         {"forward_env": ("A", "_b2")},
+        {"max_calls": 1},
+        {"max_cost": 0.01},
+        {"max_repeats": 0},
+        {"prices": {"gpt-x": (0, 1e6)}},
         *({"transport": transport} for transport in TRANSPORTS),
     ],
 )
@@ -87,6 +97,9 @@ def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
         ({"spool_max_bytes": -1}, "-1", "at least 0"),
         ({"max_waiting_bytes": 999_999}, "999999", "at least 1e+06"),
         ({"max_content_chars": 0}, "0", "at least 1"),
+        ({"max_calls": 0}, "0", "at least 1"),
+        ({"max_cost": 0}, "0", "more than 0"),
+        ({"max_repeats": -1}, "-1", "at least 0"),
     ],
 )
 def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, limits: str) -> None:
@@ -132,7 +145,7 @@ def test_value_of_wrong_type_is_refused(name: str, value: Any, kind: str) -> Non
 @pytest.mark.parametrize("name", NUMBERS)
 def test_number_beyond_floats_is_no_crash(name: str) -> None:
     """A whole number too large for a float is taken or refused like any other number."""
-    if name.endswith(("bytes", "chars")):
+    if name.endswith(("bytes", "chars", "calls", "repeats")):
         assert getattr(Config(**{name: 10**400}), name) == 10**400
     else:
         with pytest.raises(ValueError, match=f"{name}=1000"):

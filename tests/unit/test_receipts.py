@@ -20,6 +20,10 @@ FULL = TaskReceipt(
     seconds_waiting=1.5,
     usage={"input_tokens": 7, "output_tokens": 8},
     cost={"total_cost": 0.25},
+    calls=6,
+    errors=1,
+    spent=0.25,
+    requests=("0123456789ab",),
 )
 BARE = TaskReceipt("tr-1", "abc", made=0)
 
@@ -97,7 +101,7 @@ def test_attributes_have_short_names() -> None:
 
 
 def test_other_attributes_are_ignored() -> None:
-    """Whatever else is on a task's span has no part in the receipt."""
+    """Whatever else is on a task's span has no part in the receipt, but for its calls."""
     attributes = {
         **TaskReceipt.attributes(3, {}, {}),
         "llm.calls": 7,
@@ -106,7 +110,7 @@ def test_other_attributes_are_ignored() -> None:
     }
 
     assert TaskReceipt.from_attributes("tr-1", "abc", attributes) == TaskReceipt(
-        "tr-1", "abc", made=3, delivered=3
+        "tr-1", "abc", made=3, delivered=3, calls=7
     )
 
 

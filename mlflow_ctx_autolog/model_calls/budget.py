@@ -1,0 +1,249 @@
+"""What the calls of a job may spend, and what they have spent on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from mlflow_ctx_autolog.config import Config, Price
+from mlflow_ctx_autolog.delivery.spool import default_directory, private_file
+from mlflow_ctx_autolog.exceptions import BudgetExceeded, warn_once
+from mlflow_ctx_autolog.usage import Amounts
+
+__all__ = ["NOT_SENT", "Budget", "open_budget"]
+
+_logger = logging.getLogger(__name__)
+
+# Attribute of the span of a call that was not made, since there is nothing left to spend.
+NOT_SENT = "llm.request.not_sent"
+
+_SUFFIX = ".budget"
+# Seconds after which nobody asks any more what a job has spent.
+_KEPT = 7 * 24 * 3600.0
+
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS spent (model TEXT PRIMARY KEY, calls INTEGER, repeats INTEGER, "
+    "tokens INTEGER, cost REAL)",
+    "CREATE TABLE IF NOT EXISTS request (fingerprint TEXT PRIMARY KEY)",
+    "CREATE TABLE IF NOT EXISTS elsewhere (handover TEXT PRIMARY KEY, calls INTEGER, cost REAL)",
+)
+_ADD = (
+    "INSERT INTO spent VALUES (?, ?, ?, ?, ?) ON CONFLICT (model) DO UPDATE SET "
+    "calls = calls + excluded.calls, repeats = repeats + excluded.repeats, "
+    "tokens = tokens + excluded.tokens, cost = cost + excluded.cost"
+)
+# What the driver knew and this host did not, when it first heard of this use of a function.
+_REMEMBER = (
+    "INSERT OR IGNORE INTO elsewhere SELECT ?, max(0, ? - coalesce(sum(calls), 0)), "
+    "max(0, ? - coalesce(sum(cost), 0)) FROM spent"
+)
+
+
+class _Account:
+    """What the calls of one job have spent, in a file that the processes of a host share.
+
+    Raises:
+        sqlite3.Error: From any method: the disk is full or the file is damaged.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(
+            ":memory:" if path is None else path,
+            timeout=10.0,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        if path is not None:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            # What a crash of the host forgets is what nobody is left to spend.
+            self._connection.execute("PRAGMA synchronous = OFF")
+        for statement in _TABLES:
+            self._connection.execute(statement)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        """Look and write with nobody in between; all is taken back where the block raises."""
+        with self._lock, self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield self._connection
+
+
+class Budget:
+    """Lets a task's calls spend what is left, counting those of the whole job on this host.
+
+    Args:
+        config: ``max_calls``, ``max_cost`` and ``max_repeats``.
+        account: What was spent here.
+        handover: Names this use of a function.
+        known: What the driver knew to be spent when it was handed over: ``calls`` and ``cost``.
+        price_of: Returns US dollars for a million input and output tokens of a model, if known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        account: _Account,
+        handover: str,
+        known: Mapping[str, float],
+        price_of: Callable[[str], Price | None],
+    ) -> None:
+        self._config = config
+        self._account = account
+        self._handover = handover
+        self._price_of = price_of
+        with account.changing() as connection:
+            spent = (known.get("calls", 0), known.get("cost", 0.0))
+            connection.execute(_REMEMBER, (handover, *spent))
+
+    def admit(self, model: str, request: str | None) -> None:
+        """Count a request that is about to be sent to a model.
+
+        Args:
+            model: The model's name.
+            request: The request's fingerprint; None where it has none.
+
+        Raises:
+            BudgetExceeded: It may not be sent.
+        """
+        try:
+            with self._account.changing() as connection:
+                self._admit(connection, model, request)
+        except sqlite3.Error as error:
+            warn_once(_logger, "budget", f"A call is not held against the budget, since {error}")
+
+    def _admit(self, connection: sqlite3.Connection, model: str, request: str | None) -> None:
+        question = "SELECT model, calls, repeats, tokens, cost FROM spent ORDER BY model"
+        rows = connection.execute(question).fetchall()
+        question = "SELECT calls, cost FROM elsewhere WHERE handover = ?"
+        calls, cost = connection.execute(question, (self._handover,)).fetchone()
+        parts = [f"{name}: {_shown(*amounts)}" for name, *amounts in rows]
+        if calls or cost:
+            parts.append(f"on other hosts: {calls:,} calls, ${cost:,.4f}")
+        calls += sum(row[1] for row in rows)
+        repeats = sum(row[2] for row in rows)
+        cost += sum(row[4] for row in rows)
+
+        question = "SELECT 1 FROM request WHERE fingerprint = ?"
+        is_repeat = connection.execute(question, (request,)).fetchone() is not None
+        config = self._config
+        reason = None
+        if config.max_calls is not None and calls >= config.max_calls:
+            reason = f"max_calls={config.max_calls:,} is reached"
+        elif config.max_repeats is not None and is_repeat and repeats >= config.max_repeats:
+            reason = f"max_repeats={config.max_repeats:,} is reached, and it was made before"
+        elif config.max_cost is not None and cost >= config.max_cost:
+            reason = f"max_cost={config.max_cost:g} is reached"
+        elif config.max_cost is not None and self._price_of(model) is None:
+            reason = (
+                f"max_cost={config.max_cost:g} is set, and nobody knows the price of {model!r}: "
+                "give it in prices={model: (input, output)}, in US dollars for a million tokens"
+            )
+        if reason is not None:
+            raise BudgetExceeded(
+                f"A call of {model!r} was not made: {reason}. Spent so far: "
+                f"{'; '.join(parts) or 'nothing'}. Raise the limit in enable(), or see with "
+                "report() what was paid for twice.",
+                {"calls": calls, "repeats": repeats, "cost": cost},
+            )
+        connection.execute(_ADD, (model, 1, int(is_repeat), 0, 0.0))
+        if request is not None:
+            connection.execute("INSERT OR IGNORE INTO request VALUES (?)", (request,))
+
+    def paid(self, model: str, usage: Amounts, cost: float | None) -> float:
+        """Enter what an answer has cost; return that, 0 where it is not known.
+
+        Args:
+            model: The model's name.
+            usage: Its tokens, by MLflow's names.
+            cost: US dollars, where its span says so.
+        """
+        if cost is None:
+            cost = self._cost(model, usage)
+        tokens = int(usage.get("total_tokens", 0))
+        try:
+            with self._account.changing() as connection:
+                connection.execute(_ADD, (model, 0, 0, tokens, cost))
+        except sqlite3.Error as error:
+            warn_once(_logger, "budget", f"A cost is not held against the budget, since {error}")
+        return cost
+
+    def _cost(self, model: str, usage: Amounts) -> float:
+        price = self._price_of(model)
+        if price is None:
+            return 0.0
+        if not usage and self._config.max_cost is not None:
+            warn_once(
+                _logger,
+                "no usage",
+                f"max_cost does not see what some calls of {model!r} cost, since the server "
+                "reported no tokens; of a stream, stream_options={'include_usage': True} asks it.",
+            )
+        amounts = (usage.get("input_tokens", 0), usage.get("output_tokens", 0))
+        return sum(amount * rate for amount, rate in zip(amounts, price, strict=True)) / 1e6
+
+
+def open_budget(
+    config: Config,
+    job: str,
+    handover: str,
+    known: Mapping[str, float],
+    price_of: Callable[[str], Price | None],
+) -> Budget | None:
+    """Return the budget of a job on this host; None where the settings set no limit.
+
+    Args:
+        config: The settings.
+        job: Names the job: the id of its trace, or its session.
+        handover: See :class:`Budget`.
+        known: See :class:`Budget`.
+        price_of: See :class:`Budget`.
+    """
+    if not config.has_budget:
+        return None
+    folder = None if config.spool_directory is None else Path(config.spool_directory)
+    try:
+        account = _account(folder, job, os.getpid())
+        return Budget(config, account, handover, known, price_of)
+    except (OSError, sqlite3.Error) as error:
+        warn_once(
+            _logger,
+            "account",
+            "Each worker process keeps a budget of its own, since what is spent cannot be kept in "
+            f"{folder or default_directory()}: {error}. Set spool_directory to a disk with room.",
+        )
+        return Budget(config, _own_account(job, os.getpid()), handover, known, price_of)
+
+
+@functools.lru_cache(maxsize=8)
+def _account(folder: Path | None, job: str, _process: int) -> _Account:
+    """Return a job's account; a forked child has one of its own to the same file."""
+    # The name of a session is the user's.
+    name = hashlib.blake2b(job.encode(), digest_size=16).hexdigest() + _SUFFIX
+    path = private_file(folder, name)
+    _remove_old(path.parent)
+    return _Account(path)
+
+
+@functools.lru_cache(maxsize=8)
+def _own_account(_job: str, _process: int) -> _Account:
+    return _Account(None)
+
+
+def _remove_old(folder: Path) -> None:
+    for path in folder.glob(f"*{_SUFFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _KEPT:
+                path.unlink()
+
+
+def _shown(calls: int, repeats: int, tokens: int, cost: float) -> str:
+    return f"{calls:,} calls ({repeats:,} repeated), {tokens:,} tokens, ${cost:,.4f}"
