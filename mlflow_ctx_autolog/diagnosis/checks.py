@@ -493,7 +493,7 @@ def spans_can_travel(subject: Subject) -> Verdict | None:
     """Workers send spans to the store, or home with the task where it takes none from them.
 
     That is so for a folder of files, a Databricks workspace, and an address with a password in it.
-    Spark Connect has no way home, and to a Unity Catalog schema there is no way yet.
+    Spark Connect has no way home, and a Unity Catalog location one only if MLflow knows its table.
     """
     if subject.facts.transport is None:
         return _failed(subject.facts.transport_reason)
