@@ -536,7 +536,13 @@ ROWS = [
         cluster=True,
         conf=SPECULATION,
     ),
-    Row("raise", "the user's function raises, and the job fails", undisturbed, trouble="raise"),
+    Row(
+        "raise",
+        "the user's function raises, the job fails, and Spark ends the worker of the task beside "
+        "it; then `recover`",
+        undisturbed_then_recovered,
+        trouble="raise",
+    ),
     Row(
         "show",
         "`show(1)` on a plan of many partitions: the last tasks are closed early",

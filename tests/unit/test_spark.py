@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import mlflow
 import pytest
 
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.driver import spark
 from mlflow_ctx_autolog.driver.spark import _users_function
 
 
@@ -63,3 +68,42 @@ def test_functions_that_hold_each_other_are_no_endless_search() -> None:
 
     func.__module__ = "pyspark.util"
     assert _users_function(func) is None
+
+
+AUTHENTICATED = {"spark.authenticate": "true"}
+
+
+@pytest.mark.parametrize(
+    ("found", "state"),
+    [
+        ({"spark.master": "local[2]"}, None),
+        ({"spark.master": "yarn"}, "is off"),
+        ({"spark.master": "yarn", **AUTHENTICATED}, "is off"),
+        ({"spark.master": "yarn", **AUTHENTICATED, "spark.network.crypto.enabled": "true"}, None),
+        ({"spark.master": "yarn", "spark.ssl.rpc.enabled": "true"}, None),
+        ({}, "cannot be told"),
+    ],
+)
+def test_variables_that_others_could_read_are_warned_of_once(
+    database: Destination,
+    found: dict[str, str],
+    state: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where forward_env sends some over a network that is not known to be encrypted."""
+    session = object()
+    monkeypatch.setattr(spark, "active_session", lambda: session)
+    monkeypatch.setattr(spark, "settings_of", lambda asked, names: found)
+    for name in ("application_id", "setting"):
+        monkeypatch.setattr(spark, name, lambda *_: None)
+    monkeypatch.setenv("OF_THE_JOB", "secret")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ctx_autolog.enable(forward_env=["OF_THE_JOB"]), mlflow.start_span("job"):
+            ctx_autolog.capture()
+        with ctx_autolog.enable(), mlflow.start_span("job"):
+            ctx_autolog.capture()
+
+    said = [str(warning.message) for warning in caught if "forward_env" in str(warning.message)]
+    assert len(said) == (0 if state is None else 1)
+    assert all(str(state) in each and "secret" not in each for each in said)
