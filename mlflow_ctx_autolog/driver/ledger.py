@@ -641,11 +641,17 @@ class Ledger:
             if self._timer is not None:
                 self._timer.cancel()
             timeout = self._config().flush_timeout
-            self._timer = threading.Timer(_LULL, self.flush, (timeout,), {"give_up_if_down": True})
+            self._timer = threading.Timer(_LULL, self._settle_all, (timeout,))
             self._timer.daemon = True
             # At the exit of the process there are no more threads, and all is settled anyway.
             with suppress(RuntimeError):
                 self._timer.start()
+
+    def _settle_all(self, timeout: float) -> None:
+        """Settle what has finished late. Nobody waits for it, so that each trace has its time."""
+        self._deliveries.flush(timeout, give_up_if_down=True)
+        for book in self._unsettled():
+            self._settle_and_warn(book, timeout, give_up_if_down=True)
 
     def _close_if_over(self) -> None:
         if self._is_closing and all(book.has_ended for book in list(self._books.values())):
