@@ -86,6 +86,7 @@ __all__ = [
     "for_collector",
     "has_active_span",
     "has_failed",
+    "is_client_call",
     "is_on",
     "is_recorded",
     "is_task",
@@ -247,10 +248,13 @@ def usage_of(span: Span) -> Amounts:
     return parse_amounts(span.get_attribute(_USAGE_OF_SPAN))
 
 
-def model_asked(span: Span) -> str | None:
-    """Return the model that a call of the OpenAI client asks; None for every other span."""
-    if span.get_attribute(FINGERPRINT) is None:
-        return None
+def is_client_call(span: Span) -> bool:
+    """Whether a span is that of a call of the OpenAI client."""
+    return span.get_attribute(FINGERPRINT) is not None
+
+
+def model_asked(span: Span) -> str:
+    """Return the model that a call of the OpenAI client asks. Reads all of the request."""
     inputs = span.inputs
     return str(inputs.get("model")) if isinstance(inputs, dict) else str(None)
 

@@ -101,8 +101,8 @@ def default_directory() -> Path:
     return Path(tempfile.gettempdir()) / f"mlflow-ctx-autolog-{os.getuid()}"
 
 
-def private_file(directory: Path | None, name: str) -> Path:
-    """Make a file that only this user may read, unless it is there; return its path.
+def private_file(directory: Path | None, name: str, *, may_exist: bool = False) -> Path:
+    """Make a file that only this user may read; return its path.
 
     Raises:
         OSError: It cannot be made there, or the directory is somebody else's.
@@ -112,7 +112,9 @@ def private_file(directory: Path | None, name: str) -> Path:
     if directory is None:
         _check_is_private(folder)
     path = folder / name
-    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    # Never through a link that somebody else has put there.
+    flags = os.O_CREAT | os.O_WRONLY | (os.O_NOFOLLOW if may_exist else os.O_EXCL)
+    os.close(os.open(path, flags, 0o600))
     return path
 
 

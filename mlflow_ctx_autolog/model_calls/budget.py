@@ -228,7 +228,7 @@ def _account(folder: Path | None, job: str, _process: int) -> _Account:
     """Return a job's account; a forked child has one of its own to the same file."""
     # The name of a session is the user's.
     name = hashlib.blake2b(job.encode(), digest_size=16).hexdigest() + _SUFFIX
-    path = private_file(folder, name)
+    path = private_file(folder, name, may_exist=True)
     _remove_old(path.parent)
     return _Account(path)
 

@@ -42,6 +42,7 @@ from mlflow_ctx_autolog.tracing import (
     for_collector,
     has_failed,
     headers_of,
+    is_client_call,
     list_price,
     model_asked,
     snapshot,
@@ -137,12 +138,11 @@ class WorkerProcess:
         self.deliveries.to(task.destination).submit(record)
 
     def _count_answer(self, task: Task, span: Any, usage: Amounts, cost: Amounts) -> None:
-        model = model_asked(span)
-        if model is None:
+        if not is_client_call(span):
             return
         failed, paid = has_failed(span), 0.0
         if task.budget is not None and not failed:
-            paid = task.budget.paid(model, usage, cost.get("total_cost"))
+            paid = task.budget.paid(model_asked(span), usage, cost.get("total_cost"))
         task.count_answer(failed, paid)
 
     def _change(self, task: Task, span: Any) -> None:
