@@ -517,12 +517,14 @@ def test_nothing_is_in_the_carrier_but_what_is_needed(
         "redacts",
         "session_id",
         "speculation",
+        "spent",
         "tags",
         "traceparent",
         "tracestate",
         "tracking_uri",
         "user",
         "version",
+        "workspace",
     }
 
 

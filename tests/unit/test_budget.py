@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spending import PRICES, admitted, spend
 
 from mlflow_ctx_autolog import BudgetExceeded, Config
 from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
 
-PRICES = {"gpt-test": (2.0, 10.0)}
 USAGE = {"input_tokens": 500_000, "output_tokens": 100_000, "total_tokens": 600_000}
 
 Open = Callable[..., Budget]
@@ -41,18 +41,6 @@ def opened(tmp_path: Path) -> Open:
         return budget
 
     return opened
-
-
-def admitted(budget: Budget, count: int, request: str | None = None) -> int:
-    """Return how many of so many requests may be sent."""
-    number = 0
-    for _ in range(count):
-        try:
-            budget.admit("gpt-test", request)
-        except BudgetExceeded:
-            continue
-        number += 1
-    return number
 
 
 def test_without_a_limit_there_is_no_budget_and_no_file(tmp_path: Path) -> None:
@@ -83,26 +71,20 @@ def test_threads_share_what_is_left(opened: Open) -> None:
         assert sum(pool.map(lambda _: admitted(budget, 20), range(8))) == 50
 
 
-def _in_a_process(folder: str, numbers: Any) -> None:
-    config = Config(spool_directory=folder, max_calls=50)
-    budget = open_budget(config, "trace", "first", {}, PRICES.get)
-    assert budget is not None
-    numbers.put(admitted(budget, 40))
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_of_a_host_share_what_is_left(opened: Open, tmp_path: Path, method: str) -> None:
     """A forked one, too, which must not use its parent's connection."""
     own = admitted(opened(max_calls=50), 5)
     context = multiprocessing.get_context(method)
     numbers = context.Queue()
-    arguments = (str(tmp_path / "spools"), numbers)
-    children = [context.Process(target=_in_a_process, args=arguments) for _ in range(3)]
+    arguments = (str(tmp_path / "spools"), 40, numbers)
+    children = [context.Process(target=spend, args=arguments) for _ in range(3)]
     for child in children:
         child.start()
-    assert own + sum(numbers.get(timeout=60) for _ in children) == 50
     for child in children:
         child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert own + sum(numbers.get(timeout=5) for _ in children) == 50
 
 
 def test_jobs_do_not_share(opened: Open) -> None:
