@@ -41,6 +41,7 @@ class DriverContext:
         session_id: Groups the traces of one job where there is no ``traceparent`` to join them.
         user: Who the traces of the job are of, where there is no ``traceparent``, if MLflow knows.
         tags: Tags of these traces.
+        metadata: Other metadata of these traces.
         application_id: Spark's application id, if known.
         process_id: Names the driver's process, so that it can recognise its own context.
         redacts: Whether content may be sent only through the user's ``redact``, which travels
@@ -66,6 +67,7 @@ class DriverContext:
     session_id: str | None = None
     user: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict, hash=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
     application_id: str | None = None
     process_id: str | None = None
     redacts: bool = False
@@ -128,7 +130,7 @@ _OPTIONAL = (
     "speculation",
 )
 _FLAGS = ("redacts", "has_span_processors")
-_MAPPINGS = ("environment", "tags")
+_MAPPINGS = ("environment", "metadata", "tags")
 _FIELDS = (*_REQUIRED, *_OPTIONAL, *_FLAGS, *_MAPPINGS, "autologs", "spent")
 
 

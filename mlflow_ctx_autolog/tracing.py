@@ -21,7 +21,7 @@ import mlflow.entities.span as mlflow_span
 import mlflow.tracing.provider as mlflow_provider
 import mlflow.tracing.utils as mlflow_utils
 from mlflow import environment_variables
-from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceState
+from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceLocation, TraceState
 from mlflow.entities.span import NoOpSpan, create_mlflow_span
 from mlflow.entities.span_status import SpanStatusCode
 from mlflow.environment_variables import (
@@ -86,6 +86,7 @@ __all__ = [
     "for_collector",
     "has_active_span",
     "has_failed",
+    "info_of_own_trace",
     "is_client_call",
     "is_on",
     "is_recorded",
@@ -194,12 +195,16 @@ def is_on() -> bool:
     )
 
 
-def declared_traces() -> tuple[str | None, str | None, dict[str, str]]:
-    """Return session, user and tags of new traces, as ``mlflow.tracing.context()`` has them."""
+def declared_traces() -> tuple[str | None, str | None, dict[str, str], dict[str, str]]:
+    """Return session, user, tags and other metadata of new traces.
+
+    They are as ``mlflow.tracing.context()`` has them.
+    """
     declared = _declared()
-    metadata = getattr(declared, "metadata", {})
-    session, user = metadata.get("mlflow.trace.session"), metadata.get("mlflow.trace.user")
-    return session, user, dict(getattr(declared, "tags", {}))
+    metadata = dict(getattr(declared, "metadata", {}))
+    session = metadata.pop("mlflow.trace.session", None)
+    user = metadata.pop("mlflow.trace.user", None)
+    return session, user, dict(getattr(declared, "tags", {})), metadata
 
 
 def _declared() -> Any:
@@ -709,6 +714,28 @@ class WorkerTracing(Generic[OwnerT]):
         One that ends meanwhile is submitted after it was shown.
         """
         self._processor.show_open(owner, task_span, show)
+
+
+def info_of_own_trace(span: Span, context: DriverContext) -> TraceInfo | None:
+    """Return the info of a task's own trace, with metadata, which its root span cannot carry.
+
+    Args:
+        span: The task's span, which has ended.
+        context: What came from the driver.
+
+    Returns:
+        None where the driver declared none, or where the trace is the driver's.
+    """
+    if context.traceparent is not None or not context.metadata:
+        return None
+    return TraceInfo(
+        trace_id=span.trace_id,
+        trace_location=TraceLocation.from_experiment_id(context.experiment_id),
+        request_time=span.start_time_ns // 1_000_000,
+        execution_duration=(span.end_time_ns - span.start_time_ns) // 1_000_000,
+        state=TraceState.ERROR if has_failed(span) else TraceState.OK,
+        trace_metadata=dict(context.metadata),
+    )
 
 
 def _rebuild_provider() -> None:

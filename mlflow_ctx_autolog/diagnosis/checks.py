@@ -351,7 +351,9 @@ def versions_are_the_same(subject: Subject) -> Verdict | None:
     for supported in SUPPORTED:
         theirs = subject.process["packages"][supported.package].get("version")
         ours = subject.facts.driver["packages"][supported.package].get("version")
-        if theirs is not None and ours is not None and theirs != ours:
+        if theirs is None or ours is None or theirs not in supported:
+            continue
+        if theirs != ours:
             differing.append(f"{supported.package} {theirs} there, {ours} on the driver")
     return _warned("; ".join(differing)) if differing else _passed("they are")
 

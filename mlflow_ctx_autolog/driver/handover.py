@@ -437,7 +437,7 @@ def _capture(
         driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
     if not headers and warns_of_no_span and store.store_takes_spans():
         _warn_of_no_span()
-    declared_session, user, tags = tracing.declared_traces()
+    declared_session, user, tags, metadata = tracing.declared_traces()
     return DriverContext(
         tracking_uri=tracking_uri,
         # A collector has none, and there may be no tracking server to ask.
@@ -448,6 +448,7 @@ def _capture(
         session_id=None if headers else declared_session or f"spark-{uuid.uuid4()}",
         user=None if headers else user,
         tags={} if headers else tags,
+        metadata={} if headers else metadata,
         application_id=None if session is None else spark_api.application_id(session),
         process_id=process_id(),
         autologs=autologs_in_force(),

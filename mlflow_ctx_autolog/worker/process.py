@@ -21,7 +21,7 @@ from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
 from mlflow_ctx_autolog.model_calls.flavors import Autologs
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.stores.otlp import is_collector, otlp_record
-from mlflow_ctx_autolog.stores.tracking_store import send, span_record
+from mlflow_ctx_autolog.stores.tracking_store import send, span_record, trace_record
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
@@ -42,6 +42,7 @@ from mlflow_ctx_autolog.tracing import (
     for_collector,
     has_failed,
     headers_of,
+    info_of_own_trace,
     is_client_call,
     list_price,
     model_asked,
@@ -135,7 +136,12 @@ class WorkerProcess:
             return
         task.count_span(span.span_id, span.parent_id, usage, cost)
         self._count_answer(task, span, usage, cost)
-        self.deliveries.to(task.destination).submit(record)
+        delivery = self.deliveries.to(task.destination)
+        delivery.submit(record)
+        if span.span_id == task.span_id and not is_collector(task.context.tracking_uri):
+            info = info_of_own_trace(span, task.context)
+            if info is not None:
+                delivery.submit(trace_record(info))
 
     def _count_answer(self, task: Task, span: Any, usage: Amounts, cost: Amounts) -> None:
         if not is_client_call(span):

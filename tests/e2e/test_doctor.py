@@ -15,11 +15,12 @@ import mlflow
 import pandas as pd
 import pyspark
 import pytest
+import requests
 from pyspark.sql import SparkSession
 from workload import SCHEMA, ask, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
+from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer, TrackingStore
 
 
 def causes(diagnosis: ctx_autolog.Diagnosis) -> dict[tuple[str, str], str]:
@@ -111,6 +112,12 @@ def _disable_tracing(packages: Path) -> None:
     (packages / "sitecustomize.py").write_text(code)
 
 
+def _take_openai_back_by_years(packages: Path) -> None:
+    (packages / "openai").unlink()
+    (packages / "openai").mkdir()
+    (packages / "openai" / "__init__.py").write_text("__version__ = '0.28.1'\n")
+
+
 @pytest.mark.parametrize(
     ("spoil", "cause", "level", "found"),
     [
@@ -118,6 +125,7 @@ def _disable_tracing(packages: Path) -> None:
         (_make_the_library_older, "library_is_the_same", "fail", "0.0.1 there"),
         (_set_the_clock_back, "clocks_agree", "warn", "is off by 3"),
         (_disable_tracing, "tracing_is_on", "fail", "OTEL_SDK_DISABLED"),
+        (_take_openai_back_by_years, "versions_are_supported", "fail", "openai 0.28.1, not from"),
     ],
 )
 def test_what_is_wrong_on_workers_only(
@@ -139,6 +147,117 @@ def test_what_is_wrong_on_workers_only(
     assert (finding.check, finding.level) == (cause, level)
     assert found in finding.found
     assert finding.where != "driver"
+
+
+def test_a_file_on_two_hosts(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    ctx_autolog_store: TrackingStore,
+    tmp_path: Path,
+) -> None:
+    """Though the workers of the other host can write to it now, as on a disk that is shared."""
+    with _interpreter(spark, tmp_path) as packages, mlflow.start_span("job"):
+        code = "import socket\nsocket.gethostname = lambda: 'other-host'\n"
+        (packages / "sitecustomize.py").write_text(code)
+        diagnosis = ctx_autolog.doctor(spark, model_url=endpoint.base_url)
+
+    assert causes(diagnosis) == {("file_has_one_host", "workers"): "fail"}
+    assert "other-host" in diagnosis.failures[0].found
+
+
+def test_an_address_that_is_another_server_for_workers(
+    spark: SparkSession, server: TrackingServer, endpoint: OpenAIEndpoint, tmp_path: Path
+) -> None:
+    """As localhost is: they store their spans well, where the driver does not find them."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server.uri)
+    mlflow.set_experiment(experiment_id="0")
+    try:
+        with (
+            TrackingServer(tmp_path / "other") as other,
+            _interpreter(spark, tmp_path) as packages,
+            mlflow.start_span("job"),
+        ):
+            code = f"""import socket
+right = socket.getaddrinfo
+def elsewhere(host, port, *args, **kwargs):
+    return right(host, {other.port} if port == {server.port} else port, *args, **kwargs)
+socket.getaddrinfo = elsewhere
+"""
+            (packages / "sitecustomize.py").write_text(code)
+            diagnosis = ctx_autolog.doctor(spark, model_url=endpoint.base_url)
+    finally:
+        mlflow.flush_trace_async_logging()
+        mlflow.set_tracking_uri(before)
+
+    assert causes(diagnosis) == {("store_is_the_same", "workers"): "fail"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """A server that demands a log-in, where one user may read everything and write nothing."""
+    folder = tmp_path_factory.mktemp("guarded")
+    with TrackingServer(folder, password=ADMIN["MLFLOW_TRACKING_PASSWORD"]) as server:
+        requests.post(
+            f"{server.uri}/api/2.0/mlflow/users/create",
+            json={
+                "username": READER["MLFLOW_TRACKING_USERNAME"],
+                "password": READER["MLFLOW_TRACKING_PASSWORD"],
+            },
+            auth=(ADMIN["MLFLOW_TRACKING_USERNAME"], ADMIN["MLFLOW_TRACKING_PASSWORD"]),
+            timeout=30,
+        ).raise_for_status()
+        yield server
+
+
+ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "correct-horse-battery"}
+READER = {"MLFLOW_TRACKING_USERNAME": "reader", "MLFLOW_TRACKING_PASSWORD": "staple-correct-horse"}
+UNKNOWN = {**ADMIN, "MLFLOW_TRACKING_PASSWORD": "wrong-password-here"}
+NONE: dict[str, str] = dict.fromkeys(ADMIN, "")
+
+
+@pytest.mark.parametrize(
+    ("log_in", "cause", "found"),
+    [
+        (NONE, "log_in_is_accepted", "set on the driver only: MLFLOW_TRACKING_PASSWORD"),
+        (UNKNOWN, "log_in_is_accepted", "401"),
+        (READER, "experiment_is_writable", "403"),
+    ],
+)
+def test_a_log_in_of_workers_that_will_not_do(
+    spark: SparkSession,
+    guarded: TrackingServer,
+    endpoint: OpenAIEndpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_in: dict[str, str],
+    cause: str,
+    found: str,
+) -> None:
+    """Where the workers have none, a wrong one, or one that may only read."""
+    for name, value in ADMIN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_TRANSPORT", "direct")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(guarded.uri)
+    try:
+        mlflow.set_experiment("job")
+        with _interpreter(spark, tmp_path) as packages, mlflow.start_span("job"):
+            lines = ["import os"]
+            for name, value in log_in.items():
+                lines.append(
+                    f"os.environ[{name!r}] = {value!r}" if value else f"del os.environ[{name!r}]"
+                )
+            (packages / "sitecustomize.py").write_text("\n".join(lines))
+            diagnosis = ctx_autolog.doctor(spark, model_url=endpoint.base_url)
+        mlflow.flush_trace_async_logging()
+    finally:
+        mlflow.set_tracking_uri(before)
+
+    assert causes(diagnosis) == {(cause, "workers"): "fail"}
+    assert found in diagnosis.failures[0].found
+    shown = f"{diagnosis} {json.dumps(diagnosis.to_dict())}"
+    assert not any(each["MLFLOW_TRACKING_PASSWORD"] in shown for each in (ADMIN, READER, UNKNOWN))
 
 
 def _function(url: str, prepare: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame]]:
@@ -204,8 +323,13 @@ def test_the_command(
     option: str,
 ) -> None:
     """On classic Spark and Spark Connect it finds what Spark is told to repeat, and says so."""
-    settings = "spark.speculation true\nspark.task.maxFailures 8\nspark.python.worker.reuse false\n"
-    (tmp_path / "spark-defaults.conf").write_text(settings)
+    settings = (
+        "spark.speculation true",
+        "spark.task.maxFailures 8",
+        "spark.dynamicAllocation.enabled true",
+        "spark.python.worker.reuse false",
+    )
+    (tmp_path / "spark-defaults.conf").write_text("\n".join(settings))
     command = Path(sys.executable).with_name("mlflow-ctx-autolog")
     finished = subprocess.run(
         [command, "doctor", "--json", "--strict", option, "local[2]"],
@@ -229,6 +353,7 @@ def test_the_command(
     assert {name for name in levels if levels[name] != "pass"} == {
         "no_speculation",
         "few_retries",
+        "executors_say_goodbye",
         "workers_are_reused",
         "span_is_active",
     }

@@ -513,6 +513,7 @@ def test_nothing_is_in_the_carrier_but_what_is_needed(
         "fingerprint_key",
         "handover_id",
         "has_span_processors",
+        "metadata",
         "process_id",
         "redacts",
         "session_id",

@@ -99,11 +99,19 @@ def test_a_store_for_whole_traces_on_spark_connect() -> None:
 def test_an_unsupported_release_on_a_worker() -> None:
     """A release that the library does not know is named, with those that it knows."""
     packages = {**process()["packages"], "openai": {"version": "0.28"}}
-    found, other = complaints(facts(workers=[process(packages=packages)]))
+    found = only(facts(workers=[process(packages=packages)]))
 
     assert (found.check, found.level) == ("versions_are_supported", "fail")
     assert "openai 0.28, not from 1.40" in found.found
-    assert (other.check, other.level) == ("versions_are_the_same", "warn")
+
+
+def test_a_release_on_a_worker_that_is_not_the_drivers() -> None:
+    """One that is supported, but not the driver's, is a warning."""
+    packages = {**process()["packages"], "openai": {"version": "1.99"}}
+    found = only(facts(workers=[process(packages=packages)]))
+
+    assert (found.check, found.level) == ("versions_are_the_same", "warn")
+    assert "openai 1.99 there, 2.0 on the driver" in found.found
 
 
 def test_spark_settings_that_repeat_work() -> None:

@@ -114,8 +114,10 @@ def test_workers_store_where_the_driver_does(
 
 
 def test_traces_of_tasks_are_as_declared(database: Destination) -> None:
-    """Without a span on the driver, session, user and tags are those of mlflow.tracing.context."""
-    with mlflow.tracing.context(session_id="s-1", user="alice", tags={"team": "legal"}):
+    """Without a span on the driver, they have what mlflow.tracing.context says."""
+    with mlflow.tracing.context(
+        session_id="s-1", user="alice", tags={"team": "legal"}, metadata={"contract": "c-7"}
+    ):
         document = json.loads(ctx_autolog.capture().to_json())
     carrier = json.dumps({**document, "process_id": "another"})
     spark.carrying(lambda: None, carrier, required=True)()
@@ -123,7 +125,10 @@ def test_traces_of_tasks_are_as_declared(database: Destination) -> None:
     (trace,) = stored_traces("0")
     assert trace.metadata["mlflow.trace.session"] == "s-1"
     assert trace.metadata["mlflow.trace.user"] == "alice"
+    assert trace.metadata["contract"] == "c-7"
     assert trace.trace.info.tags["team"] == "legal"
+    assert trace.trace.info.state == "OK"
+    assert trace.trace.info.execution_duration is not None
 
 
 @pytest.mark.parametrize("is_by_context", [True, False])

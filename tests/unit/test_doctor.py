@@ -306,18 +306,41 @@ def test_a_share_that_the_user_has_chosen(
         pass
 
 
+def instrument_by_openinference() -> None:
+    module = pytest.importorskip("openinference.instrumentation.openai")
+    module.OpenAIInstrumentor().instrument()
+
+
+def instrument_by_openllmetry() -> None:
+    module = pytest.importorskip("opentelemetry.instrumentation.openai")
+    module.OpenAIInstrumentor().instrument()
+
+
+def instrument_by_langfuse() -> None:
+    # Which wraps the client as it is imported.
+    pytest.importorskip("langfuse.openai")
+
+
+def instrument_by_ddtrace() -> None:
+    pytest.importorskip("ddtrace").patch(openai=True)
+
+
 @pytest.mark.parametrize(
-    ("module", "name"),
+    ("instrument", "name"),
     [
-        ("openinference.instrumentation.openai", "OpenInference"),
-        ("opentelemetry.instrumentation.openai", "OpenLLMetry"),
+        (instrument_by_openinference, "OpenInference"),
+        (instrument_by_openllmetry, "OpenLLMetry"),
+        (instrument_by_langfuse, "Langfuse"),
+        (instrument_by_ddtrace, "ddtrace"),
     ],
 )
 def test_a_real_instrumentation(
-    store: Destination, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+    store: Destination,
+    monkeypatch: pytest.MonkeyPatch,
+    instrument: Callable[[], None],
+    name: str,
 ) -> None:
     """A library that instruments the client is found by what it leaves on the client."""
-    instrumentor = pytest.importorskip(module).OpenAIInstrumentor()
     for where, path in _CALLS:
         # To have back what it does not clean up.
         owner, _, method = path.partition(".")
@@ -325,11 +348,8 @@ def test_a_real_instrumentation(
         if method in vars(holder):
             monkeypatch.setattr(holder, method, vars(holder)[method])
     mlflow.openai.autolog()
-    instrumentor.instrument()
-    try:
-        diagnosis = examine_in_span()
-    finally:
-        instrumentor.uninstrument()
+    instrument()
+    diagnosis = examine_in_span()
 
     assert causes(diagnosis) == {"nobody_else_traces": "warn"}
     assert name in diagnosis.warnings[0].found
