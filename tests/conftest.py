@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
 from importlib.metadata import distributions, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,21 @@ def pytest_report_header() -> str:
     # mlflow-tracing, for one, does without the second.
     there = {found.name for found in distributions()}
     return ", ".join(f"{name} {version(name)}" for name in names if name in there)
+
+
+class PromptQueue(queue.Queue[Any]):
+    """One whose readers look every moment whether they are still wanted, rather than a second."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        return super().get(block, timeout and min(timeout, 0.02))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports_end_promptly() -> Iterator[None]:
+    """MLflow ends its threads at each flush, and for each new tracking URI, hundreds of times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlflow.tracing.export.async_export_queue.Queue", PromptQueue)
+        yield
 
 
 @pytest.fixture(scope="session")

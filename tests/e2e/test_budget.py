@@ -22,6 +22,7 @@ from mlflow_ctx_autolog.testing import OpenAIEndpoint, Status, TrackingServer, U
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 MASTER = "local[2,2]"
+IS_PRELOADED = True
 PRICES = {"gpt-test": (1_000_000.0, 0.0)}
 
 

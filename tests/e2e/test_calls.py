@@ -24,6 +24,8 @@ from workload import StoredTrace, ask, stored_trace
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, Request, TrackingServer
 
+IS_PRELOADED = True
+
 ROWS = {call.row: call for call in calls.CALLS}
 OF_EACH_CLIENT = [
     calls.CREATE,

@@ -26,6 +26,7 @@ from mlflow_ctx_autolog.cli import main
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, Request, TrackingServer, UnreliableProxy
 
 MASTER = "local[2,3]"
+IS_PRELOADED = True
 
 
 def _tokens(trace: StoredTrace) -> int:

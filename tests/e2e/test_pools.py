@@ -18,6 +18,8 @@ from workload import SCHEMA, stored_trace, stored_traces
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
+IS_PRELOADED = True
+
 cloudpickle.register_pickle_by_value(pools)
 ROWS = 3
 COLUMN = "below the span it is made under"

@@ -21,6 +21,8 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request, TrackingServer
 
+IS_PRELOADED = True
+
 SECRET = "Alice-of-Turku"
 
 

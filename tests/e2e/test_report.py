@@ -14,16 +14,16 @@ import pandas as pd
 import pytest
 from pyspark import cloudpickle
 from pyspark.sql import SparkSession, functions
+from pyspark.storagelevel import StorageLevel
+from repeats import SCHEMA, asking, assert_sums, complete_report, first_attempt
 from workload import ask
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import CallReport, cli
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
 # Workers cannot import the tests' modules.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-SCHEMA = "id long"
 Job = Callable[[SparkSession, str, Path], None]
 
 
@@ -37,35 +37,12 @@ def spark() -> Iterator[SparkSession]:
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.shuffle.partitions", "2")
         .config("spark.speculation", "true")
+        .config("spark.python.daemon.module", "mlflow_ctx_autolog.daemon")
         .getOrCreate()
     )
     session.sparkContext.setLogLevel("OFF")
     yield session
     session.stop()
-
-
-def asking(url: str, before: Callable[[int], None] | None = None) -> Callable[..., Any]:
-    """Return a function for mapInPandas that makes one call a row."""
-
-    def extract(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        from openai import OpenAI
-
-        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
-        for batch in batches:
-            for number in batch["id"]:
-                if before is not None:
-                    before(number)
-                ask(client, number)
-            yield batch
-
-    return extract
-
-
-def first_attempt() -> bool:
-    """Whether this is the first attempt of its task."""
-    from pyspark import TaskContext
-
-    return TaskContext.get().attemptNumber() == 0
 
 
 def kill_executor() -> None:
@@ -128,6 +105,24 @@ def killed_executor(spark: SparkSession, url: str, folder: Path) -> None:
     spark.range(0, 4, 1, 2).mapInPandas(asking(url, kill), SCHEMA).collect()
 
 
+def lost_cache(spark: SparkSession, url: str, folder: Path) -> None:
+    asked = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    asked.persist(StorageLevel.MEMORY_ONLY)
+    asked.collect()
+    flag = folder / "killed"
+
+    def kill_once(rows: Iterable[Any]) -> Iterator[Any]:
+        if not flag.exists():
+            flag.touch()
+            kill_executor()
+        return iter(rows)
+
+    # Without the function, so that no call of it is cut off.
+    spark.sparkContext.parallelize([1], 1).mapPartitions(kill_once).collect()
+    asked.collect()
+    asked.unpersist()
+
+
 def lost_shuffle(spark: SparkSession, url: str, folder: Path) -> None:
     flag = folder / "killed"
 
@@ -166,6 +161,7 @@ JOBS: list[tuple[Job, str, int]] = [
     (documents_twice, "duplicate_row", 4),
     (killed_executor, "task_retry", 1),
     (lost_shuffle, "stage_retry", 4),
+    (lost_cache, "lost_cache", 4),
 ]
 
 
@@ -190,7 +186,7 @@ def test_each_repeat_has_its_true_cause(
     report = complete_report(span.trace_id, endpoint, spools)
 
     found = {each.key: sums.calls for each, sums in report.by_cause().items()}
-    if cause == "stage_retry":
+    if cause in ("lost_cache", "stage_retry"):
         # How many blocks the executor held is up to Spark.
         assert found == {cause: len(endpoint.requests) - report.distinct}
         assert found[cause] > 0
@@ -198,27 +194,6 @@ def test_each_repeat_has_its_true_cause(
         assert found == {cause: repeats}
     assert report.distinct == len({request.prompt for request in endpoint.requests})
     assert_sums(report, endpoint)
-
-
-def complete_report(trace_id: str, endpoint: OpenAIEndpoint, spools: Path) -> CallReport:
-    """Read the trace once it has all calls: those of a killed worker are recovered."""
-    mlflow.flush_trace_async_logging()
-    report = ctx_autolog.report(trace_id)
-    while report.made.calls < len(endpoint.requests):
-        # A killed executor's Python worker may outlive it, and its spool is its own until then.
-        time.sleep(0.5)
-        cli.main(["recover", str(spools)])
-        report = ctx_autolog.report(trace_id)
-    assert report.made.calls == len(endpoint.requests)
-    return report
-
-
-def assert_sums(report: CallReport, endpoint: OpenAIEndpoint) -> None:
-    """What was useful and what was repeated is what was made, as the endpoint has billed it."""
-    assert report.useful.calls == report.distinct
-    assert report.useful.tokens + report.repeated.tokens == report.made.tokens
-    assert report.made.tokens == endpoint.total_tokens
-    assert sum(sums.tokens for sums in report.by_cause().values()) == report.repeated.tokens
 
 
 def test_endpoint_that_fails_once(spark: SparkSession, experiment_id: str, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from mlflow_ctx_autolog.testing import (
     TrackingServer,
 )
 
+IS_PRELOADED = True
+
 LOG_IN = ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"]
 PASSWORD = "correct-horse-battery"
 ORCHESTRATOR = "a" * 32

@@ -16,6 +16,8 @@ from workload import SCHEMA, extractor, stored_trace, stored_traces
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
+IS_PRELOADED = True
+
 
 @pytest.mark.covers(SPARK, "stream, `foreachBatch`", "classic Spark")
 @pytest.mark.covers(

@@ -14,6 +14,8 @@ from workload import SCHEMA, StoredTrace, extractor, stored_trace
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, Request, TrackingServer
 
+IS_PRELOADED = True
+
 
 def _assert_complete(trace: StoredTrace, endpoint: OpenAIEndpoint) -> None:
     assert len(trace.calls) == len(endpoint.requests)
