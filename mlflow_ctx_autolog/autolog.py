@@ -169,6 +169,7 @@ def _uninstall() -> None:
     driver.ledger.close()
     driver.joined_trace.leave()
     driver.endings.uninstall()
+    driver.executed_plans.unwatch()
     _handovers.uninstall()
     _openai_calls.uninstall()
     process.remove()

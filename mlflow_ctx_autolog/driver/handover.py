@@ -18,6 +18,7 @@ from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.driver import spark as spark_api
+from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.exceptions import (
@@ -65,6 +66,7 @@ class Driver:
         self.ledger = Ledger(settings, self.spark_facts, self.progress.add)
         self._session: Any = None
         self._functions: set[str] = set()
+        self.executed_plans = ExecutedPlans()
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
 
@@ -134,6 +136,7 @@ class Driver:
                 the driver.
         """
         self._session = session
+        self.executed_plans.watch(session)
         self._functions.add(name or spark_api.name_of(function))
         way_home = spark_api.way_home(session, self.ledger.receive)
         context = _capture(
@@ -188,6 +191,8 @@ class Driver:
             return None
         try:
             facts = spark_api.job_facts(self._session, self._functions, since)
+            if facts is None and (plans := self.executed_plans.since(since)):
+                facts = {"plans": plans}
         except Exception as error:
             # Without, some causes of repetitions remain unknown.
             _logger.info("Spark does not say what jobs have run: %r", error)

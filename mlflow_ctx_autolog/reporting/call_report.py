@@ -453,7 +453,7 @@ class _Reader:
     def finish(self, key: Callable[[Call], Hashable] | None, ids: Sequence[str]) -> CallReport:
         """Return the report on all traces taken."""
         self._calls.sort(key=lambda call: call.started)
-        judged = judge(self._calls, key=key, skewed=self._skewed)
+        judged = judge(self._calls, attempts=self._attempts, key=key, skewed=self._skewed)
         for host, seconds in self._skewed.items():
             self._notes.append(
                 f"The clock of {host} is at least {seconds:.3f} s behind the driver's: times of "

@@ -50,8 +50,9 @@ class SparkFacts:
     """What only the driver can learn from Spark, for one trace.
 
     Args:
-        plans: For each SQL execution, how many nodes of its final plan run a function of that
-            name, and how many read a cached table (``InMemoryTableScan``).
+        plans: For each SQL execution, or operation of Spark Connect, how many nodes of its final
+            plan run a function of that name, or any, and how many read a cached table
+            (``InMemoryTableScan``).
         speculative: Ids of the task attempts that were speculative copies; None where not asked.
         jobs: The job of each stage.
     """
@@ -88,6 +89,7 @@ class Attempt:
         action: The SQL execution that it was part of, or the one that has started that; None
             for RDDs.
         execution: The SQL execution itself.
+        operation: The operation of Spark Connect that it was part of.
         stage: Spark's stage id.
         partition: Spark's partition id.
         number: 0 for the first attempt of the partition in this attempt of the stage.
@@ -113,6 +115,7 @@ class Attempt:
     application: str | None
     action: str | None
     execution: str | None
+    operation: str | None
     stage: int | None
     partition: int | None
     number: int | None
@@ -251,6 +254,7 @@ def _attempt(trace: StoredTrace, span: StoredSpan, facts: SparkFacts) -> Attempt
         application=span.text("spark.application.id"),
         action=span.text("spark.sql.execution.root_id") or execution,
         execution=execution,
+        operation=span.text("spark.connect.operation.id"),
         stage=span.number("spark.stage.id"),
         partition=span.number("spark.partition.id"),
         number=span.number("spark.task.attempt_number"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_ctx_autolog.reporting.calls import Attempt, Call
+from mlflow_ctx_autolog.stores.stored_trace import ANY_FUNCTION
 
 __all__ = ["CAUSES", "CLIENT_RETRY", "Cause", "Judged", "judge", "skewed_hosts"]
 
@@ -133,6 +134,7 @@ def skewed_hosts(attempts: Sequence[Attempt], opened: int | None) -> dict[str, f
 def judge(
     calls: Sequence[Call],
     *,
+    attempts: Sequence[Attempt] = (),
     key: Callable[[Call], Hashable] | None = None,
     skewed: Collection[str] = (),
 ) -> list[Judged]:
@@ -140,6 +142,7 @@ def judge(
 
     Args:
         calls: In the order of their time.
+        attempts: All task attempts, also those that have made no call.
         key: Returns by what the same request is recognised, None where it is like no other; by
             default function and fingerprint.
         skewed: Hosts whose times cannot be compared with those of others.
@@ -152,7 +155,7 @@ def judge(
             groups[name].append(each)
     repeated = [group for group in groups.values() if len(group) > 1]
     if repeated:
-        rules = _Rules(calls, skewed)
+        rules = _Rules(calls, attempts, skewed)
         for group in repeated:
             _judge_group(group, rules)
     return judged
@@ -181,13 +184,19 @@ class _Rules:
 
     Args:
         calls: All calls.
+        attempts: All task attempts.
         skewed: Hosts whose times cannot be compared with those of others.
     """
 
-    def __init__(self, calls: Sequence[Call], skewed: Collection[str]) -> None:
+    def __init__(
+        self, calls: Sequence[Call], attempts: Sequence[Attempt], skewed: Collection[str]
+    ) -> None:
         self._skewed = set(skewed)
         self._requests: defaultdict[str, Counter[Any]] = defaultdict(Counter)
         self._handovers: defaultdict[Any, set[str | None]] = defaultdict(set)
+        self._functions: defaultdict[Any, set[str]] = defaultdict(set)
+        for attempt in attempts:
+            self._functions[attempt.operation].add(attempt.function)
         for call in calls:
             if call.attempt is not None:
                 self._requests[call.attempt.span_id][call.request] += 1
@@ -299,8 +308,13 @@ class _Rules:
         plan = _plan(attempt)
         if plan is None:
             return None
+        nodes = plan.get(attempt.function, 0)
+        if ANY_FUNCTION in plan:
+            if self._functions[attempt.operation] != {attempt.function}:
+                return None
+            nodes = plan[ANY_FUNCTION]
         others = len(self._handovers[_use(attempt)]) - 1
-        return max(1, plan.get(attempt.function, 0) - others)
+        return max(1, nodes - others)
 
     def _comparable(self, one: Attempt, two: Attempt) -> bool:
         return one.host == two.host or not self._skewed.intersection((one.host, two.host))
@@ -322,7 +336,9 @@ def _use(attempt: Attempt) -> Hashable:
 
 
 def _plan(attempt: Attempt) -> Mapping[str, int] | None:
-    return None if attempt.execution is None else attempt.facts.plans.get(attempt.execution)
+    keys = (attempt.operation, attempt.execution)
+    plans = attempt.facts.plans
+    return next((plans[key] for key in keys if key is not None and key in plans), None)
 
 
 def _closeness(earlier: Call, call: Call) -> tuple[bool, ...]:

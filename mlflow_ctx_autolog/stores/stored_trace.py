@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SPARK_FACTS", "StoredSpan", "StoredTrace"]
+__all__ = ["ANY_FUNCTION", "SPARK_FACTS", "StoredSpan", "StoredTrace"]
 
 # Metadata of a trace: what the driver has learnt from Spark of its jobs, as JSON.
 SPARK_FACTS = "mlflow_ctx_autolog.spark"
+# Stands in its plans for whichever functions nodes run, where Spark does not name them.
+ANY_FUNCTION = "*"
 
 
 @dataclass(slots=True)

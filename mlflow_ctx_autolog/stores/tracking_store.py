@@ -535,6 +535,7 @@ def _stored_trace(
 def _spans_in(content: bytes) -> Iterator[dict[str, Any]]:
     """Yield the spans of a trace's JSON one by one, since all at once take far more memory."""
     text = content.decode()
+    del content
     decoder = json.JSONDecoder()
     position = text.find("[", text.find('"spans"')) + 1
     while position:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
 _ROOT_EXECUTION = "spark.sql.execution.root.id"
 _CALL_SITE = "callSite.short"
+_JOB_TAGS = "spark.job.tags"
 
 
 def in_spark_task() -> bool:
@@ -54,8 +56,8 @@ def task_attributes() -> dict[str, Any]:
     Spark says so: ``spark.stage.id``, ``spark.partition.id``, ``spark.task.attempt_number``
     (0 for the first), ``spark.task.attempt_id`` (unique in the application),
     ``spark.sql.execution.id``, that of the action as ``spark.sql.execution.root_id`` where one
-    execution has started another, ``spark.call_site`` (the action's line on the driver) and
-    ``spark.job.group``.
+    execution has started another, ``spark.call_site`` (the action's line on the driver),
+    ``spark.job.group`` and, on Spark Connect, ``spark.connect.operation.id``.
     """
     attributes: dict[str, Any] = {"host.name": socket.gethostname(), "process.pid": os.getpid()}
     context = _task_context()
@@ -70,9 +72,16 @@ def task_attributes() -> dict[str, Any]:
         "spark.sql.execution.root_id": context.getLocalProperty(_ROOT_EXECUTION),
         "spark.call_site": context.getLocalProperty(_CALL_SITE),
         "spark.job.group": context.getLocalProperty(_JOB_GROUP),
+        "spark.connect.operation.id": _operation(context.getLocalProperty(_JOB_TAGS)),
     }
     attributes.update({name: value for name, value in facts.items() if value is not None})
     return attributes
+
+
+def _operation(job_tags: str | None) -> str | None:
+    """Return the operation of Spark Connect among the tags of a job, if there is one."""
+    found = re.search(r"SparkConnect_\w+_Operation_([0-9a-f-]{36})", job_tags or "")
+    return None if found is None else found[1]
 
 
 def is_batch(item: object) -> bool:

@@ -14,10 +14,12 @@ import functions
 import mlflow
 import pyspark
 import pytest
+import repeats
 import workload
 from coverage_table import SPARK, cases
 from workload import stored_trace
 
+import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 pytestmark = [
@@ -31,17 +33,19 @@ pytestmark = [
 # In a process of its own: one that has had a classic session cannot start Spark Connect.
 _SCRIPT = """
 import json, sys
-import functions, mlflow, workload
+import functions, mlflow, repeats, workload
 from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 import mlflow_ctx_autolog as ctx_autolog
 
 cloudpickle.register_pickle_by_value(functions)
+cloudpickle.register_pickle_by_value(repeats)
 cloudpickle.register_pickle_by_value(workload)
 uri, experiment_id, url = sys.argv[1:]
 mlflow.set_tracking_uri(uri)
 mlflow.set_experiment(experiment_id=experiment_id)
-spark = SparkSession.builder.remote("local[2]").getOrCreate()
+# A task may be tried twice.
+spark = SparkSession.builder.remote("local[2,2]").getOrCreate()
 spark.conf.set("spark.sql.shuffle.partitions", "2")
 extract_rows = workload.row_extractor(url)
 
@@ -99,6 +103,19 @@ try:
 except Exception:
     has_rdds = False
 
+repeated = {}
+for job, _, _ in repeats.ANYWHERE:
+    with mlflow.start_span(job.__name__) as job_span:
+        job(spark, url)
+    repeated[job.__name__] = job_span.trace_id
+
+with ctx_autolog.enable(max_calls=5), mlflow.start_span("budget") as budget_span:
+    try:
+        spark.range(0, 8, 1, 4).mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
+        refusal = None
+    except Exception as error:
+        refusal = str(error)
+
 ctx_autolog.disable()
 untraced = frame.mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
 assert sorted(rows) == sorted(untraced)
@@ -113,6 +130,9 @@ print(json.dumps({
     "followed": followed,
     "batches": batches.trace_id,
     "has_rdds": has_rdds,
+    "repeated": repeated,
+    "budget": budget_span.trace_id,
+    "refusal": refusal,
 }))
 """
 
@@ -165,6 +185,25 @@ def test_a_registered_function_follows_on_spark_connect(result: dict[str, Any]) 
     for trace_id in result["followed"]:
         trace = stored_trace(trace_id)
         assert [trace.is_nested(call) for call in trace.calls] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("job", "cause", "repeated"),
+    [(job.__name__, cause, number) for job, cause, number in repeats.ANYWHERE],
+)
+def test_each_repeat_has_its_true_cause_on_spark_connect(
+    result: dict[str, Any], job: str, cause: str, repeated: int
+) -> None:
+    """The server tells its client of the final plans, as it does of results."""
+    report = ctx_autolog.report(result["repeated"][job])
+    found = {each.key: sums.calls for each, sums in report.by_cause().items()}
+    assert found == {cause: repeated}
+
+
+def test_a_budget_holds_on_spark_connect(result: dict[str, Any]) -> None:
+    """No call more is made, and the error that Spark hands on says why."""
+    assert "max_calls=5 is reached" in result["refusal"]
+    assert ctx_autolog.report(result["budget"]).made.calls == 5
 
 
 def _prompts(calls: list[Any]) -> list[str]:

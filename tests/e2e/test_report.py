@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -13,9 +14,16 @@ import mlflow
 import pandas as pd
 import pytest
 from pyspark import cloudpickle
-from pyspark.sql import SparkSession, functions
+from pyspark.sql import SparkSession
 from pyspark.storagelevel import StorageLevel
-from repeats import SCHEMA, asking, assert_sums, complete_report, first_attempt
+from repeats import (
+    ANYWHERE,
+    SCHEMA,
+    asking,
+    assert_sums,
+    complete_report,
+    first_attempt,
+)
 from workload import ask
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -62,41 +70,6 @@ def wait_for_executors(spark: SparkSession) -> None:
         time.sleep(0.2)
 
 
-def another_action(spark: SparkSession, url: str, folder: Path) -> None:
-    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
-    frame.collect()
-    frame.count()
-
-
-def united_with_itself(spark: SparkSession, url: str, folder: Path) -> None:
-    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
-    frame.union(frame).collect()
-
-
-def joined_with_itself(spark: SparkSession, url: str, folder: Path) -> None:
-    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
-    frame.join(frame.selectExpr("id + 1 AS id"), "id").collect()
-
-
-def filtered_udf(spark: SparkSession, url: str, folder: Path) -> None:
-    @functions.udf("string")
-    def extract(number: int) -> str:
-        from openai import OpenAI
-
-        return ask(OpenAI(base_url=url, api_key="not-a-key"), number)
-
-    answers = spark.range(0, 4, 1, 2).withColumn("answer", extract("id"))
-    answers.filter("answer != ''").select("answer").collect()
-
-
-def failing_task(spark: SparkSession, url: str, folder: Path) -> None:
-    def fail(number: int) -> None:
-        if number == 1 and first_attempt():
-            raise ValueError("not in the first attempt")
-
-    spark.range(0, 4, 1, 2).mapInPandas(asking(url, fail), SCHEMA).collect()
-
-
 def killed_executor(spark: SparkSession, url: str, folder: Path) -> None:
     def kill(number: int) -> None:
         if number == 3 and first_attempt():
@@ -140,25 +113,17 @@ def lost_shuffle(spark: SparkSession, url: str, folder: Path) -> None:
     asked.repartition(2, "id").mapInPandas(kill_once, SCHEMA).collect()
 
 
-def duplicate_rows(spark: SparkSession, url: str, folder: Path) -> None:
-    numbers = spark.range(0, 4, 1, 2).selectExpr("id % 2 AS id")
-    numbers.mapInPandas(asking(url), SCHEMA).collect()
+def _without_folder(job: Callable[[Any, str], None]) -> Job:
+    @functools.wraps(job)
+    def run(spark: SparkSession, url: str, folder: Path) -> None:
+        job(spark, url)
 
-
-def documents_twice(spark: SparkSession, url: str, folder: Path) -> None:
-    numbers = spark.range(0, 4, 1, 2)
-    numbers.union(numbers).mapInPandas(asking(url), SCHEMA).collect()
+    return run
 
 
 # Each job, and how many calls of four it repeats for which reason.
 JOBS: list[tuple[Job, str, int]] = [
-    (another_action, "another_action", 4),
-    (united_with_itself, "plan_twice", 4),
-    (joined_with_itself, "plan_twice", 4),
-    (filtered_udf, "udf_duplicated", 4),
-    (failing_task, "task_retry", 1),
-    (duplicate_rows, "duplicate_row", 2),
-    (documents_twice, "duplicate_row", 4),
+    *((_without_folder(job), cause, repeats) for job, cause, repeats in ANYWHERE),
     (killed_executor, "task_retry", 1),
     (lost_shuffle, "stage_retry", 4),
     (lost_cache, "lost_cache", 4),

@@ -15,7 +15,7 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import CallReport, cli
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
-__all__ = ["SCHEMA", "asking", "assert_sums", "complete_report", "first_attempt"]
+__all__ = ["ANYWHERE", "SCHEMA", "asking", "assert_sums", "complete_report", "first_attempt"]
 
 SCHEMA = "id long"
 
@@ -42,6 +42,65 @@ def first_attempt() -> bool:
     from pyspark import TaskContext
 
     return TaskContext.get().attemptNumber() == 0
+
+
+def another_action(spark: Any, url: str) -> None:
+    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    frame.collect()
+    frame.count()
+
+
+def united_with_itself(spark: Any, url: str) -> None:
+    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    frame.union(frame).collect()
+
+
+def joined_with_itself(spark: Any, url: str) -> None:
+    frame = spark.range(0, 4, 1, 2).mapInPandas(asking(url), SCHEMA)
+    frame.join(frame.selectExpr("id + 1 AS id"), "id").collect()
+
+
+def filtered_udf(spark: Any, url: str) -> None:
+    from pyspark.sql import functions
+
+    @functions.udf("string")
+    def extract(number: int) -> str:
+        from openai import OpenAI
+
+        return ask(OpenAI(base_url=url, api_key="not-a-key"), number)
+
+    answers = spark.range(0, 4, 1, 2).withColumn("answer", extract("id"))
+    answers.filter("answer != ''").select("answer").collect()
+
+
+def failing_task(spark: Any, url: str) -> None:
+    def fail(number: int) -> None:
+        if number == 1 and first_attempt():
+            raise ValueError("not in the first attempt")
+
+    spark.range(0, 4, 1, 2).mapInPandas(asking(url, fail), SCHEMA).collect()
+
+
+def duplicate_rows(spark: Any, url: str) -> None:
+    numbers = spark.range(0, 4, 1, 2).selectExpr("id % 2 AS id")
+    numbers.mapInPandas(asking(url), SCHEMA).collect()
+
+
+def documents_twice(spark: Any, url: str) -> None:
+    numbers = spark.range(0, 4, 1, 2)
+    numbers.union(numbers).mapInPandas(asking(url), SCHEMA).collect()
+
+
+# Each job that repeats calls on any Spark, and how many calls of four it repeats for which reason.
+ANYWHERE: list[tuple[Callable[[Any, str], None], str, int]] = [
+    (another_action, "another_action", 4),
+    (united_with_itself, "plan_twice", 4),
+    (joined_with_itself, "plan_twice", 4),
+    (filtered_udf, "udf_duplicated", 4),
+    (failing_task, "task_retry", 1),
+    (duplicate_rows, "duplicate_row", 2),
+    (documents_twice, "duplicate_row", 4),
+]
 
 
 def complete_report(trace_id: str, endpoint: OpenAIEndpoint, spools: Path) -> CallReport:

@@ -21,6 +21,7 @@ def attempt(number: int, /, **changes: Any) -> Attempt:
         "trace_id": "tr-1",
         "function": "extract",
         "facts": SparkFacts(),
+        "operation": None,
         "application": "app-1",
         "action": "0",
         "stage": 0,
@@ -154,6 +155,32 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no partition's attempt number": ({"number": None}, {"number": 1}, "unknown"),
     "no hand-over": ({}, {"handover": None, "stage": 1}, "unknown"),
 }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "cause"),
+    [
+        (2, {"partition": 1}, "plan_twice"),
+        (1, {"partition": 1}, "duplicate_row"),
+        (2, {"stage": 1}, "plan_twice"),
+        (1, {"stage": 1}, "stage_retry"),
+    ],
+)
+def test_plans_that_do_not_name_their_functions(
+    nodes: int, changes: dict[str, Any], cause: str
+) -> None:
+    """Where an operation runs one function, its nodes are that one's; of several, nothing is."""
+    facts = SparkFacts({"operation-1": {"*": nodes}})
+    one, two = (
+        attempt(number, facts=facts, operation="operation-1", **each)
+        for number, each in ((1, {}), (2, changes))
+    )
+    other = attempt(3, facts=facts, operation="operation-1", function="parse", partition=2)
+
+    judged = judge([call(one), call(two)], attempts=[one, two])
+    assert [each.cause and each.cause.key for each in judged] == [None, cause]
+    judged = judge([call(one), call(two)], attempts=[one, two, other])
+    assert [each.cause and each.cause.key for each in judged] == [None, "unknown"]
 
 
 @pytest.mark.parametrize("name", PAIRS)
