@@ -18,6 +18,7 @@ import platform
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -132,6 +133,8 @@ class Bench:
         self._stack = stack
         self.server = Server(stack.enter_context(TrackingServer()))
         self._collector = stack.enter_context(Collector())
+        # Else a worker would deliver what other jobs of this host have left, and be measured so.
+        self._spools = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-spools-"))
         self._endpoint = self._start("-c", "import bench; bench.serve()")
         self._url = self._endpoint.stdout.readline().strip()
         self._drivers: dict[str, subprocess.Popen[str]] = {}
@@ -143,6 +146,7 @@ class Bench:
                 **os.environ,
                 "PYSPARK_PYTHON": sys.executable,
                 "PYTHONPATH": str(HERE),
+                "MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY": self._spools,
                 **environment,
             },
             stdin=subprocess.PIPE,
