@@ -7,13 +7,14 @@ environment of the contenders.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ class Driver:
             .getOrCreate()
         )
         self._spark.sparkContext.setLogLevel("OFF")
-        self._cpu_of_workers = 0.0
+        self._daemon = 0
         # The first job starts the JVM's part and, with it, the daemon.
         self._act(asking(url, Job(contenders.UNTRACED, 1)), 1)
 
@@ -125,7 +126,7 @@ class Driver:
         function = asking(self._url, job)
         peak = _peak()
         trace_id = ""
-        with contender.enable() if contender.is_ours else nullcontext():
+        with contender.enable() if contender.is_ours else contextlib.nullcontext():
             if job.contender == contenders.UNTRACED:
                 measured = self._act(function, job.calls)
             else:
@@ -139,25 +140,48 @@ class Driver:
 
     def _act(self, function: Function, calls: int) -> dict[str, Any]:
         frame = self._spark.range(0, calls, 1, 1).mapInPandas(function, _SCHEMA)
+        watch = Watch(self._daemon)
         action = time.time()
         (row,) = frame.collect()
         done = time.time()
         while Path(f"/proc/{row.worker}").exists():
             time.sleep(0.01)
-        before, self._cpu_of_workers = self._cpu_of_workers, _cpu_of_children(row.daemon)
+        self._daemon = row.daemon
         return {
             "start": row.first_call - action,
-            "cpu": (self._cpu_of_workers - before - row.cpu_began) / calls,
+            "cpu": (watch.stop(row.worker) - row.cpu_began) / calls,
             "wall": (done - row.began) / calls,
             "task_end": done - row.ended,
             "megabytes": row.megabytes,
         }
 
 
-def _cpu_of_children(process: int) -> float:
-    """Return the CPU time of the children that a process has had and waited for, in seconds."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[13]) + int(fields[14])) / _TICKS
+class Watch:
+    """Keeps what CPU time the children of a process have used, until they are gone.
+
+    Spark's daemon does not wait for its workers, so that the kernel does not keep it. It is looked
+    at every 10 ms, the clock's tick; the last one may be missed.
+    """
+
+    def __init__(self, process: int) -> None:
+        self._children = Path(f"/proc/{process}/task/{process}/children")
+        self._used: dict[int, float] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def stop(self, child: int) -> float:
+        """Return the CPU time that a child has used, in seconds; 0 for one that was not seen."""
+        self._is_over.set()
+        self._thread.join()
+        return self._used.get(child, 0.0)
+
+    def _look(self) -> None:
+        while not self._is_over.wait(0.01):
+            with contextlib.suppress(OSError):
+                for child in map(int, self._children.read_text().split()):
+                    stat = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+                    self._used[child] = (int(stat[11]) + int(stat[12])) / _TICKS
 
 
 def _peak() -> float:
