@@ -8,8 +8,7 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
 .PHONY: setup demo test test-unit test-flavors matrix oldest lint format bench bench-quick \
-	bench-setup faults \
-	coverage-table no-traces-page clean
+	bench-setup faults coverage-table no-traces-page clean
 
 setup: .venv/library
 
@@ -68,6 +67,7 @@ format: setup
 # What tracing costs, by this library and by others: a quarter of an hour.
 bench: bench-setup
 	@$(RUN) $(BIN)/python benchmarks/bench.py --write docs/benchmarks
+	@$(RUN) $(BIN)/python benchmarks/one_trace.py
 
 bench-quick: bench-setup
 	@$(RUN) $(BIN)/python benchmarks/bench.py --quick
