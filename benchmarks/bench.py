@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -544,6 +545,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few jobs, in three minutes")
     parser.add_argument("--write", type=Path, help="a folder for the page and the plot")
     given = parser.parse_args()
+    # So that a run that is ended leaves no servers behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     size = QUICK if given.quick else FULL
     found: Found = {"machine": machine(size), "idle": measure_idle()}
     with contextlib.ExitStack() as stack:
