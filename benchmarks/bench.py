@@ -437,6 +437,8 @@ def page(found: Found) -> str:
         f"{idle['enable']:.0f} ms.",
         "",
         *goals(found),
+        "",
+        "[Where a call's CPU goes](limits.md)",
     ]
     return "\n".join(lines) + "\n"
 
