@@ -7,8 +7,8 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 # A Java that set-up found or fetched; empty where the one on PATH will do.
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
-.PHONY: setup demo test test-unit test-flavors matrix oldest lint format benchmark faults \
-	coverage-table no-traces-page clean
+.PHONY: setup demo test test-unit test-flavors matrix oldest lint format bench bench-quick \
+	bench-setup faults coverage-table no-traces-page clean
 
 setup: .venv/library
 
@@ -65,11 +65,19 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: setup
+# What tracing costs, by this library and by others: a quarter of an hour.
+bench: bench-setup
+	@$(RUN) $(BIN)/python benchmarks/bench.py --write docs/benchmarks
 	@$(RUN) $(BIN)/python benchmarks/one_trace.py
 	@$(RUN) $(BIN)/python benchmarks/delivery.py
 	@$(RUN) $(BIN)/python benchmarks/driver_memory.py
-	@$(RUN) $(BIN)/python benchmarks/worker_start.py
+	@$(RUN) $(BIN)/python benchmarks/large_job.py
+
+bench-quick: bench-setup
+	@$(RUN) $(BIN)/python benchmarks/bench.py --quick
+
+bench-setup: setup
+	$(BIN)/pip install --quiet --group bench
 
 # Takes a quarter of an hour.
 faults: setup

@@ -1,18 +1,16 @@
-"""What delivery costs: requests and time of a job, storing as a trace grows, a worker's memory.
+"""What delivery costs: requests and time of a job, and a worker's memory.
 
 Everything against a local endpoint and a real tracking server, each job in a process and a Spark
 of its own, local[2].
 
-    make benchmark
+    make bench
 
 Prints, against the alternatives in the same run:
 
 1. A job of 2,000 calls in 4 partitions: its time as a ratio to the untraced job, and its requests
    to the server; the server up, and gone for the whole job. The alternative is MLflow's tracing
    context passed by hand in HTTP headers, with asynchronous export off, so that it loses nothing.
-2. Storing 200 more spans in a trace of so many: as a ratio to the first row, announced as this
-   library does and not announced.
-3. Memory that a worker has gained after 20,000 calls with prompts of 2 kB in one partition, the
+2. Memory that a worker has gained after 20,000 calls with prompts of 2 kB in one partition, the
    server up and gone, and without tracing.
 """
 
@@ -27,7 +25,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import mlflow
@@ -37,14 +34,11 @@ from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.stores.tracking_store import send, span_record
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 CALLS, PARTITIONS = 2_000, 4
 LATENCY = 0.02
 GONE = "http://127.0.0.1:9"
-SIZES = (200, 1_000, 5_000, 10_000, 20_000)
 MANY_CALLS, PROMPT = 20_000, "clause " * 290
 
 Function = Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame]]
@@ -152,60 +146,6 @@ def jobs() -> None:
     print("(headers by hand, server gone: one call alone takes minutes, so it is left out)")
 
 
-def growth() -> None:
-    """Print what it takes to store 200 more spans in a trace of so many."""
-    print("\nstoring 200 more spans, by what the trace has already")
-    print(f"{'spans':>7} {'announced':>12} {'ratio':>6} {'not announced':>15} {'ratio':>6}")
-    with TrackingServer() as server:
-        mlflow.set_tracking_uri(server.uri)
-        experiment_id = mlflow.set_experiment("growth").experiment_id
-        stored = {name: _Growing(server.uri, experiment_id, name) for name in ("with", "without")}
-        stored["with"].announce()
-        first: dict[str, float] = {}
-        for size in SIZES:
-            seconds = {name: trace.grow_to(size) for name, trace in stored.items()}
-            first = first or seconds
-            print(
-                f"{size:>7,} {seconds['with'] * 1000:>9.0f} ms "
-                f"{seconds['with'] / first['with']:>6.1f} {seconds['without'] * 1000:>12.0f} ms "
-                f"{seconds['without'] / first['without']:>6.1f}",
-                flush=True,
-            )
-
-
-class _Growing:
-    """A trace that grows by batches of 200 spans with usage."""
-
-    def __init__(self, uri: str, experiment_id: str, name: str) -> None:
-        self._destination = Destination(uri, experiment_id)
-        self._size = 0
-        self._root = mlflow.start_span_no_context(name)
-
-    def announce(self) -> None:
-        """Announce it as the library does when it captures the trace's context."""
-        with mlflow.tracing.provider.safe_set_span_in_context(self._root):
-            ctx_autolog.capture()
-        ctx_autolog.flush()
-
-    def grow_to(self, size: int) -> float:
-        """Return the median of what the last three batches took, in seconds."""
-        taken = []
-        while self._size < size:
-            records = [span_record(self._span()) for _ in range(200)]
-            started = time.perf_counter()
-            send(self._destination, records)
-            taken.append(time.perf_counter() - started)
-            self._size += 200
-        return median(taken[-3:])
-
-    def _span(self) -> Any:
-        span = mlflow.start_span_no_context("call", "CHAT_MODEL", parent_span=self._root)
-        usage = {"input_tokens": 5, "output_tokens": 5, "total_tokens": 10}
-        span.set_attribute("mlflow.chat.tokenUsage", usage)
-        span.set_inputs({"messages": [{"role": "user", "content": PROMPT}]})
-        return span
-
-
 def memory() -> None:
     """Print what a worker gains in memory."""
     print(f"\n{MANY_CALLS:,} calls with prompts of {len(PROMPT):,} characters in one partition")
@@ -224,10 +164,9 @@ def memory() -> None:
 
 
 def main() -> None:
-    """Run all three."""
+    """Run both."""
     print(f"mlflow {mlflow.__version__}, {os.cpu_count()} cores")
     jobs()
-    growth()
     memory()
 
 

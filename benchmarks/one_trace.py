@@ -3,7 +3,7 @@
 60 calls in 6 partitions on local-cluster[2,1,1024], with MLflow's defaults, against a local
 endpoint and a real tracking server. Each pattern runs in a driver process and a Spark of its own.
 
-    make benchmark
+    make bench
 
 The patterns: this library; MLflow's tracing context passed by hand in HTTP headers, with its
 asynchronous export on and off; and setting MLflow up inside the function, as published articles
@@ -19,10 +19,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
+import contenders
 import mlflow
 import pandas as pd
+from contenders import (
+    Function,
+    as_it_is,
+    headers_and_async_export,
+    headers_by_hand,
+    set_up_inside,
+)
+from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -32,8 +42,6 @@ MASTER = "local-cluster[2,1,1024]"
 CALLS, PARTITIONS, THREADS = 60, 6, 8
 LATENCY = 0.05
 EXPERIMENT = "benchmark"
-
-Function = Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame]]
 
 
 def extractor(url: str, threads: int) -> Function:
@@ -62,61 +70,24 @@ def extractor(url: str, threads: int) -> Function:
     return extract
 
 
-def plainly(function: Function, _: str) -> Function:
-    """Leave the function as it is."""
-    return function
-
-
-def set_up_inside(function: Function, uri: str) -> Function:
-    """Set MLflow up inside the function."""
-    export = os.environ.get("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING")
-
-    def wrapped(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        if export is not None:
-            os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = export
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_experiment(EXPERIMENT)
-        mlflow.openai.autolog()
-        yield from function(batches)
-
-    return wrapped
-
-
-def headers_by_hand(function: Function, uri: str) -> Function:
-    """Pass MLflow's tracing context in HTTP headers, beside setting it up inside."""
-    from mlflow.tracing.distributed import get_tracing_context_headers_for_http_request
-
-    headers = get_tracing_context_headers_for_http_request()
-    inside = set_up_inside(function, uri)
-
-    def wrapped(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        from mlflow.tracing.distributed import set_tracing_context_from_http_request_headers
-
-        with set_tracing_context_from_http_request_headers(headers):
-            yield from inside(batches)
-
-    return wrapped
-
-
-Pattern = tuple[Callable[[Function, str], Function], int, str]
-# Name: how the function is prepared, threads in each partition, asynchronous export.
+Pattern = tuple[Callable[[Function], Function], int]
+# Name: how the function is prepared, threads in each partition.
 PATTERNS: dict[str, Pattern] = {
-    "ctx_autolog.enable()": (plainly, 1, "default"),
-    "ctx_autolog.enable(), 8 threads": (plainly, THREADS, "default"),
-    "headers by hand": (headers_by_hand, 1, "default"),
-    "headers by hand, 8 threads": (headers_by_hand, THREADS, "default"),
-    "headers by hand, async off": (headers_by_hand, 1, "false"),
-    "headers by hand, async off, 8 threads": (headers_by_hand, THREADS, "false"),
-    "set up inside the function": (set_up_inside, 1, "default"),
-    "set up inside the function, async off": (set_up_inside, 1, "false"),
+    "ctx_autolog.enable()": (as_it_is, 1),
+    "ctx_autolog.enable(), 8 threads": (as_it_is, THREADS),
+    "headers by hand": (headers_and_async_export, 1),
+    "headers by hand, 8 threads": (headers_and_async_export, THREADS),
+    "headers by hand, async off": (headers_by_hand, 1),
+    "headers by hand, async off, 8 threads": (headers_by_hand, THREADS),
+    "set up inside the function": (partial(set_up_inside, asynchronous=True), 1),
+    "set up inside the function, async off": (set_up_inside, 1),
 }
 
 
 def run(pattern: str, uri: str, url: str) -> dict[str, Any]:
     """Run one pattern in this process and return what is in the store afterwards."""
-    prepare, threads, export = PATTERNS[pattern]
-    if export != "default":
-        os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = export
+    prepare, threads = PATTERNS[pattern]
+    cloudpickle.register_pickle_by_value(contenders)
     mlflow.set_tracking_uri(uri)
     experiment_id = mlflow.set_experiment(EXPERIMENT).experiment_id
     spark = (
@@ -127,11 +98,11 @@ def run(pattern: str, uri: str, url: str) -> dict[str, Any]:
     )
     spark.sparkContext.setLogLevel("OFF")
     tracing: AbstractContextManager[object] = nullcontext()
-    if prepare is plainly:
+    if prepare is as_it_is:
         tracing = ctx_autolog.enable()
     started = time.perf_counter()
     with tracing, mlflow.start_span("benchmark") as span:
-        function = prepare(extractor(url, threads), uri)
+        function = prepare(extractor(url, threads))
         rows = spark.range(0, CALLS, 1, PARTITIONS).mapInPandas(function, "id long, answer string")
         assert len(rows.collect()) == CALLS
     seconds = time.perf_counter() - started
