@@ -7,6 +7,9 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 # A Java that set-up found or fetched; empty where the one on PATH will do.
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
+# Tests start many a Spark for seconds, for which Java's better compiler costs more than it saves.
+RUN_TESTS = $(RUN) export JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1;
+
 .PHONY: setup demo test test-unit test-flavors matrix oldest lint format bench bench-quick \
 	bench-setup faults coverage-table no-traces-page clean
 
@@ -37,7 +40,7 @@ demo: setup
 # files at a time, since most tests wait for Spark or a server to start; in this order, since those
 # come first that take longest.
 test: setup
-	@$(RUN) cd tests && ../$(BIN)/pytest . -n 2 --dist loadfile --no-loadscope-reorder \
+	@$(RUN_TESTS) cd tests && ../$(BIN)/pytest . -n 2 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-config=../pyproject.toml --cov-report=term $(ARGS)
 
 test-unit: setup
@@ -51,10 +54,10 @@ test-flavors: setup
 
 # Each row of noxfile.py, an hour in all; one with make matrix ROWS=pyspark-3.5.
 matrix: setup
-	@$(RUN) $(BIN)/nox $(addprefix --session ,$(ROWS))
+	@$(RUN_TESTS) $(BIN)/nox $(addprefix --session ,$(ROWS))
 
 oldest: setup
-	@$(RUN) $(BIN)/nox --session oldest
+	@$(RUN_TESTS) $(BIN)/nox --session oldest
 
 lint: setup
 	$(BIN)/ruff check .

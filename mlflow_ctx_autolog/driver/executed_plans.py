@@ -33,7 +33,8 @@ class ExecutedPlans:
 
     def watch(self, session: Any) -> None:
         """Note the plans of a session, if it is one of Spark Connect. Idempotent."""
-        client = type(getattr(session, "client", None))
+        # A classic session has a property of the public name, which raises.
+        client = type(getattr(session, "__dict__", {}).get("_client"))
         if self._patch is None and hasattr(client, "_execute_and_fetch_as_iterator"):
             self._patch = Patch(client, "_execute_and_fetch_as_iterator", self._fetch)
         if self._patch is not None:

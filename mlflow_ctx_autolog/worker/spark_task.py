@@ -80,7 +80,7 @@ def task_attributes() -> dict[str, Any]:
 
 def _operation(job_tags: str | None) -> str | None:
     """Return the operation of Spark Connect among the tags of a job, if there is one."""
-    found = re.search(r"SparkConnect_\w+_Operation_([0-9a-f-]{36})", job_tags or "")
+    found = re.search(r"SparkConnect_[^,]*_Operation_([0-9a-f-]{36})", job_tags or "")
     return None if found is None else found[1]
 
 

@@ -29,16 +29,19 @@ def spark(request: pytest.FixtureRequest) -> Iterator[SparkSession]:
     process that has imported what they need, which saves each of them seconds.
     """
     os.environ["PYSPARK_PYTHON"] = sys.executable
+    # Also the defaults, since settings of the first session of a process stay with its JVM.
     builder = (
         SparkSession.builder.master(getattr(request.module, "MASTER", "local[2]"))
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.speculation", "false")
         .config("spark.sql.shuffle.partitions", "2")
         # Several batches a partition, so that a function is suspended between them.
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "3")
     )
-    if getattr(request.module, "IS_PRELOADED", False):
-        builder = builder.config("spark.python.daemon.module", "mlflow_ctx_autolog.daemon")
+    is_preloaded = getattr(request.module, "IS_PRELOADED", False)
+    daemon = "mlflow_ctx_autolog.daemon" if is_preloaded else "pyspark.daemon"
+    builder = builder.config("spark.python.daemon.module", daemon)
     session = builder.config(map=getattr(request.module, "CONF", {})).getOrCreate()
     session.sparkContext.setLogLevel("OFF")
     yield session

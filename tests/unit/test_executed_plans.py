@@ -49,8 +49,8 @@ def test_nodes_are_counted_by_kind(plans: ExecutedPlans) -> None:
     nodes = ("MapInPandas", "ArrowEvalPython", "InMemoryTableScan", "Project")
     metrics = [PlanMetrics(number, name) for number, name in enumerate(nodes)]
     client = Client("rows", *metrics, metrics[0])
-    plans.watch(SimpleNamespace(client=client))
-    plans.watch(SimpleNamespace(client=client))
+    plans.watch(SimpleNamespace(_client=client))
+    plans.watch(SimpleNamespace(_client=client))
 
     assert list(client._execute_and_fetch_as_iterator(REQUEST, {})) == list(client.items)
     assert plans.since(0) == {"operation-1": {"*": 2, "InMemoryTableScan": 1}}
@@ -59,7 +59,7 @@ def test_nodes_are_counted_by_kind(plans: ExecutedPlans) -> None:
 
 def test_plans_without_functions_are_left_out(plans: ExecutedPlans) -> None:
     client = Client(PlanMetrics(1, "Range"))
-    plans.watch(SimpleNamespace(client=client))
+    plans.watch(SimpleNamespace(_client=client))
     list(client._execute_and_fetch_as_iterator(REQUEST, {}))
     assert plans.since(0) == {}
 
@@ -67,7 +67,7 @@ def test_plans_without_functions_are_left_out(plans: ExecutedPlans) -> None:
 def test_errors_and_early_ends_are_the_clients(plans: ExecutedPlans) -> None:
     """What the user sees and does is as without it."""
     client = Client("rows", ValueError("the query's"))
-    plans.watch(SimpleNamespace(client=client))
+    plans.watch(SimpleNamespace(_client=client))
     with pytest.raises(ValueError, match="the query's"):
         list(client._execute_and_fetch_as_iterator(REQUEST, {}))
 
@@ -82,7 +82,7 @@ def test_errors_and_early_ends_are_the_clients(plans: ExecutedPlans) -> None:
 def test_of_the_latest_operations_only(plans: ExecutedPlans) -> None:
     """The memory of a driver that runs for weeks is bounded."""
     client = Client(PlanMetrics(1, "MapInPandas"))
-    plans.watch(SimpleNamespace(client=client))
+    plans.watch(SimpleNamespace(_client=client))
     for number in range(1000):
         request = SimpleNamespace(operation_id=str(number))
         list(client._execute_and_fetch_as_iterator(request, {}))
@@ -91,5 +91,11 @@ def test_of_the_latest_operations_only(plans: ExecutedPlans) -> None:
 
 
 def test_a_classic_session_has_nothing_to_watch(plans: ExecutedPlans) -> None:
-    plans.watch(SimpleNamespace())
+    class Session:
+        @property
+        def client(self) -> Any:
+            raise RuntimeError("only supported with Spark Connect")
+
+    plans.watch(Session())
+    plans.watch(None)
     assert plans.since(0) == {}
