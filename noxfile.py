@@ -71,6 +71,16 @@ ROWS = {
     "databricks-openai": Row(
         openai="openai<3", also=("databricks-openai",), tests=("e2e/test_calls.py",)
     ),
+    # The libraries that record calls twice where both are on, as doctor() has to find.
+    "tracers": Row(
+        also=(
+            "ddtrace",
+            "langfuse",
+            "openinference-instrumentation-openai",
+            "opentelemetry-instrumentation-openai",
+        ),
+        tests=("unit/test_doctor.py",),
+    ),
 }
 
 NEEDED = (
