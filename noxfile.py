@@ -19,15 +19,14 @@ nox.options.error_on_missing_interpreters = False
 
 
 # Enough to notice whatever a release has moved.
-TESTS = (
-    "e2e/test_functions.py",
-    "e2e/test_one_line.py",
+UNIT_TESTS = (
     "unit/test_openai_calls.py",
     "unit/test_packaging.py",
     "unit/test_plugin.py",
     "unit/test_task.py",
     "unit/test_worker.py",
 )
+TESTS = ("e2e/test_functions.py", "e2e/test_one_line.py", *UNIT_TESTS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ ROWS = {
         openai="openai==1.40.0",
         pyspark="pyspark==3.5.0",
         also=(*SPARK_3_5, *OPENAI_1_40),
+        # Run with every change.
+        tests=("e2e/test_functions.py", *UNIT_TESTS),
     ),
     "python-3.10": Row(python="3.10"),
     "python-3.12": Row(python="3.12"),

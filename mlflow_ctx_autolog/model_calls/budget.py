@@ -62,12 +62,14 @@ class _Account:
             isolation_level=None,
             check_same_thread=False,
         )
-        if path is not None:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            # What a crash of the host forgets is what nobody is left to spend.
-            self._connection.execute("PRAGMA synchronous = OFF")
-        for statement in _TABLES:
-            self._connection.execute(statement)
+        # Not a write-ahead log: who turns that on while another does is told at once that the
+        # database is locked, and would spend by a budget of its own.
+        self._connection.execute("PRAGMA journal_mode = PERSIST")
+        # What a crash of the host forgets is what nobody is left to spend.
+        self._connection.execute("PRAGMA synchronous = OFF")
+        with self.changing() as connection:
+            for statement in _TABLES:
+                connection.execute(statement)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[sqlite3.Connection]:

@@ -22,6 +22,9 @@ from workload import SCHEMA, ask, stored_traces
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer, TrackingStore
 
+# One worker at a time, as each has to import everything.
+MASTER = "local[1]"
+
 
 def causes(diagnosis: ctx_autolog.Diagnosis) -> dict[tuple[str, str], str]:
     """Return what does not pass, by check and place."""
@@ -328,6 +331,8 @@ def test_the_command(
         "spark.task.maxFailures 8",
         "spark.dynamicAllocation.enabled true",
         "spark.python.worker.reuse false",
+        # Or each task would import everything anew.
+        "spark.python.daemon.module mlflow_ctx_autolog.daemon",
     )
     (tmp_path / "spark-defaults.conf").write_text("\n".join(settings))
     command = Path(sys.executable).with_name("mlflow-ctx-autolog")

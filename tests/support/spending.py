@@ -22,8 +22,13 @@ def admitted(budget: Budget, count: int, request: str | None = None) -> int:
     return number
 
 
-def spend(folder: str, count: int, numbers: Any) -> None:
-    """Try to send so many requests where 50 may be; put into the queue how many were admitted."""
+def spend(folder: str, count: int, numbers: Any, start: Any = None) -> None:
+    """Try to send so many requests where 50 may be; put into the queue how many were admitted.
+
+    With a barrier ``start``, when all processes have come to it.
+    """
+    if start is not None:
+        start.wait()
     config = Config(spool_directory=folder, max_calls=50)
     budget = open_budget(config, "trace", "first", {}, PRICES.get)
     assert budget is not None

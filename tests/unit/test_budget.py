@@ -87,6 +87,20 @@ def test_processes_of_a_host_share_what_is_left(opened: Open, tmp_path: Path, me
     assert own + sum(numbers.get(timeout=5) for _ in children) == 50
 
 
+def test_processes_may_open_it_at_once(tmp_path: Path) -> None:
+    """As the workers of a host do when a job begins: none is sent away to a budget of its own."""
+    context = multiprocessing.get_context("fork")
+    for job in range(15):
+        numbers, start = context.Queue(), context.Barrier(4)
+        arguments = (str(tmp_path / str(job)), 20, numbers, start)
+        children = [context.Process(target=spend, args=arguments) for _ in range(4)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        assert sum(numbers.get(timeout=5) for _ in children) == 50
+
+
 def test_jobs_do_not_share(opened: Open) -> None:
     assert admitted(opened("one", max_calls=3), 5) == 3
     assert admitted(opened("other", max_calls=3), 5) == 3
