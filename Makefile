@@ -8,9 +8,10 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
 # Tests start many a Spark for seconds, for which Java's better compiler costs more than it saves.
+AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
 RUN_TESTS = $(RUN) export JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1;
 
-.PHONY: setup demo test test-unit test-flavors matrix oldest lint format bench bench-quick \
+.PHONY: setup demo test test-slow coverage test-unit test-flavors matrix oldest lint format bench bench-quick \
 	bench-setup faults coverage-table no-traces-page clean
 
 setup: .venv/library
@@ -40,7 +41,15 @@ demo: setup
 # files at a time, since most tests wait for Spark or a server to start; in this order, since those
 # come first that take longest.
 test: setup
-	@$(RUN_TESTS) cd tests && ../$(BIN)/pytest . -n 2 --dist loadfile --no-loadscope-reorder \
+	@$(RUN_TESTS) cd tests && ../$(BIN)/pytest . -m "not slow" $(AT_ONCE) $(ARGS)
+
+# What takes longest for what it shows: before a release, and after a change to what it is about.
+test-slow: setup
+	@$(RUN_TESTS) cd tests && ../$(BIN)/pytest . -m slow $(AT_ONCE) $(ARGS)
+
+# All tests, and which lines they reach in this process; not those that only workers run.
+coverage: setup
+	@$(RUN_TESTS) cd tests && ../$(BIN)/pytest . $(AT_ONCE) \
 		--cov --cov-config=../pyproject.toml --cov-report=term $(ARGS)
 
 test-unit: setup

@@ -279,7 +279,10 @@ def _driver(
     )
 
 
-@pytest.mark.parametrize("action", ["frame.collect()", "frame.collect(); spark.stop()"])
+@pytest.mark.parametrize(
+    "action",
+    ["frame.collect()", pytest.param("frame.collect(); spark.stop()", marks=pytest.mark.slow)],
+)
 def test_a_driver_may_end_right_after_the_action(
     endpoint: OpenAIEndpoint, server: TrackingServer, experiment_id: str, action: str
 ) -> None:
@@ -298,6 +301,7 @@ def test_a_driver_may_end_right_after_the_action(
     assert trace.trace.info.state == "OK"
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_its_trace_to_recover(
     server: TrackingServer,
     experiment_id: str,

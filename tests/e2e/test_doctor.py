@@ -168,6 +168,7 @@ def test_a_file_on_two_hosts(
     assert "other-host" in diagnosis.failures[0].found
 
 
+@pytest.mark.slow
 def test_an_address_that_is_another_server_for_workers(
     spark: SparkSession, server: TrackingServer, endpoint: OpenAIEndpoint, tmp_path: Path
 ) -> None:
@@ -219,6 +220,7 @@ UNKNOWN = {**ADMIN, "MLFLOW_TRACKING_PASSWORD": "wrong-password-here"}
 NONE: dict[str, str] = dict.fromkeys(ADMIN, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("log_in", "cause", "found"),
     [
@@ -311,9 +313,13 @@ def test_calls_that_leave_no_span(
 
 _CONNECT = pytest.param(
     "--remote",
-    marks=pytest.mark.skipif(
-        pyspark.__version__ < "4", reason="Spark 3.5 fetches its Connect server from the network"
-    ),
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            pyspark.__version__ < "4",
+            reason="Spark 3.5 fetches its Connect server from the network",
+        ),
+    ],
 )
 
 

@@ -131,7 +131,16 @@ JOBS: list[tuple[Job, str, int]] = [
 
 
 @pytest.mark.parametrize(
-    ("job", "cause", "repeats"), JOBS, ids=[job.__name__ for job, _, _ in JOBS]
+    ("job", "cause", "repeats"),
+    [
+        pytest.param(
+            *(job, cause, repeats),
+            id=job.__name__,
+            # Which wait for executors to be replaced.
+            marks=[pytest.mark.slow] if job in (lost_cache, lost_shuffle) else [],
+        )
+        for job, cause, repeats in JOBS
+    ],
 )
 def test_each_repeat_has_its_true_cause(
     spark: SparkSession,

@@ -42,6 +42,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         session.stop()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_slow_task(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str, spools: Path
 ) -> None:

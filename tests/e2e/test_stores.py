@@ -149,7 +149,13 @@ def _storing(
     return extract
 
 
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "Server with workspaces" else name
+        for name in STORES
+    ],
+)
 def test_every_call_is_in_every_store(
     spark: SparkSession,
     clean: None,

@@ -30,6 +30,7 @@ def running_in_session(leader: int) -> list[str]:
     return [state for state in listing.stdout.split() if not state.startswith("Z")]
 
 
+@pytest.mark.slow
 def test_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server answers, survives kill and start on its port and data, and leaves no process."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
