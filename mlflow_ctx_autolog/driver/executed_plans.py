@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from mlflow_ctx_autolog.patching import Patch
@@ -53,36 +54,34 @@ class ExecutedPlans:
 
         Returns:
             By operation id: how many nodes run Python functions, as :data:`ANY_FUNCTION`, and how
-            many read a cached table (``InMemoryTableScan``). Without operations that run none.
+            many read a cached table (``InMemoryTableScan``). Without operations that do neither.
         """
         with self._lock:
             return {
                 operation: nodes
                 for operation, (ended, nodes) in self._plans.items()
-                if ended >= time_ms and nodes.get(ANY_FUNCTION)
+                if ended >= time_ms
             }
 
     def _fetch(
-        self,
-        original: Callable[..., Iterator[Any]],
-        client: Any,
-        request: Any,
-        *args: Any,
-        **kw: Any,
+        self, original: Callable[..., Iterator[Any]], *args: Any, **kwargs: Any
     ) -> Iterator[Any]:
-        names: dict[Any, str] = {}
-        for item in original(client, request, *args, **kw):
+        metrics = []
+        for item in original(*args, **kwargs):
             if type(item).__name__ == "PlanMetrics":
-                names[item.plan_id] = str(item.name)
+                metrics.append(item)
             yield item
-        if names:
-            kinds = Counter(map(_kind, names.values()))
-            kinds.pop(None, None)
-            self._note(str(request.operation_id), {str(kind): kinds[kind] for kind in kinds})
+        # Whatever a later release sends, the user's results have come.
+        with suppress(Exception):
+            self._note(kwargs["req"] if "req" in kwargs else args[1], metrics)
 
-    def _note(self, operation: str, nodes: dict[str, int]) -> None:
+    def _note(self, request: Any, metrics: list[Any]) -> None:
+        names = {each.plan_id: str(each.name) for each in metrics}
+        nodes = Counter(kind for name in names.values() if (kind := _kind(name)) is not None)
+        if not nodes:
+            return
         with self._lock:
-            self._plans[operation] = (time.time_ns() // 1_000_000, nodes)
+            self._plans[str(request.operation_id)] = (time.time_ns() // 1_000_000, dict(nodes))
             while len(self._plans) > _KEPT:
                 self._plans.popitem(last=False)
 

@@ -64,6 +64,13 @@ def test_plans_without_functions_are_left_out(plans: ExecutedPlans) -> None:
     assert plans.since(0) == {}
 
 
+def test_what_cannot_be_noted_is_no_error(plans: ExecutedPlans) -> None:
+    client = Client(PlanMetrics(1, "MapInPandas"))
+    plans.watch(SimpleNamespace(_client=client))
+    assert list(client._execute_and_fetch_as_iterator(object(), {})) == list(client.items)
+    assert plans.since(0) == {}
+
+
 def test_errors_and_early_ends_are_the_clients(plans: ExecutedPlans) -> None:
     """What the user sees and does is as without it."""
     client = Client("rows", ValueError("the query's"))
