@@ -63,6 +63,9 @@ def task_attributes() -> dict[str, Any]:
     context = _task_context()
     if context is None:
         return attributes
+    operation = _operation(context.getLocalProperty(_JOB_TAGS))
+    # On Spark Connect that is no line, but the beginning of the plan, literals and all.
+    call_site = context.getLocalProperty(_CALL_SITE) if operation is None else None
     facts = {
         "spark.stage.id": context.stageId(),
         "spark.partition.id": context.partitionId(),
@@ -70,9 +73,9 @@ def task_attributes() -> dict[str, Any]:
         "spark.task.attempt_id": context.taskAttemptId(),
         "spark.sql.execution.id": context.getLocalProperty(_SQL_EXECUTION),
         "spark.sql.execution.root_id": context.getLocalProperty(_ROOT_EXECUTION),
-        "spark.call_site": context.getLocalProperty(_CALL_SITE),
+        "spark.call_site": call_site,
         "spark.job.group": context.getLocalProperty(_JOB_GROUP),
-        "spark.connect.operation.id": _operation(context.getLocalProperty(_JOB_TAGS)),
+        "spark.connect.operation.id": operation,
     }
     attributes.update({name: value for name, value in facts.items() if value is not None})
     return attributes

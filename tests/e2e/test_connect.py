@@ -165,6 +165,8 @@ def test_the_one_line_works_on_spark_connect(result: dict[str, Any]) -> None:
     assert {task.name for task in trace.tasks} == {"extract", "visit"}
     assert all("spark.sql.execution.id" in task.attributes for task in trace.tasks)
     assert all("spark.stage.id" in task.attributes for task in trace.tasks)
+    assert all("spark.connect.operation.id" in task.attributes for task in trace.tasks)
+    assert not any("spark.call_site" in task.attributes for task in trace.tasks)
     assert json.loads(result["carrier"])["version"] == 1
 
 
