@@ -8,11 +8,10 @@ SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
 RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_HOME;
 
 # Tests start many a Spark for seconds, for which Java's better compiler costs more than it saves.
-AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
 RUN_TESTS = $(RUN) export JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1;
 
-.PHONY: setup demo test test-slow coverage test-unit test-flavors matrix oldest lint format bench bench-quick \
-	bench-setup faults coverage-table no-traces-page clean
+.PHONY: setup demo test test-slow coverage test-unit test-flavors matrix oldest lint format \
+	bench bench-quick bench-setup faults coverage-table no-traces-page clean
 
 setup: .venv/library
 
@@ -37,9 +36,11 @@ setup: .venv/library
 demo: setup
 	@$(RUN) $(BIN)/python demo/run.py $(DOCUMENTS)
 
-# Not run from the root of the checkout, where Python would find the sources before the wheel. Two
-# files at a time, since most tests wait for Spark or a server to start; in this order, since those
-# come first that take longest.
+# Two files at a time, since most tests wait for Spark or a server to start; in this order, since
+# those come first that take longest.
+AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
+
+# Not run from the root of the checkout, where Python would find the sources before the wheel.
 test: setup
 	@$(RUN_TESTS) cd tests && ../$(BIN)/pytest . -m "not slow" $(AT_ONCE) $(ARGS)
 
