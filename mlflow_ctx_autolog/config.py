@@ -18,6 +18,7 @@ __all__ = [
     "TRANSPORTS",
     "Config",
     "Price",
+    "Sampling",
     "checked_prices",
 ]
 
@@ -28,6 +29,44 @@ ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
 CAPTURE_CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 TRANSPORTS = ("auto", "direct", "driver", "otlp")
+# Whole numbers that may be None, and how small each may be.
+_LEAST = {"max_content_chars": 1, "max_calls": 1, "max_repeats": 0, "max_spans_per_trace": 10}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which calls of a task are stored, once it is known how they ended.
+
+    Args:
+        errors: All that failed.
+        slow: The slowest.
+        share: Of the others, from 0 to 1.
+    """
+
+    errors: bool = False
+    slow: bool = False
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Sampling:
+        """Parse terms joined by ``+``: ``errors``, ``slow`` and a percentage, as ``5%``.
+
+        Raises:
+            ValueError: It has other terms, or one of them twice.
+        """
+        terms = [term.strip() for term in text.split("+")]
+        shares = [term for term in terms if term.endswith("%")]
+        try:
+            share = float(shares[0][:-1]) / 100 if shares else 0.0
+            is_known = {*terms} <= {"errors", "slow", *shares} and len({*terms}) == len(terms)
+            if not is_known or len(shares) > 1 or not 0 <= share <= 1:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"sampling={text!r} cannot be read; it must be one or more of errors, slow and a "
+                'percentage from 0% to 100%, joined by +, as "errors+slow+5%"'
+            ) from None
+        return cls("errors" in terms, "slow" in terms, share)
 
 
 @dataclass(frozen=True)
@@ -80,6 +119,13 @@ class Config:
         max_repeats: The same for requests that were made before in the same job. At least 0.
         prices: US dollars for a million input and a million output tokens, by model, where MLflow
             does not know them. In a variable, as JSON.
+        max_spans_per_trace: Spans below its tasks that the driver's trace takes on each host. Calls
+            beyond them go to one linked trace for each task; those that fail, and the slowest, stay
+            in the driver's as long as they are no more than another quarter. None for no limit. At
+            least 10. See ``docs/large-jobs.md``.
+        sampling: Which calls are stored, decided as they end: ``errors``, ``slow`` (the slowest of
+            the job on their host so far) and a percentage of the others, joined by ``+``, as
+            ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats. Needs tqdm.
 
@@ -106,6 +152,8 @@ class Config:
     max_cost: float | None = None
     max_repeats: int | None = None
     prices: Mapping[str, Price] = field(default_factory=dict, hash=False)
+    max_spans_per_trace: int | None = 2000
+    sampling: str | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -125,11 +173,15 @@ class Config:
         for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} is not True or False")
-        for name, least in (("max_content_chars", 1), ("max_calls", 1), ("max_repeats", 0)):
+        for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), at_least=least, whole=True)
         if self.max_cost is not None:
             _check("max_cost", self.max_cost, above=0, at_most=1e9)
+        if self.sampling is not None:
+            if not isinstance(self.sampling, str):
+                raise TypeError(f"sampling={self.sampling!r} is not a text")
+            Sampling.parse(self.sampling)
         object.__setattr__(self, "prices", checked_prices(self.prices))
         if self.redact is not None and not callable(self.redact):
             raise TypeError(f"redact={self.redact!r} is not a function")
@@ -198,7 +250,9 @@ def _reader(name: str) -> tuple[Callable[[str], Any], str]:
     default = getattr(Config, name, None)
     if isinstance(default, bool):
         return _flag, "true or false"
-    if name in ("max_content_chars", "max_calls", "max_repeats"):
+    if name == "max_spans_per_trace":
+        return _whole_or_none, "a number, or none"
+    if name in _LEAST:
         return int, "a number"
     if name == "max_cost":
         return float, "a number"
@@ -233,6 +287,10 @@ def checked_prices(prices: object) -> dict[str, Price]:
             ) from None
         checked[str(model)] = (first, second)
     return checked
+
+
+def _whole_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
 
 
 def _no_function(text: str) -> None:

@@ -38,8 +38,9 @@ class DriverContext:
         traceparent: W3C ``traceparent`` of the span active on the driver; None if there was none.
         tracestate: W3C ``tracestate`` of that span, if any.
         workspace: The server's workspace that the experiment is in; None for the default one.
-        session_id: Groups the traces of one job where there is no ``traceparent`` to join them.
-        user: Who the traces of the job are of, where there is no ``traceparent``, if MLflow knows.
+        session_id: That of the driver's trace, if it has one; where there is no ``traceparent`` to
+            join the traces of one job, it groups them.
+        user: Who the traces of the job are of, if MLflow knows.
         tags: Tags of these traces.
         metadata: Other metadata of these traces.
         application_id: Spark's application id, if known.
@@ -54,6 +55,8 @@ class DriverContext:
         fingerprint_key: Random key of the fingerprints of requests; it is stored nowhere.
         handover_id: Names this use of a function in a plan.
         speculation: What Spark's setting ``spark.speculation`` says, if known.
+        spans_per_host: Spans below tasks that the trace takes on each host, before further ones go
+            to linked traces; None where it takes all.
         spent: What the calls of the trace have spent so far, as far as the driver knows:
             ``calls`` and ``cost``.
         config: The settings in force on the driver.
@@ -79,6 +82,7 @@ class DriverContext:
     # Another hand-over is no other context.
     handover_id: str | None = field(default=None, compare=False)
     speculation: str | None = None
+    spans_per_host: int | None = None
     spent: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
     config: Config = field(default_factory=Config)
 
@@ -131,7 +135,15 @@ _OPTIONAL = (
 )
 _FLAGS = ("redacts", "has_span_processors")
 _MAPPINGS = ("environment", "metadata", "tags")
-_FIELDS = (*_REQUIRED, *_OPTIONAL, *_FLAGS, *_MAPPINGS, "autologs", "spent")
+_FIELDS = (
+    *_REQUIRED,
+    *_OPTIONAL,
+    *_FLAGS,
+    *_MAPPINGS,
+    "autologs",
+    "spans_per_host",
+    "spent",
+)
 
 
 def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +161,9 @@ def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
         parsed[name] = document.get(name, False)
         if not isinstance(parsed[name], bool):
             raise CarrierError(f"the carrier's {name} is {_excerpt(parsed[name])}, not a flag")
+    limit = parsed["spans_per_host"] = document.get("spans_per_host")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise CarrierError(f"the carrier's spans_per_host is {_excerpt(limit)}, not a number")
     for name in _MAPPINGS:
         parsed[name] = document.get(name, {})
         if not _is_mapping_of_texts(parsed[name]):

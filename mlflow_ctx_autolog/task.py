@@ -47,6 +47,10 @@ class Task:
         parent: What is active in the function when it begins, parent of what has no other; opaque
             here, it comes from :mod:`~mlflow_ctx_autolog.tracing`.
         budget: What its calls may spend; None where there is no limit.
+        placement: Decides where its spans are stored; None where all are in the trace of its span.
+        linked: The trace for those that are not, once there is one.
+        child_branches: Branches of spans that child processes have open, by the id of the top.
+        sampled_out: Spans so far that are counted, and stored nowhere.
         calls: Model calls made so far.
         errors: Of these, those that have failed.
         spent: US dollars that those which have ended have cost, as far as the budget knows.
@@ -68,6 +72,10 @@ class Task:
     span: Any = None
     parent: Any = None
     budget: Budget | None = None
+    placement: Any = None
+    linked: Any = None
+    child_branches: dict[str, Any] = field(default_factory=dict)
+    sampled_out: int = 0
     calls: int = 0
     errors: int = 0
     spent: float = 0.0
@@ -153,6 +161,19 @@ class Task:
         with self._lock:
             self.usage.ended(span_id, parent_id, usage)
             self.cost.ended(span_id, parent_id, cost)
+
+    def count_sampled_out(self) -> None:
+        """Count a finished span that is not stored, from any thread."""
+        with self._lock:
+            self.sampled_out += 1
+
+    def link(self, make: Callable[[], T]) -> T:
+        """Return the trace linked to the task's, made once, from any thread."""
+        with self._lock:
+            if self.linked is None:
+                self.linked = make()
+            found: T = self.linked
+            return found
 
     def count_call(self, number: int = 1) -> None:
         """Count model calls, from any thread."""

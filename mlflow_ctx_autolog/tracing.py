@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import Token
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import mlflow
@@ -66,6 +67,7 @@ except ImportError:
     workspace_context = None
 
 __all__ = [
+    "Branch",
     "DriverTracing",
     "JoinedTrace",
     "SpanEndings",
@@ -97,9 +99,12 @@ __all__ = [
     "new_trace",
     "open_spans",
     "parent_activated",
+    "priced",
+    "record_no_totals",
     "record_totals",
     "record_usage",
     "sampling_ratio",
+    "session_and_user",
     "snapshot",
     "span_processors",
     "task_span_activated",
@@ -125,6 +130,9 @@ _TRACE_NAME_ATTRIBUTE = f"{_TAG_PREFIX}{TraceTagKey.TRACE_NAME}"
 _SESSION_ATTRIBUTE, _USER_ATTRIBUTE = "session.id", "user.id"
 
 _TASK = "TASK"
+
+# Finished spans from which on a branch is divided.
+_DIVIDED_FROM = 100
 
 # By MLflow's names; not all releases have constants for them.
 _USAGE_OF_SPAN, _COST_OF_SPAN = "mlflow.chat.tokenUsage", "mlflow.llm.cost"
@@ -205,6 +213,13 @@ def declared_traces() -> tuple[str | None, str | None, dict[str, str], dict[str,
     session = metadata.pop("mlflow.trace.session", None)
     user = metadata.pop("mlflow.trace.user", None)
     return session, user, dict(getattr(declared, "tags", {})), metadata
+
+
+def session_and_user() -> tuple[str | None, str | None]:
+    """Return session and user of the trace of the active span, where it has them."""
+    info = active_trace()
+    metadata = {} if info is None else info.trace_metadata
+    return metadata.get("mlflow.trace.session"), metadata.get("mlflow.trace.user")
 
 
 def _declared() -> Any:
@@ -288,6 +303,14 @@ def cost_of(span: Span) -> Amounts:
     return parse_amounts(span.get_attribute(_COST_OF_SPAN))
 
 
+def priced(span: Span) -> Amounts:
+    """Return the cost of a call: as its span reports it, else as the store would find it."""
+    # Not in older releases.
+    calculate = getattr(mlflow_utils, "calculate_span_cost", None)
+    cost = cost_of(span)
+    return cost if cost or calculate is None else parse_amounts(calculate(span))
+
+
 @functools.lru_cache(maxsize=256)
 def list_price(model: str) -> tuple[float, float] | None:
     """Return US dollars for a million input and output tokens of a model, if MLflow knows."""
@@ -311,6 +334,16 @@ def record_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> None:
         info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(usage)
     if cost:
         info.trace_metadata[_COST_OF_TRACE] = json.dumps(cost)
+
+
+def record_no_totals(info: TraceInfo) -> None:
+    """Write that a trace has come to nothing yet.
+
+    Else the store would add up all its spans anew with each that comes. Of the cost it is just a
+    part, lest a price be shown where none is known.
+    """
+    nothing: Amounts = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    record_totals(info, nothing, {"input_cost": 0.0})
 
 
 @contextmanager
@@ -626,11 +659,37 @@ def complete_info(trace: Trace) -> TraceInfo:
     return info
 
 
+@dataclass(eq=False)
+class Branch:
+    """One span directly below a task's, with all below it, so that they may be kept together.
+
+    Args:
+        top: The id of the uppermost span.
+        above: The id of the span above that; None for a root.
+        ended: Spans of it that have ended.
+        is_divided: Whether each span that starts directly below one of it begins a branch of its
+            own: below the task's span, and where it has grown large, as below a span around all
+            calls of a partition.
+        place: Where its spans go, once that is decided; for whoever takes them to say.
+    """
+
+    top: str
+    above: str | None
+    ended: int = 0
+    is_divided: bool = False
+    place: Any = None
+
+    def count(self) -> None:
+        """Count a span that has ended."""
+        self.ended += 1
+        self.is_divided |= self.ended >= _DIVIDED_FROM
+
+
 class WorkerTracing(Generic[OwnerT]):
     """MLflow's tracing in a worker process: finished spans go to ``submit``, none to MLflow.
 
     Args:
-        submit: Takes a finished span and its owner; must return at once.
+        submit: Takes a finished span, its owner and its branch; must return at once.
         owner: Tells whose a span is that starts now; None where no task is open.
         change: Changes an owner's span that is about to end. May raise nothing.
         parent: Tells what is active, as :func:`active_context` does, for threads and processes
@@ -639,7 +698,7 @@ class WorkerTracing(Generic[OwnerT]):
 
     def __init__(
         self,
-        submit: Callable[[OwnerT, Span], None],
+        submit: Callable[[OwnerT, Span, Branch], None],
         owner: Callable[[], OwnerT | None],
         change: Callable[[OwnerT, LiveSpan], None],
         parent: Callable[[], Context | None] = lambda: None,
@@ -702,14 +761,23 @@ class WorkerTracing(Generic[OwnerT]):
                 recorded[f"{_TAG_PREFIX}{tag}"] = value
         _attach_parent(context)
         span = mlflow.start_span_no_context(name, span_type=_TASK, attributes=recorded)
+        branch = None if isinstance(span, NoOpSpan) else self.branch_of(span.span_id)
+        if branch is not None:
+            branch.is_divided = True
         # Below a parent that sampling dropped, the parent stays active, so that its calls are
         # dropped with it.
         if not isinstance(span, NoOpSpan) or context.traceparent is None:
             mlflow_provider.set_span_in_context(span)
         return span
 
-    def show_open(self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span], None]) -> None:
-        """Show the spans below a task's that have not ended, as they are now.
+    def branch_of(self, span_id: str | None) -> Branch | None:
+        """Return the branch of an open span; None where it is not one of these."""
+        return None if span_id is None else self._processor.branch_of(int(span_id, 16))
+
+    def show_open(
+        self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span, Branch], None]
+    ) -> None:
+        """Show the spans below a task's that have not ended, as they are now, and their branches.
 
         One that ends meanwhile is submitted after it was shown.
         """
@@ -753,13 +821,13 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
 
     def __init__(
         self,
-        submit: Callable[[OwnerT, Span], None],
+        submit: Callable[[OwnerT, Span, Branch], None],
         owner: Callable[[], OwnerT | None],
     ) -> None:
         self._submit = submit
         self._owner = owner
         self._lock = threading.Lock()
-        self._owners: dict[int, OwnerT] = {}
+        self._open: dict[int, tuple[OwnerT, Branch]] = {}
         self._otel_trace_ids: set[int] = set()
         os.register_at_fork(after_in_child=self._forget_parents_spans)
 
@@ -767,7 +835,7 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
         # Another thread may have held a lock, this one or MLflow's, while the process forked.
         self._lock = threading.Lock()
         if self._otel_trace_ids:
-            self._owners.clear()
+            self._open.clear()
             self._otel_trace_ids.clear()
             InMemoryTraceManager._instance = None
 
@@ -779,39 +847,58 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
         otel_trace_id = span.context.trace_id
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(otel_trace_id)
         with self._lock:
-            self._owners[span.context.span_id] = owner
+            self._open[span.context.span_id] = owner, self._branch_of_new(span, owner)
             with manager.get_trace(trace_id) as known:
                 if known is None:
                     manager.register_trace(otel_trace_id, _placeholder(trace_id), True)
                     self._otel_trace_ids.add(otel_trace_id)
                 manager.register_span(create_mlflow_span(span, trace_id))
 
+    def _branch_of_new(self, span: OTelSpan, owner: OwnerT) -> Branch:
+        above = None if span.parent is None else span.parent.span_id
+        owner_above, branch = self._open.get(above or 0, (None, None))
+        if branch is not None and owner_above is owner and not branch.is_divided:
+            return branch
+        return Branch(
+            encode_span_id(span.context.span_id), None if above is None else encode_span_id(above)
+        )
+
+    def branch_of(self, span_id: int) -> Branch | None:
+        with self._lock:
+            return self._open.get(span_id, (None, None))[1]
+
     def on_end(self, span: ReadableSpan) -> None:
         if span.context is None:
             return
         with self._lock:
-            owner = self._owners.pop(span.context.span_id, None)
-        if owner is None:
+            owner, branch = self._open.pop(span.context.span_id, (None, None))
+        if owner is None or branch is None:
             return
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(span.context.trace_id)
         with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
             if trace is not None:
                 trace.span_dict.pop(encode_span_id(span.context.span_id), None)
-        self._submit(owner, Span(span))
+        self._submit(owner, Span(span), branch)
 
-    def show_open(self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span], None]) -> None:
+    def show_open(
+        self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span, Branch], None]
+    ) -> None:
         with self._lock:
-            found = {encode_span_id(id_) for id_, other in self._owners.items() if other is owner}
-            found.discard(task_span.span_id)
+            found = {
+                encode_span_id(span_id): branch
+                for span_id, (other, branch) in self._open.items()
+                if other is owner
+            }
+            found.pop(task_span.span_id, None)
             if found:
                 for span in open_spans(task_span.trace_id):
                     if span.span_id in found:
-                        show(span)
+                        show(span, found[span.span_id])
 
     def owner_of(self, span: LiveSpan) -> OwnerT | None:
         """Return whose an open span is; None if it is nobody's."""
         with self._lock:
-            return self._owners.get(span._span.get_span_context().span_id)
+            return self._open.get(span._span.get_span_context().span_id, (None, None))[0]
 
     def forget_traces(self) -> None:
         """Drop the placeholders of traces whose spans have all been handed over."""

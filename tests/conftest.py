@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 from importlib.metadata import distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ def pytest_report_header() -> str:
     # mlflow-tracing, for one, does without the second.
     there = {found.name for found in distributions()}
     return ", ".join(f"{name} {version(name)}" for name in names if name in there)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    uses_sqlite = "ctx_autolog_empty_database" in getattr(item, "fixturenames", ())
+    if (uses_sqlite or item.get_closest_marker("sqlite")) and find_spec("sqlalchemy") is None:
+        pytest.skip("mlflow-skinny and mlflow-tracing come without stores of their own")
 
 
 class PromptQueue(queue.Queue[Any]):

@@ -12,6 +12,7 @@ from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 __all__ = ["Receipt", "TaskReceipt"]
 
 _MADE = "spans.made"
+_SAMPLED_OUT = "spans.sampled_out"
 _SILENCE = "llm.silence"
 _CALLS = "llm.calls"
 _TOKENS = "llm.tokens."
@@ -38,6 +39,7 @@ class TaskReceipt:
         spent: US dollars that they have cost, where there is a budget.
         requests: Fingerprints of the calls, where the driver wants to know of repeats.
         silence: Why its model calls left no span, where that is known.
+        sampled_out: Spans that ended in it besides, which sampling has left out.
     """
 
     trace_id: str
@@ -55,6 +57,7 @@ class TaskReceipt:
     spent: float = 0.0
     requests: Sequence[str] = ()
     silence: str | None = None
+    sampled_out: int = 0
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
@@ -78,12 +81,17 @@ class TaskReceipt:
 
     @staticmethod
     def attributes(
-        made: int, usage: Amounts, cost: Amounts, silence: str | None = None
+        made: int,
+        usage: Amounts,
+        cost: Amounts,
+        silence: str | None = None,
+        sampled_out: int = 0,
     ) -> dict[str, Any]:
         """Return the attributes by which a task's span is a receipt of its own."""
         return {
             _MADE: made,
             **({} if silence is None else {_SILENCE: silence}),
+            **({_SAMPLED_OUT: sampled_out} if sampled_out else {}),
             **{_TOKENS + name.removesuffix("_tokens"): n for name, n in usage.items()},
             **{_COST + name.removesuffix("_cost"): amount for name, amount in cost.items()},
         }
@@ -109,6 +117,7 @@ class TaskReceipt:
             cost=cost,
             calls=calls,
             silence=silence,
+            sampled_out=attributes.get(_SAMPLED_OUT, 0),
         )
 
 
@@ -134,6 +143,7 @@ class Receipt:
         lost: Spans known to be dropped.
         first_error: The first reason why a store did not take spans, if there was one.
         seconds_waiting: How long the ends of tasks waited for their spans, in all.
+        sampled_out: Spans that ended besides, which sampling has left out.
     """
 
     trace_id: str | None
@@ -144,6 +154,7 @@ class Receipt:
     lost: int = 0
     first_error: str | None = None
     seconds_waiting: float = 0.0
+    sampled_out: int = 0
 
     @classmethod
     def of(
@@ -170,6 +181,7 @@ class Receipt:
             lost,
             first_error=next((task.first_error for task in tasks if task.first_error), first_error),
             seconds_waiting=sum(task.seconds_waiting for task in tasks),
+            sampled_out=sum(task.sampled_out for task in tasks),
         )
 
     @property
@@ -186,4 +198,6 @@ class Receipt:
             parts.append(f"{self.waiting:,} waiting")
         if self.lost:
             parts.append(f"{self.lost:,} lost")
+        if self.sampled_out:
+            parts.append(f"{self.sampled_out:,} left out by sampling")
         return ", ".join(parts)

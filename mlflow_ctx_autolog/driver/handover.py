@@ -443,6 +443,7 @@ def _capture(
     if not headers and warns_of_no_span and store.store_takes_spans():
         _warn_of_no_span()
     declared_session, user, tags, metadata = tracing.declared_traces()
+    session_id, user = tracing.session_and_user() if headers else (declared_session, user)
     return DriverContext(
         tracking_uri=tracking_uri,
         # A collector has none, and there may be no tracking server to ask.
@@ -450,8 +451,8 @@ def _capture(
         traceparent=headers.get("traceparent"),
         tracestate=headers.get("tracestate"),
         workspace=tracing.active_workspace(),
-        session_id=None if headers else declared_session or f"spark-{uuid.uuid4()}",
-        user=None if headers else user,
+        session_id=session_id if headers or session_id else f"spark-{uuid.uuid4()}",
+        user=user,
         tags={} if headers else tags,
         metadata={} if headers else metadata,
         application_id=None if session is None else spark_api.application_id(session),
@@ -463,9 +464,21 @@ def _capture(
         fingerprint_key=driver.fingerprint_key,
         handover_id=uuid.uuid4().hex[:16],
         speculation=_speculation(session),
+        spans_per_host=None if is_collector else _spans_per_host(session),
         spent=driver.ledger.spent() if settings().has_budget else {},
         config=settings(),
     )
+
+
+def _spans_per_host(session: Any) -> int | None:
+    """Return how many spans below tasks a trace takes on each host; None for all."""
+    limit = settings().max_spans_per_trace
+    # A store for whole traces takes them from the driver, which holds them until the root ends.
+    if limit is None or not store.store_takes_spans() or store.span_table() is not None:
+        return None
+    hosts = 1 if session is None else spark_api.executor_hosts(session)
+    # A part for each host, but not so small that a job of few partitions has no use of it.
+    return max(limit // hosts, limit // 10)
 
 
 def _speculation(session: Any) -> str | None:

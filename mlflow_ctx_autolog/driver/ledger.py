@@ -20,9 +20,8 @@ from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
-from mlflow_ctx_autolog.stores.stored_trace import SPARK_FACTS
+from mlflow_ctx_autolog.stores.stored_trace import LINKED_TRACE, SPARK_FACTS, TRACE_KEY
 from mlflow_ctx_autolog.stores.tracking_store import (
-    TRACE_KEY,
     count_spans,
     current_tracking_uri,
     read_trace,
@@ -44,6 +43,7 @@ from mlflow_ctx_autolog.tracing import (
     flush_exports,
     is_task,
     open_spans,
+    record_no_totals,
     record_totals,
     totals_of,
 )
@@ -69,7 +69,6 @@ _READABLE = 20_000
 _TASKS = 10_000
 # Characters that a store takes as one piece of a trace's metadata.
 _LONGEST_METADATA = 8000
-_NOTHING = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 
 
 @dataclass
@@ -228,9 +227,7 @@ class Ledger:
         records = [span_record(filtered(span, policy)) for span in spans]
         if info is not None:
             delivery.configure(self._config())
-            # Zeros, since the store would else add up all spans anew with each that comes; of
-            # the cost just a part, lest a price be shown where none is known.
-            record_totals(info, dict(_NOTHING), {"input_cost": 0.0})
+            record_no_totals(info)
             info.trace_metadata[TRACE_KEY] = info.trace_id
             records.append(trace_record(info))
         delivery.submit_all(records, at_once=True)
@@ -565,12 +562,14 @@ class Ledger:
         for task_id, below in _by_task(spans).items():
             if task_id is None or task_id in book.receipts:
                 continue
-            receipt = TaskReceipt.from_attributes(book.trace_id, task_id, by_id[task_id].attributes)
+            task = by_id[task_id]
+            receipt = TaskReceipt.from_attributes(book.trace_id, task_id, task.attributes)
             if receipt is not None:
                 self._progress(receipt)
                 book.receipts[task_id] = receipt
             else:
                 # Killed, or still running: what it has stored is all that is known.
+                below += _linked_spans(book.destination, task)
                 usage, cost = totals_of(below)
                 book.unfinished[task_id] = TaskReceipt(
                     book.trace_id, task_id, len(below), len(below), usage=usage, cost=cost
@@ -580,8 +579,10 @@ class Ledger:
         totals = book.totals()
         usage, cost = totals
         unpriced = any(task.usage and not task.cost for task in book.tasks())
-        if ask and (unpriced or not cost):
-            # Most releases of MLflow price a call where they store it, so that no task knows.
+        is_sampled = any(task.sampled_out for task in book.tasks())
+        if ask and (unpriced or not cost) and not is_sampled:
+            # Most releases of MLflow price a call where they store it, so that no task knows,
+            # unless it must, since not all of its calls are stored.
             found = self._within(deadline, sum_of_costs, book.destination, book.trace_id)
             cost = dict(found or cost)
         record_totals(book.info, usage, cost)
@@ -712,11 +713,30 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
     usage: Amounts = {}
     cost: Amounts = {}
     info, spans = read_trace(destination, trace_id)
-    for below in _by_task(spans).values():
-        for total, amounts in zip((usage, cost), totals_of(below), strict=True):
+    job_trace_id = info.trace_metadata.get(TRACE_KEY, trace_id)
+    if job_trace_id != trace_id:
+        write_stored_totals(destination, job_trace_id)
+        return
+    by_id = {span.span_id: span for span in spans}
+    for task_id, below in _by_task(spans).items():
+        task = None if task_id is None else by_id[task_id]
+        receipt = None
+        if task is not None:
+            receipt = TaskReceipt.from_attributes(trace_id, task.span_id, task.attributes)
+            below += _linked_spans(destination, task) if receipt is None else []
+        found = totals_of(below) if receipt is None else (receipt.usage, receipt.cost)
+        for total, amounts in zip((usage, cost), found, strict=True):
             add(total, amounts)
     record_totals(info, usage, cost)
     send(destination, [trace_record(info)])
+
+
+def _linked_spans(destination: Destination, task: Any) -> list[Any]:
+    """Return the spans of the trace that is linked to a task's span; none where there is none."""
+    trace_id = task.get_attribute(LINKED_TRACE)
+    if trace_id is None:
+        return []
+    return read_trace(destination, trace_id)[1]
 
 
 def _key(trace_id: str) -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "broadcast_text",
     "carries",
     "carrying",
+    "executor_hosts",
     "has_accumulators",
     "has_workers_elsewhere",
     "is_private_network",
@@ -258,10 +259,14 @@ def _with_function(udf: Any, function: Callable[..., Any]) -> Any:
 
 def _find_owner(modules: Sequence[str], name: str, method: str) -> type | None:
     for module in modules:
+        if module.startswith("pyspark.sql.connect.") and importlib.util.find_spec("grpc") is None:
+            # Spark Connect without its own dependencies. From a main module that is not a file,
+            # PySpark would say that it skips its tests, and end the process.
+            continue
         try:
             owner = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            # Not in this release, or Spark Connect without its own dependencies.
+        except (ImportError, SystemExit):
+            # Not in this release, or as above.
             continue
         if isinstance(owner, type) and hasattr(owner, method):
             return owner
@@ -575,6 +580,21 @@ def settings_of(spark: Any, names: Sequence[str]) -> dict[str, str | None]:
                 spark.conf.get(name, None) if context is None else context.getConf().get(name, None)
             )
     return found
+
+
+def executor_hosts(spark: Any) -> int:
+    """Return on how many hosts Spark has executors now; 1 where it does not tell."""
+    context = _spark_context(spark)
+    if context is None:
+        return 1
+    try:
+        executors = context._jsc.sc().statusTracker().getExecutorInfos()
+        hosts = Counter(str(executor.host()) for executor in executors)
+        # The driver is among them.
+        hosts[str(context._conf.get("spark.driver.host"))] -= 1
+    except Exception:
+        return 1
+    return max(1, len(+hosts))
 
 
 def has_workers_elsewhere(spark: Any) -> bool:

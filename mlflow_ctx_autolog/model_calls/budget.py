@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
 import logging
-import os
 import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 from mlflow_ctx_autolog.config import Config, Price
-from mlflow_ctx_autolog.delivery.spool import default_directory, private_file
+from mlflow_ctx_autolog.delivery.host_account import HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import BudgetExceeded, warn_once
 from mlflow_ctx_autolog.usage import Amounts
 
@@ -24,10 +17,6 @@ _logger = logging.getLogger(__name__)
 
 # Attribute of the span of a call that was not made, since there is nothing left to spend.
 NOT_SENT = "llm.request.not_sent"
-
-_SUFFIX = ".budget"
-# Seconds after which nobody asks any more what a job has spent.
-_KEPT = 7 * 24 * 3600.0
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS spent (model TEXT PRIMARY KEY, calls INTEGER, repeats INTEGER, "
@@ -47,38 +36,6 @@ _REMEMBER = (
 )
 
 
-class _Account:
-    """What the calls of one job have spent, in a file that the processes of a host share.
-
-    Raises:
-        sqlite3.Error: From any method: the disk is full or the file is damaged.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._lock = threading.Lock()
-        self._connection = sqlite3.connect(
-            ":memory:" if path is None else path,
-            timeout=10.0,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        # Not a write-ahead log: who turns that on while another does is told at once that the
-        # database is locked, and would spend by a budget of its own.
-        self._connection.execute("PRAGMA journal_mode = PERSIST")
-        # What a crash of the host forgets is what nobody is left to spend.
-        self._connection.execute("PRAGMA synchronous = OFF")
-        with self.changing() as connection:
-            for statement in _TABLES:
-                connection.execute(statement)
-
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[sqlite3.Connection]:
-        """Look and write with nobody in between; all is taken back where the block raises."""
-        with self._lock, self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
-
-
 class Budget:
     """Lets a task's calls spend what is left, counting those of the whole job on this host.
 
@@ -93,7 +50,7 @@ class Budget:
     def __init__(
         self,
         config: Config,
-        account: _Account,
+        account: HostAccount,
         handover: str,
         known: Mapping[str, float],
         price_of: Callable[[str], Price | None],
@@ -211,40 +168,8 @@ def open_budget(
     """
     if not config.has_budget:
         return None
-    folder = None if config.spool_directory is None else Path(config.spool_directory)
-    try:
-        account = _account(folder, job, os.getpid())
-        return Budget(config, account, handover, known, price_of)
-    except (OSError, sqlite3.Error) as error:
-        warn_once(
-            _logger,
-            "account",
-            "Each worker process keeps a budget of its own, since what is spent cannot be kept in "
-            f"{folder or default_directory()}: {error}. Set spool_directory to a disk with room.",
-        )
-        return Budget(config, _own_account(job, os.getpid()), handover, known, price_of)
-
-
-@functools.lru_cache(maxsize=8)
-def _account(folder: Path | None, job: str, _process: int) -> _Account:
-    """Return a job's account; a forked child has one of its own to the same file."""
-    # The name of a session is the user's.
-    name = hashlib.blake2b(job.encode(), digest_size=16).hexdigest() + _SUFFIX
-    path = private_file(folder, name, may_exist=True)
-    _remove_old(path.parent)
-    return _Account(path)
-
-
-@functools.lru_cache(maxsize=8)
-def _own_account(_job: str, _process: int) -> _Account:
-    return _Account(None)
-
-
-def _remove_old(folder: Path) -> None:
-    for path in folder.glob(f"*{_SUFFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _KEPT:
-                path.unlink()
+    account = open_account(config.spool_directory, job, "budget", _TABLES)
+    return Budget(config, account, handover, known, price_of)
 
 
 def _shown(calls: int, repeats: int, tokens: int, cost: float) -> str:

@@ -6,13 +6,14 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mlflow_ctx_autolog.config import checked_prices
+from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.reporting.calls import Attempt, Call, is_wanted, read_calls
 from mlflow_ctx_autolog.reporting.causes import (
     CAUSES,
@@ -24,7 +25,12 @@ from mlflow_ctx_autolog.reporting.causes import (
 )
 from mlflow_ctx_autolog.reporting.text import lines, tables
 from mlflow_ctx_autolog.stores import tracking_store as store
-from mlflow_ctx_autolog.stores.stored_trace import StoredTrace
+from mlflow_ctx_autolog.stores.stored_trace import (
+    LINKED_TRACE,
+    TRACE_KEY,
+    StoredSpan,
+    StoredTrace,
+)
 
 __all__ = ["CallReport", "Sums", "report"]
 
@@ -378,11 +384,37 @@ def report(
         several = isinstance(traces, Iterable) and not isinstance(traces, str)
         ids = [_trace_id(trace) for trace in (traces if several else [traces])]
     reader = _Reader(priced)
+    read: list[str] = []
     for trace_id in ids:
-        reader.read(store.read_stored_trace(uri, trace_id, is_wanted))
-    found = reader.finish(_key(request_key), ids)
+        trace = _read_job(uri, trace_id, reader.note)
+        if trace.trace_id not in read:
+            reader.read(trace)
+            read.append(trace.trace_id)
+    found = reader.finish(_key(request_key), read)
     found.tracking_uri = uri if uri.startswith(("http://", "https://")) else None
     return found
+
+
+def _read_job(uri: str, trace_id: str, note: Callable[[str], None]) -> StoredTrace:
+    """Return a trace, or that of its job, with the spans of the traces linked to its tasks."""
+    trace = store.read_stored_trace(uri, trace_id, is_wanted)
+    job_trace_id = trace.metadata.get(TRACE_KEY, trace_id)
+    if job_trace_id != trace.trace_id:
+        trace = store.read_stored_trace(uri, job_trace_id, is_wanted)
+
+    def spans() -> Iterator[StoredSpan]:
+        linked: list[str] = []
+        for span in trace.spans:
+            if (linked_id := span.text(LINKED_TRACE)) is not None:
+                linked.append(linked_id)
+            yield span
+        for linked_id in linked:
+            try:
+                yield from store.read_stored_trace(uri, linked_id, is_wanted).spans
+            except StoreError as error:
+                note(f"The linked trace {linked_id} of {trace.trace_id} cannot be read: {error}")
+
+    return replace(trace, spans=spans())
 
 
 class _Reader:
@@ -394,6 +426,10 @@ class _Reader:
         self._attempts: list[Attempt] = []
         self._skewed: dict[str, float] = {}
         self._notes: list[str] = []
+
+    def note(self, limit: str) -> None:
+        """Keep a sentence on what limits what can be said."""
+        self._notes.append(limit)
 
     def read(self, trace: StoredTrace) -> None:
         """Take a trace."""
@@ -438,7 +474,12 @@ class _Reader:
                 "calls that had not returned in them are not recorded."
             )
         counted = Counter(call.attempt.span_id for call in calls if call.attempt is not None)
-        missing = sum(max(0, (each.calls or 0) - counted[each.span_id]) for each in attempts)
+        self._note_on_sampling(trace, attempts)
+        missing = sum(
+            max(0, (each.calls or 0) - counted[each.span_id])
+            for each in attempts
+            if not each.sampled_out
+        )
         if missing:
             self._notes.append(
                 f"The store lacks {missing} calls that tasks of trace {name} have counted."
@@ -448,6 +489,19 @@ class _Reader:
             self._notes.append(
                 f"{orphans} calls of trace {name} are below spans that the store does not have: "
                 "their tasks are not known."
+            )
+
+    def _note_on_sampling(self, trace: StoredTrace, attempts: Sequence[Attempt]) -> None:
+        sampled = [each for each in attempts if each.sampled_out]
+        if sampled:
+            spans = sum(each.sampled_out for each in sampled)
+            calls = sum(each.calls or 0 for each in attempts)
+            money = sum(each.cost for each in attempts)
+            priced = f", ${money:,.4f}" if money else ""
+            self._notes.append(
+                f"Sampling has left {spans:,} spans of trace {trace.trace_id} out of the store, so "
+                f"that repeats of their calls are not seen. In all, its tasks have counted "
+                f"{calls:,} calls, {sum(each.tokens for each in attempts):,} tokens{priced}."
             )
 
     def finish(self, key: Callable[[Call], Hashable] | None, ids: Sequence[str]) -> CallReport:

@@ -11,7 +11,12 @@ from typing import Any
 from mlflow_ctx_autolog.model_calls.annotations import ANNOTATION
 from mlflow_ctx_autolog.model_calls.budget import NOT_SENT
 from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
-from mlflow_ctx_autolog.stores.stored_trace import SPARK_FACTS, StoredSpan, StoredTrace
+from mlflow_ctx_autolog.stores.stored_trace import (
+    LINKED_SPAN,
+    SPARK_FACTS,
+    StoredSpan,
+    StoredTrace,
+)
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
@@ -34,7 +39,7 @@ _INPUTS = "mlflow.spanInputs"
 _WANTED = frozenset(
     {_USAGE, _COST, *_MODELS, _RESENDS, *_FIRST_TOKEN, _INPUTS, FINGERPRINT, NOT_SENT}
 )
-_OF_TASKS = ("spark.", "host.", "process.", "llm.calls")
+_OF_TASKS = ("spark.", "host.", "process.", "llm.", "linked.", "spans.")
 
 # Characters of a prompt that are kept to recognise it by.
 _EXCERPT = 160
@@ -106,6 +111,9 @@ class Attempt:
         last_seen: When it, or a call in it, last began or ended.
         rows: Rows that the function has taken.
         calls: Calls that it has made by its own count; None where it has not ended.
+        tokens: Of these, by its own count.
+        cost: US dollars of these, by its own count.
+        sampled_out: Spans of it that sampling has left out.
     """
 
     span_id: str
@@ -131,6 +139,9 @@ class Attempt:
     last_seen: int
     rows: int | None = None
     calls: int | None = None
+    tokens: int = 0
+    cost: float = 0.0
+    sampled_out: int = 0
 
     def overlaps(self, other: Attempt) -> bool:
         """Whether both are known to have run at the same time."""
@@ -213,9 +224,10 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
     attempts: dict[str, Attempt] = {}
     calls: list[tuple[StoredSpan, Call]] = []
     for span in trace.spans:
-        parents[span.span_id] = span.parent_id
+        # The root of a linked trace stands for the span of its task.
+        parents[span.span_id] = span.parent_id or span.text(LINKED_SPAN)
         if span.kind == "TASK" and "spark.task.outcome" in span.attributes:
-            attempts[span.span_id] = _attempt(trace, span, facts)
+            attempts[span.span_id] = _attempt(span, facts)
         elif NOT_SENT not in span.attributes and (span.kind in _CALLS or span.name in _IMAGES):
             calls.append((span, _call(trace, span)))
     # A library's span around a call of the client is the same call.
@@ -240,7 +252,7 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
     )
 
 
-def _attempt(trace: StoredTrace, span: StoredSpan, facts: SparkFacts) -> Attempt:
+def _attempt(span: StoredSpan, facts: SparkFacts) -> Attempt:
     outcome = span.text("spark.task.outcome") or "running"
     execution = span.text("spark.sql.execution.id")
     speculation = span.text("spark.speculation")
@@ -248,7 +260,7 @@ def _attempt(trace: StoredTrace, span: StoredSpan, facts: SparkFacts) -> Attempt
     ended = None if outcome == "running" else span.ended
     return Attempt(
         span.span_id,
-        trace.trace_id,
+        span.trace_id,
         span.name,
         facts,
         application=span.text("spark.application.id"),
@@ -270,6 +282,9 @@ def _attempt(trace: StoredTrace, span: StoredSpan, facts: SparkFacts) -> Attempt
         last_seen=ended or span.started,
         rows=span.number("spark.rows.in"),
         calls=None if ended is None else span.number("llm.calls"),
+        tokens=span.number("llm.tokens.total") or 0,
+        cost=parse_amounts({"total_cost": span.get("llm.cost.total")}).get("total_cost", 0.0),
+        sampled_out=span.number("spans.sampled_out") or 0,
     )
 
 
@@ -282,7 +297,7 @@ def _call(trace: StoredTrace, span: StoredSpan) -> Call:
         request = "content:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     cost = parse_amounts(span.get(_COST)).get("total_cost")
     return Call(
-        trace.trace_id,
+        span.trace_id,
         trace.experiment_id,
         span.span_id,
         span.name,

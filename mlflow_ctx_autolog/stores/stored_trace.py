@@ -7,7 +7,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ANY_FUNCTION", "SPARK_FACTS", "StoredSpan", "StoredTrace"]
+__all__ = [
+    "ANY_FUNCTION",
+    "JOB_TAG",
+    "LINKED_SPAN",
+    "LINKED_TRACE",
+    "SPARK_FACTS",
+    "TRACE_KEY",
+    "StoredSpan",
+    "StoredTrace",
+]
+
+# Metadata of a trace by which its spans, and those of traces linked to it, can be counted without
+# reading them: the driver's trace's id.
+TRACE_KEY = "mlflow_ctx_autolog.trace_id"
+# The same as a tag of linked traces, by which users find them.
+JOB_TAG = "mlflow_ctx_autolog.job_trace"
+# Attributes by which a task's span and the root of its linked trace name each other.
+LINKED_TRACE, LINKED_SPAN = "linked.trace.id", "linked.span.id"
 
 # Metadata of a trace: what the driver has learnt from Spark of its jobs, as JSON.
 SPARK_FACTS = "mlflow_ctx_autolog.spark"
@@ -20,6 +37,7 @@ class StoredSpan:
     """What is needed of a span, as the store has it.
 
     Args:
+        trace_id: MLflow's id of the trace that it is in.
         span_id: Its id.
         parent_id: That of the span above it; None for the root.
         name: Its name.
@@ -32,6 +50,7 @@ class StoredSpan:
         first_chunk: When a stream's first piece came, in nanoseconds since the epoch.
     """
 
+    trace_id: str
     span_id: str
     parent_id: str | None
     name: str

@@ -43,7 +43,7 @@ from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
 from mlflow_ctx_autolog.stores.answers import excerpt, failure, root_cause
 from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
-from mlflow_ctx_autolog.stores.stored_trace import StoredSpan, StoredTrace
+from mlflow_ctx_autolog.stores.stored_trace import TRACE_KEY, StoredSpan, StoredTrace
 
 try:
     from mlflow.utils.workspace_context import ServerWorkspaceContext
@@ -52,7 +52,6 @@ except ImportError:
     ServerWorkspaceContext = None
 
 __all__ = [
-    "TRACE_KEY",
     "access",
     "count_spans",
     "current_tracking_uri",
@@ -78,8 +77,6 @@ __all__ = [
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Metadata of a trace by which its spans can be counted without reading them.
-TRACE_KEY = "mlflow_ctx_autolog.trace_id"
 # Tag of a trace that was made to try the store, where it cannot be deleted.
 PROBE_TAG = "mlflow_ctx_autolog.probe"
 
@@ -528,7 +525,7 @@ def _stored_trace(
         str(info.experiment_id),
         str(getattr(info.state, "value", info.state)),
         dict(info.trace_metadata),
-        (_stored_span(span, wanted) for span in spans),
+        (_stored_span(span, str(info.trace_id), wanted) for span in spans),
     )
 
 
@@ -547,7 +544,9 @@ def _spans_in(content: bytes) -> Iterator[dict[str, Any]]:
         yield span
 
 
-def _stored_span(document: dict[str, Any], wanted: Callable[[str], bool]) -> StoredSpan:
+def _stored_span(
+    document: dict[str, Any], trace_id: str, wanted: Callable[[str], bool]
+) -> StoredSpan:
     if "span_id" not in document:
         # As releases before 3 have stored it.
         document = Span.from_dict(document).to_dict()
@@ -559,6 +558,7 @@ def _stored_span(document: dict[str, Any], wanted: Callable[[str], bool]) -> Sto
     events = document.get("events") or []
     kind = attributes.get(SpanAttributeKey.SPAN_TYPE, "")
     return StoredSpan(
+        trace_id,
         _span_id(document["span_id"]) or "",
         _span_id(document.get("parent_span_id")),
         str(document.get("name")),
@@ -639,11 +639,14 @@ def find_traces(
                 page_token=token,
                 include_spans=False,
             )
-            found += [str(trace.info.trace_id) for trace in page]
+            # A linked trace stands for the one that it is linked to.
+            found += [
+                str(trace.info.trace_metadata.get(TRACE_KEY, trace.info.trace_id)) for trace in page
+            ]
             token = page.token
             if not token:
                 break
-    return found
+    return list(dict.fromkeys(found))
 
 
 def log_text(text: str, name: str) -> None:

@@ -100,7 +100,8 @@ def _chosen(
 
     # Apart from what other jobs of this host have left behind.
     monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY", str(tmp_path / "spools"))
-    before = mlflow.get_tracking_uri()
+    # To tell the default, mlflow-tracing would need what it does not bring.
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     mlflow.set_tracking_uri(uri)
     try:
         if experiment is None:

@@ -21,7 +21,7 @@ from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
 from mlflow_ctx_autolog.model_calls.flavors import Autologs
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.stores.otlp import is_collector, otlp_record
-from mlflow_ctx_autolog.stores.tracking_store import send, span_record, trace_record
+from mlflow_ctx_autolog.stores.tracking_store import send, span_record, spans_of, trace_record
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
@@ -32,6 +32,7 @@ from mlflow_ctx_autolog.task import (
     open_tasks,
 )
 from mlflow_ctx_autolog.tracing import (
+    Branch,
     WorkerTracing,
     active_context,
     context_of,
@@ -46,12 +47,15 @@ from mlflow_ctx_autolog.tracing import (
     is_client_call,
     list_price,
     model_asked,
+    priced,
     snapshot,
     trace_id_of,
     usage_of,
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 from mlflow_ctx_autolog.worker.children import Children, Parent
+from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace
+from mlflow_ctx_autolog.worker.placement import Place
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
 __all__ = [
@@ -112,8 +116,19 @@ class WorkerProcess:
         are sent ahead as they are, lest they be lost with the process.
         """
         self._openai_calls.close_answers(task)
-        send_ahead = functools.partial(self._send_ahead, task, _unprocessed_content(task))
+        content = _unprocessed_content(task)
+
+        def send_ahead(span: Any, branch: Branch) -> None:
+            # Where it is sent ahead, it must be sent again when it ends.
+            branch.place = branch.place or Place.MAIN
+            if branch.place is Place.MAIN:
+                self._send_ahead(task, content, span)
+
         self.tracing.show_open(task, task.span, send_ahead)
+        if task.placement is not None:
+            task.placement.close()
+        if task.linked is not None:
+            self._submit_linked_trace(task, task.linked, is_over=True)
 
     def _send_ahead(self, task: Task, content: ContentPolicy, span: Any) -> None:
         # A collector takes a span that is sent again for another one.
@@ -122,26 +137,61 @@ class WorkerProcess:
             record = span_record(filtered(span, content))
             self.deliveries.to(task.destination).submit(record)
 
-    def _submit(self, task: Task, span: Any) -> None:
-        usage, cost = usage_of(span), cost_of(span)
+    def _submit(self, task: Task, span: Any, branch: Branch) -> None:
+        # What the store never sees, it cannot price.
+        is_sampled = task.context.config.sampling is not None
+        usage, cost = usage_of(span), priced(span) if is_sampled else cost_of(span)
         # No span goes through the driver's processors after the end of its task.
         sent = filtered(span, task.content if task.is_open else _unprocessed_content(task))
-        if is_collector(task.context.tracking_uri):
-            record = otlp_record(for_collector(sent), task.span_id)
-        else:
-            record = span_record(sent, task.span_id)
+        self._count_answer(task, span, usage, cost)
         if task.elsewhere is not None:
-            self._count_answer(task, span, usage, cost)
-            self._submit_to_parent(task, span, usage, cost, record)
+            self._submit_to_parent(task, span, usage, cost, _record(task, sent), branch)
             return
         task.count_span(span.span_id, span.parent_id, usage, cost)
-        self._count_answer(task, span, usage, cost)
-        delivery = self.deliveries.to(task.destination)
-        delivery.submit(record)
-        if span.span_id == task.span_id and not is_collector(task.context.tracking_uri):
+        if span.span_id == task.span_id:
+            delivery = self.deliveries.to(task.destination)
+            delivery.submit(_record(task, sent))
             info = info_of_own_trace(span, task.context)
-            if info is not None:
+            if info is not None and not is_collector(task.context.tracking_uri):
                 delivery.submit(trace_record(info))
+        else:
+            seconds = (span.end_time_ns - span.start_time_ns) / 1e9
+            self._store(task, sent.span_id, branch, has_failed(span), seconds, lambda: sent)
+
+    def _store(
+        self,
+        task: Task,
+        span_id: str,
+        branch: Branch,
+        failed: bool,
+        seconds: float,
+        span: Callable[[], Any],
+        record: Record | None = None,
+    ) -> None:
+        """Store a span below a task's where that is decided."""
+        place = Place.MAIN
+        if task.placement is not None:
+            place = task.placement.place(branch, span_id, failed=failed, seconds=seconds)
+        if place is Place.NOWHERE:
+            task.count_sampled_out()
+            return
+        if place is Place.LINKED:
+            linked = task.link(lambda: self._new_linked_trace(task))
+            record = _record(task, linked.moved(span(), is_top=span_id == branch.top))
+        self.deliveries.to(task.destination).submit(record or _record(task, span()))
+
+    def _new_linked_trace(self, task: Task) -> LinkedTrace:
+        linked = LinkedTrace(task.span, task.context)
+        # So that both are known of each other, whatever becomes of the task.
+        if task.is_open:
+            self.announce(task)
+        self._submit_linked_trace(task, linked, is_over=not task.is_open)
+        return linked
+
+    def _submit_linked_trace(self, task: Task, linked: LinkedTrace, *, is_over: bool) -> None:
+        delivery = self.deliveries.to(task.destination)
+        delivery.submit(span_record(linked.root(), task.span_id if is_over else ""))
+        delivery.submit(trace_record(linked.info(is_over=is_over)))
 
     def _count_answer(self, task: Task, span: Any, usage: Amounts, cost: Amounts) -> None:
         if not is_client_call(span):
@@ -173,13 +223,22 @@ class WorkerProcess:
             self._install(work.task.context)
 
     def _submit_to_parent(
-        self, task: Task, span: Any, usage: Amounts, cost: Amounts, record: Record
+        self,
+        task: Task,
+        span: Any,
+        usage: Amounts,
+        cost: Amounts,
+        record: Record,
+        branch: Branch,
     ) -> None:
         """Have the parent count and deliver a span, so that it is in the task's receipt."""
         message = {
             "task": task.span_id,
             "calls": task.take_calls(),
             "span": [span.span_id, span.parent_id, usage, cost],
+            "branch": [branch.top, branch.above],
+            "failed": has_failed(span),
+            "seconds": (span.end_time_ns - span.start_time_ns) / 1e9,
             "payload": base64.b64encode(record.payload).decode(),
         }
         if self._parent is None or not self._parent.ask(message):
@@ -211,9 +270,27 @@ class WorkerProcess:
                 task.count_call(int(message["calls"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
                 record = Record("span", span_id, payload, task.span_id)
-                self.deliveries.to(task.destination).submit(record)
+                self._store(
+                    task,
+                    span_id,
+                    self._branch_of_child(task, span_id, *message["branch"]),
+                    bool(message["failed"]),
+                    float(message["seconds"]),
+                    functools.partial(_span_of, record),
+                    record,
+                )
                 return True
         return False
+
+    def _branch_of_child(self, task: Task, span_id: str, top: str, above: str | None) -> Branch:
+        """Return the branch of a child's span: what it is in here, or one of its own."""
+        branch = self.tracing.branch_of(above)
+        if branch is not None and not branch.is_divided:
+            return branch
+        found: Branch = task.child_branches.setdefault(top, Branch(top, above))
+        if span_id == top:
+            del task.child_branches[top]
+        return found
 
     def _adopt(self, destination: Destination, records: Sequence[Record]) -> None:
         if destination.tracking_uri is not None:
@@ -338,6 +415,17 @@ def remove() -> None:
     """Take back what running tasks has set up in this process, if anything. Idempotent."""
     if _is_set_up():
         worker_process().remove()
+
+
+def _span_of(record: Record) -> Any:
+    (span,) = spans_of([record])
+    return span
+
+
+def _record(task: Task, span: Any) -> Record:
+    if is_collector(task.context.tracking_uri):
+        return otlp_record(for_collector(span), task.span_id)
+    return span_record(span, task.span_id)
 
 
 def _unprocessed_content(task: Task) -> ContentPolicy:

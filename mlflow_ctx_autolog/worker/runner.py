@@ -28,6 +28,7 @@ from mlflow_ctx_autolog.tracing import (
     trace_id_of,
     tracing_problem,
 )
+from mlflow_ctx_autolog.worker.placement import open_placement
 from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
 from mlflow_ctx_autolog.worker.spark_task import (
     context_of_query,
@@ -344,6 +345,7 @@ def _begin(
     try:
         task.span = task.run(worker.tracing.start_task_span, name, context, attributes)
         task.parent = task.run(active_context)
+        task.placement = open_placement(context, trace_id_of(context) or str(task.span.trace_id))
         worker.announce(task)
     except BaseException:
         task.close()
@@ -363,7 +365,9 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
         worker.settle(task)
         made = delivery.counts(task.span_id).made + 1
         silence = _reason_for_silence(task, made)
-        receipt = TaskReceipt.attributes(made, task.usage.total, task.cost.total, silence)
+        receipt = TaskReceipt.attributes(
+            made, task.usage.total, task.cost.total, silence, task.sampled_out
+        )
         task.span.set_attributes({**task.counts(), **receipt})
         if error is None:
             task.span.set_attribute("spark.task.outcome", "completed")
@@ -462,6 +466,7 @@ def _send_home(
         spent=task.spent,
         requests=task.requests,
         silence=silence,
+        sampled_out=task.sampled_out,
     )
     arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]
     for other in worker_process().deliveries.all():

@@ -324,6 +324,7 @@ def test_a_task_that_spark_closes_early_leaves_nothing_behind(
     assert {task.attributes["spark.task.outcome"] for task in trace.tasks} == {"closed early"}
 
 
+@pytest.mark.sqlite
 def test_a_reused_worker_follows_the_driver(
     spark: SparkSession,
     endpoint: OpenAIEndpoint,

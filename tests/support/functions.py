@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pandas as pd
@@ -227,13 +227,22 @@ def arrow_optimised_udtf(frame: DataFrame, call: Callable[[int], str]) -> list[A
     return list(frame.sparkSession.sql(query).collect())
 
 
+def pandas_api(frame: DataFrame) -> Any:
+    """Return a frame of the pandas API, also of a release that has it without ANSI mode only."""
+    import pyspark.pandas as ps
+
+    with suppress(ps.config.OptionError):
+        ps.set_option("compute.fail_on_ansi_mode", False)
+    return frame.pandas_api()
+
+
 def pandas_api_apply(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     def extract(row: pd.Series) -> str:
         return call(row["id"])
 
     # Without a type, Spark calls the function on the driver to see what it returns.
     extract.__annotations__["return"] = str
-    return list(frame.pandas_api().apply(extract, axis=1).to_numpy())
+    return list(pandas_api(frame).apply(extract, axis=1).to_numpy())
 
 
 def pandas_api_series_apply(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
@@ -241,7 +250,7 @@ def pandas_api_series_apply(frame: DataFrame, call: Callable[[int], str]) -> lis
         return call(number)
 
     extract.__annotations__["return"] = str
-    return list(frame.pandas_api()["id"].apply(extract).to_numpy())
+    return list(pandas_api(frame)["id"].apply(extract).to_numpy())
 
 
 def pandas_api_transform(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
@@ -251,7 +260,7 @@ def pandas_api_transform(frame: DataFrame, call: Callable[[int], str]) -> list[A
         return numbers.map(call)
 
     extract.__annotations__["return"] = ps.Series[str]
-    return list(frame.pandas_api().transform(extract)["id"].to_numpy())
+    return list(pandas_api(frame).transform(extract)["id"].to_numpy())
 
 
 def pandas_api_group_apply(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
@@ -261,7 +270,7 @@ def pandas_api_group_apply(frame: DataFrame, call: Callable[[int], str]) -> list
         return pd.DataFrame({"answer": group["id"].map(call)})
 
     extract.__annotations__["return"] = ps.DataFrame["answer":str]
-    parities = frame.withColumn("parity", frame["id"] % 2).pandas_api().groupby("parity")
+    parities = pandas_api(frame.withColumn("parity", frame["id"] % 2)).groupby("parity")
     return list(parities.apply(extract)["answer"].to_numpy())
 
 

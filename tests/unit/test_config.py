@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import Config
-from mlflow_ctx_autolog.config import CAPTURE_CONTENT_VARIABLE, TRANSPORTS
+from mlflow_ctx_autolog.config import CAPTURE_CONTENT_VARIABLE, TRANSPORTS, Sampling
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
 FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress"]
-OTHERS = ["spool_directory", "transport", "redact", "forward_env", "prices"]
+OTHERS = ["spool_directory", "transport", "redact", "forward_env", "prices", "sampling"]
 NUMBERS = [name for name in NAMES if name not in (*FLAGS, *OTHERS)]
 # None of its settings is the default.
 OTHER = Config(
@@ -38,6 +38,8 @@ OTHER = Config(
     max_cost=2.5,
     max_repeats=10,
     prices={"gpt-x": (2.5, 10.0)},
+    max_spans_per_trace=50,
+    sampling="errors+5%",
     progress=True,
 )
 
@@ -72,6 +74,11 @@ def test_other_settings_are_all_other() -> None:
         {"max_cost": 0.01},
         {"max_repeats": 0},
         {"prices": {"gpt-x": (0, 1e6)}},
+        {"max_spans_per_trace": 10},
+        {"max_spans_per_trace": None},
+        {"sampling": "errors"},
+        {"sampling": "slow + 0%"},
+        {"sampling": "100%"},
         *({"transport": transport} for transport in TRANSPORTS),
     ],
 )
@@ -100,6 +107,7 @@ def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
         ({"max_calls": 0}, "0", "at least 1"),
         ({"max_cost": 0}, "0", "more than 0"),
         ({"max_repeats": -1}, "-1", "at least 0"),
+        ({"max_spans_per_trace": 9}, "9", "at least 10"),
     ],
 )
 def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, limits: str) -> None:
@@ -134,6 +142,8 @@ def test_value_out_of_range_is_refused(settings: dict[str, Any], value: str, lim
         ("redact", "***", "a function"),
         ("forward_env", "TOKEN", "a list of names"),
         ("forward_env", None, "a list of names"),
+        ("max_spans_per_trace", 2e3, "a whole number"),
+        ("sampling", 0.05, "a text"),
     ],
 )
 def test_value_of_wrong_type_is_refused(name: str, value: Any, kind: str) -> None:
@@ -145,7 +155,7 @@ def test_value_of_wrong_type_is_refused(name: str, value: Any, kind: str) -> Non
 @pytest.mark.parametrize("name", NUMBERS)
 def test_number_beyond_floats_is_no_crash(name: str) -> None:
     """A whole number too large for a float is taken or refused like any other number."""
-    if name.endswith(("bytes", "chars", "calls", "repeats")):
+    if name.endswith(("bytes", "chars", "calls", "repeats", "per_trace")):
         assert getattr(Config(**{name: 10**400}), name) == 10**400
     else:
         with pytest.raises(ValueError, match=f"{name}=1000"):
@@ -187,6 +197,32 @@ def test_updated_changes_a_copy() -> None:
 
     assert after == Config(batch_size=50, send_interval=2.0)
     assert before == Config(batch_size=50)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("errors+slow+5%", Sampling(errors=True, slow=True, share=0.05)),
+        (" 2.5% + errors", Sampling(errors=True, share=0.025)),
+        ("slow", Sampling(slow=True)),
+        ("100%", Sampling(share=1.0)),
+    ],
+)
+def test_sampling_is_read(text: str, parsed: Sampling) -> None:
+    """In any order, and without what is not to be kept."""
+    assert Sampling.parse(text) == parsed
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", "error", "errors,slow", "errors+", "101%", "-1%", "nan%", "%", "5%+5%", "1%+2%"],
+)
+def test_sampling_that_cannot_be_read_is_refused(text: str) -> None:
+    """With its text, and what can be read."""
+    with pytest.raises(ValueError, match="errors, slow and a percentage") as caught:
+        Config(sampling=text)
+
+    assert f"sampling={text!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["", "A=1", "1A", "A B", 7])
@@ -246,6 +282,9 @@ def test_updated_checks_ranges() -> None:
         ("MLFLOW_CTX_AUTOLOG_STRICT", "0", "strict", False),
         ("MLFLOW_CTX_AUTOLOG_TRANSPORT", "driver", "transport", "driver"),
         ("MLFLOW_CTX_AUTOLOG_MAX_CONTENT_CHARS", "500", "max_content_chars", 500),
+        ("MLFLOW_CTX_AUTOLOG_MAX_SPANS_PER_TRACE", "500", "max_spans_per_trace", 500),
+        ("MLFLOW_CTX_AUTOLOG_MAX_SPANS_PER_TRACE", "None", "max_spans_per_trace", None),
+        ("MLFLOW_CTX_AUTOLOG_SAMPLING", "errors+5%", "sampling", "errors+5%"),
         ("MLFLOW_CTX_AUTOLOG_FORWARD_ENV", "A, B,", "forward_env", ("A", "B")),
     ],
 )

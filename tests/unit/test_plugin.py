@@ -12,13 +12,16 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from mlflow.tracking.context.registry import _run_context_provider_registry
-from mlflow.tracking.default_experiment import registry as experiment_registry
 
 from mlflow_ctx_autolog import DriverContext
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.plugin import DriverExperimentProvider, SparkRunContextProvider
 from mlflow_ctx_autolog.task import Task
+
+pytest.importorskip("yaml", reason="mlflow-tracing comes without what loads plugins")
+
+from mlflow.tracking.context.registry import _run_context_provider_registry
+from mlflow.tracking.default_experiment import registry as experiment_registry
 
 ROOT = Path(__file__).parents[2]
 

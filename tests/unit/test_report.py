@@ -28,7 +28,7 @@ def span(span_id: str, parent: str | None, kind: str, start: float, end: float, 
     status = more.pop("status", "OK")
     times = int(start * SECOND), int(end * SECOND)
     return StoredSpan(
-        span_id, parent, more.pop("name", "x"), kind, *times, status, attributes, **more
+        "tr-1", span_id, parent, more.pop("name", "x"), kind, *times, status, attributes, **more
     )
 
 

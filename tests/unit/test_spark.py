@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -107,3 +110,16 @@ def test_variables_that_others_could_read_are_warned_of_once(
     said = [str(warning.message) for warning in caught if "forward_env" in str(warning.message)]
     assert len(said) == (0 if state is None else 1)
     assert all(str(state) in each and "secret" not in each for each in said)
+
+
+def test_without_what_spark_connect_needs_the_driver_lives_on(tmp_path: Path) -> None:
+    """PySpark ends the process that imports its client there, unless the main module is a file."""
+    script = (
+        "import sys; sys.modules['grpc'] = None\n"
+        "import mlflow_ctx_autolog; mlflow_ctx_autolog.enable(); print('on')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, "on\n"), ran.stderr
+    assert "doctests" not in ran.stderr

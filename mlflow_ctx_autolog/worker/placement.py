@@ -1,0 +1,253 @@
+"""Which trace a finished span is stored in, if any, so that none grows beyond what can be read.
+
+The driver's trace takes all that a job makes, up to a limit. What comes after goes to a trace that
+is linked to its task, unless it failed or is among the slowest. Sampling comes before that.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+from mlflow_ctx_autolog.config import Sampling
+from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery.host_account import HostAccount, open_account
+from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.tracing import Branch
+
+__all__ = ["Place", "Placement", "Quota", "Slowest", "open_placement"]
+
+_logger = logging.getLogger(__name__)
+
+# One file for all jobs, since each batch of a stream may be one.
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS job (job TEXT PRIMARY KEY, seen REAL)",
+    "CREATE TABLE IF NOT EXISTS taken (job TEXT, kind TEXT, spans INTEGER, "
+    "PRIMARY KEY (job, kind))",
+    "CREATE TABLE IF NOT EXISTS slowest (job TEXT, seconds REAL)",
+)
+_ADD = (
+    "INSERT INTO taken VALUES (?, ?, ?) ON CONFLICT (job, kind) DO UPDATE SET "
+    "spans = spans + excluded.spans"
+)
+# Seconds after the last task of a job that it is remembered.
+_KEPT = 24 * 3600.0
+# Seconds that a call may be kept waiting for another process.
+_PATIENCE = 0.005
+# Spans that a process takes of the quota at once.
+_AT_ONCE = 16
+# Calls that are the slowest.
+_SLOWEST = 20
+
+
+class Place(Enum):
+    """Where a span is stored."""
+
+    MAIN = "the driver's trace"
+    LINKED = "the linked trace of its task"
+    NOWHERE = "nowhere, since sampling leaves it out"
+
+
+class Quota:
+    """Shares out how many spans a trace takes, among the processes of a host.
+
+    Args:
+        limits: Of each kind of span, how many.
+        account: What was taken on this host.
+        job: Names the trace there.
+    """
+
+    def __init__(self, limits: dict[str, int], account: HostAccount, job: str) -> None:
+        self._limits = limits
+        self._account = account
+        self._job = job
+        self._lock = threading.Lock()
+        self._stock: Counter[str] = Counter()
+        self._used_up: set[str] = set()
+
+    def take(self, kind: str) -> bool:
+        """Take one span of a kind; return whether there was one left."""
+        with self._lock:
+            if not self._stock[kind] and kind not in self._used_up:
+                self._stock_up(kind)
+            has_room = self._stock[kind] > 0
+            self._stock[kind] -= has_room
+            return has_room
+
+    def _stock_up(self, kind: str) -> None:
+        try:
+            with self._account.changing() as connection:
+                question = "SELECT coalesce(sum(spans), 0) FROM taken WHERE job = ? AND kind = ?"
+                (taken,) = connection.execute(question, (self._job, kind)).fetchone()
+                given = max(0, min(_AT_ONCE, self._limits[kind] - taken))
+                connection.execute(_ADD, (self._job, kind, given))
+        except sqlite3.Error as error:
+            _warn(error)
+            given = 1
+        self._stock[kind] += given
+        if not given:
+            self._used_up.add(kind)
+
+    def give_back(self) -> None:
+        """Leave to others what was not needed. To be called at the end of a task."""
+        with self._lock:
+            left = [(self._job, kind, -spans) for kind, spans in self._stock.items() if spans]
+            if left:
+                try:
+                    with self._account.changing() as connection:
+                        connection.executemany(_ADD, left)
+                except sqlite3.Error as error:
+                    _warn(error)
+            self._stock.clear()
+            # Others may have given back.
+            self._used_up.clear()
+
+
+class Slowest:
+    """Tells the calls that are among the slowest of a job on this host so far.
+
+    In the end those that are the slowest were all told, and of others few: the logarithm of their
+    number, times ``count``.
+
+    Args:
+        count: How many are the slowest.
+        account: What is known of them on this host.
+        job: Names the job there.
+    """
+
+    def __init__(self, count: int, account: HostAccount, job: str) -> None:
+        self._count = count
+        self._account = account
+        self._job = job
+        # What is as fast is not among them. It only rises, so that most calls need no look.
+        self._floor = -1.0
+
+    def includes(self, seconds: float) -> bool:
+        """Whether a call that took so long is among them; it is entered if it is."""
+        if seconds <= self._floor:
+            return False
+        try:
+            with self._account.changing() as connection:
+                question = "SELECT seconds FROM slowest WHERE job = ? ORDER BY seconds"
+                known = [slow for (slow,) in connection.execute(question, (self._job,))]
+                if len(known) >= self._count:
+                    self._floor = known[-self._count]
+                if seconds <= self._floor:
+                    return False
+                floor = "DELETE FROM slowest WHERE job = ? AND seconds <= ?"
+                connection.execute(floor, (self._job, self._floor))
+                connection.execute("INSERT INTO slowest VALUES (?, ?)", (self._job, seconds))
+        except sqlite3.Error as error:
+            _warn(error)
+            return False
+        return True
+
+
+def _warn(error: sqlite3.Error) -> None:
+    warn_once(_logger, "placement", f"A trace may get larger than it should, since {error}")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Decides where the spans of a task are stored.
+
+    Args:
+        quota: What the driver's trace takes; None for all.
+        slowest: Tells slow calls.
+        sampling: What is stored at all; None for all.
+    """
+
+    quota: Quota | None
+    slowest: Slowest
+    sampling: Sampling | None
+
+    def place(self, branch: Branch, span_id: str, *, failed: bool, seconds: float) -> Place:
+        """Return where a span goes that has ended: where its branch does.
+
+        The first span of the branch that ends decides. An error is not left out with its branch.
+
+        Args:
+            branch: What it lies in.
+            span_id: Its id.
+            failed: Whether it ended in an error.
+            seconds: How long it took.
+        """
+        if branch.place is None:
+            branch.place = self._decide(span_id, failed, seconds)
+        branch.count()
+        place: Place = branch.place
+        if place is Place.NOWHERE and failed and self.sampling and self.sampling.errors:
+            # Kept by itself, not with those that end after it.
+            return self._trace(failed, seconds)
+        return place
+
+    def close(self) -> None:
+        """To be called at the end of a task."""
+        if self.quota is not None:
+            self.quota.give_back()
+
+    def _decide(self, span_id: str, failed: bool, seconds: float) -> Place:
+        sampling = self.sampling
+        if (
+            sampling is not None
+            and not (sampling.errors and failed)
+            # The id is random, and to ask for another number could change what the user's get.
+            and int(span_id, 16) / 2**64 >= sampling.share
+            and not (sampling.slow and self.slowest.includes(seconds))
+        ):
+            return Place.NOWHERE
+        return self._trace(failed, seconds)
+
+    def _trace(self, failed: bool, seconds: float) -> Place:
+        if self.quota is None or self.quota.take("any"):
+            return Place.MAIN
+        if (failed or self.slowest.includes(seconds)) and self.quota.take("preferred"):
+            return Place.MAIN
+        return Place.LINKED
+
+
+def open_placement(context: DriverContext, trace_id: str) -> Placement | None:
+    """Return what decides for a task; None where all goes to its trace.
+
+    Args:
+        context: What came from the driver.
+        trace_id: The trace that is not to grow too large.
+    """
+    limit, sampling = context.spans_per_host, context.config.sampling
+    if limit is None and sampling is None:
+        return None
+    if context.traceparent is None:
+        # Each task is a trace of its own.
+        account = HostAccount(None, _TABLES, _PATIENCE)
+    else:
+        account = open_account(
+            context.config.spool_directory, "all", "placement", _TABLES, patience=_PATIENCE
+        )
+        _remember(account, trace_id)
+    limits = None if limit is None else {"any": limit, "preferred": limit // 4}
+    return Placement(
+        None if limits is None else Quota(limits, account, trace_id),
+        Slowest(_SLOWEST, account, trace_id),
+        None if sampling is None else Sampling.parse(sampling),
+    )
+
+
+def _remember(account: HostAccount, job: str) -> None:
+    """Keep what is known of a job, and forget those that have long been over."""
+    now = time.time()
+    try:
+        with account.changing() as connection:
+            connection.execute("INSERT OR REPLACE INTO job VALUES (?, ?)", (job, now))
+            over = connection.execute("DELETE FROM job WHERE seen < ?", (now - _KEPT,))
+            if over.rowcount:
+                for table in ("taken", "slowest"):
+                    connection.execute(
+                        f"DELETE FROM {table} WHERE job NOT IN (SELECT job FROM job)"
+                    )
+    except sqlite3.Error as error:
+        _warn(error)
