@@ -120,9 +120,9 @@ class Config:
         prices: US dollars for a million input and a million output tokens, by model, where MLflow
             does not know them. In a variable, as JSON.
         max_spans_per_trace: Spans below its tasks that the driver's trace takes on each host. Calls
-            beyond them go to one linked trace for each task; those that fail, and the slowest, stay
-            in the driver's as long as they are no more than another quarter. None for no limit. At
-            least 10. See ``docs/large-jobs.md``.
+            beyond them go to one linked trace for each task; but those that fail, and the slowest,
+            stay in the driver's as long as each are no more than another eighth. None for no limit.
+            At least 10. See ``docs/large-jobs.md``.
         sampling: Which calls are stored, decided as they end: ``errors``, ``slow`` (the slowest of
             the job on their host so far) and a percentage of the others, joined by ``+``, as
             ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.

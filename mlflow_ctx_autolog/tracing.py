@@ -131,7 +131,7 @@ _SESSION_ATTRIBUTE, _USER_ATTRIBUTE = "session.id", "user.id"
 
 _TASK = "TASK"
 
-# Finished spans from which on a branch is divided.
+# Spans that have ended below another, from which on those that start there are branches.
 _DIVIDED_FROM = 100
 
 # By MLflow's names; not all releases have constants for them.
@@ -663,33 +663,56 @@ def complete_info(trace: Trace) -> TraceInfo:
 class Branch:
     """One span directly below a task's, with all below it, so that they may be kept together.
 
+    So is a span directly below one that has grown large, as a span around all calls of a partition.
+
     Args:
         top: The id of the uppermost span.
         above: The id of the span above that; None for a root.
-        ended: Spans of it that have ended.
-        is_divided: Whether each span that starts directly below one of it begins a branch of its
-            own: below the task's span, and where it has grown large, as below a span around all
-            calls of a partition.
+        outer: The branch of that span; None where it is the task's.
         place: Where its spans go, once that is decided; for whoever takes them to say.
     """
 
     top: str
     above: str | None
-    ended: int = 0
-    is_divided: bool = False
+    outer: Branch | None = None
     place: Any = None
 
-    def count(self) -> None:
-        """Count a span that has ended."""
-        self.ended += 1
-        self.is_divided |= self.ended >= _DIVIDED_FROM
+
+@dataclass(eq=False)
+class _OpenSpan(Generic[OwnerT]):
+    """A span that has not ended: whose it is, and what it lies in.
+
+    Args:
+        owner: Whose it is.
+        branch: Its branch; None for a task's span.
+        above: The span above it, where that is open, too, and has the same owner.
+        ended: Spans below it that have ended.
+    """
+
+    owner: OwnerT
+    branch: Branch | None
+    above: _OpenSpan[OwnerT] | None
+    ended: int = 0
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether each span that starts directly below it begins a branch."""
+        return self.branch is None or self.ended >= _DIVIDED_FROM
+
+    def count_below(self) -> None:
+        """Count a span below it that has ended, for those above it as well."""
+        each: _OpenSpan[OwnerT] | None = self
+        while each is not None:
+            each.ended += 1
+            each = each.above
 
 
 class WorkerTracing(Generic[OwnerT]):
     """MLflow's tracing in a worker process: finished spans go to ``submit``, none to MLflow.
 
     Args:
-        submit: Takes a finished span, its owner and its branch; must return at once.
+        submit: Takes a finished span, its owner and its branch, None for a task's span; must return
+            at once.
         owner: Tells whose a span is that starts now; None where no task is open.
         change: Changes an owner's span that is about to end. May raise nothing.
         parent: Tells what is active, as :func:`active_context` does, for threads and processes
@@ -698,7 +721,7 @@ class WorkerTracing(Generic[OwnerT]):
 
     def __init__(
         self,
-        submit: Callable[[OwnerT, Span, Branch], None],
+        submit: Callable[[OwnerT, Span, Branch | None], None],
         owner: Callable[[], OwnerT | None],
         change: Callable[[OwnerT, LiveSpan], None],
         parent: Callable[[], Context | None] = lambda: None,
@@ -761,18 +784,26 @@ class WorkerTracing(Generic[OwnerT]):
                 recorded[f"{_TAG_PREFIX}{tag}"] = value
         _attach_parent(context)
         span = mlflow.start_span_no_context(name, span_type=_TASK, attributes=recorded)
-        branch = None if isinstance(span, NoOpSpan) else self.branch_of(span.span_id)
-        if branch is not None:
-            branch.is_divided = True
+        if not isinstance(span, NoOpSpan):
+            self._processor.is_tasks(int(span.span_id, 16))
         # Below a parent that sampling dropped, the parent stays active, so that its calls are
         # dropped with it.
         if not isinstance(span, NoOpSpan) or context.traceparent is None:
             mlflow_provider.set_span_in_context(span)
         return span
 
-    def branch_of(self, span_id: str | None) -> Branch | None:
-        """Return the branch of an open span; None where it is not one of these."""
-        return None if span_id is None else self._processor.branch_of(int(span_id, 16))
+    def branch_below(self, top: str, above: str | None) -> Branch:
+        """Return the branch of a span that another process has started below an open one.
+
+        Args:
+            top: The id of the span, and of its branch if it begins one.
+            above: The id of the open span.
+        """
+        return self._processor.branch_below(top, above)
+
+    def count_below(self, above: str | None) -> None:
+        """Count a span that has ended in another process, below an open one of this."""
+        self._processor.count_below(above)
 
     def show_open(
         self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span, Branch], None]
@@ -821,13 +852,13 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
 
     def __init__(
         self,
-        submit: Callable[[OwnerT, Span, Branch], None],
+        submit: Callable[[OwnerT, Span, Branch | None], None],
         owner: Callable[[], OwnerT | None],
     ) -> None:
         self._submit = submit
         self._owner = owner
         self._lock = threading.Lock()
-        self._open: dict[int, tuple[OwnerT, Branch]] = {}
+        self._open: dict[int, _OpenSpan[OwnerT]] = {}
         self._otel_trace_ids: set[int] = set()
         os.register_at_fork(after_in_child=self._forget_parents_spans)
 
@@ -846,50 +877,62 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
         manager = InMemoryTraceManager.get_instance()
         otel_trace_id = span.context.trace_id
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(otel_trace_id)
+        span_id = span.context.span_id
+        top, above = encode_span_id(span_id), None
+        if span.parent is not None:
+            above = encode_span_id(span.parent.span_id)
         with self._lock:
-            self._open[span.context.span_id] = owner, self._branch_of_new(span, owner)
+            span_above = self._open_span(above, owner)
+            branch = _branch_below(span_above, top, above)
+            self._open[span_id] = _OpenSpan(owner, branch, span_above)
             with manager.get_trace(trace_id) as known:
                 if known is None:
                     manager.register_trace(otel_trace_id, _placeholder(trace_id), True)
                     self._otel_trace_ids.add(otel_trace_id)
                 manager.register_span(create_mlflow_span(span, trace_id))
 
-    def _branch_of_new(self, span: OTelSpan, owner: OwnerT) -> Branch:
-        above = None if span.parent is None else span.parent.span_id
-        owner_above, branch = self._open.get(above or 0, (None, None))
-        if branch is not None and owner_above is owner and not branch.is_divided:
-            return branch
-        return Branch(
-            encode_span_id(span.context.span_id), None if above is None else encode_span_id(above)
-        )
+    def _open_span(self, span_id: str | None, owner: OwnerT | None) -> _OpenSpan[OwnerT] | None:
+        found = None if span_id is None else self._open.get(int(span_id, 16))
+        return None if found is None or owner not in (None, found.owner) else found
 
-    def branch_of(self, span_id: int) -> Branch | None:
+    def branch_below(self, top: str, above: str | None) -> Branch:
         with self._lock:
-            return self._open.get(span_id, (None, None))[1]
+            return _branch_below(self._open_span(above, None), top, above)
+
+    def count_below(self, above: str | None) -> None:
+        with self._lock:
+            if (found := self._open_span(above, None)) is not None:
+                found.count_below()
+
+    def is_tasks(self, span_id: int) -> None:
+        with self._lock:
+            if span_id in self._open:
+                self._open[span_id].branch = None
 
     def on_end(self, span: ReadableSpan) -> None:
         if span.context is None:
             return
         with self._lock:
-            owner, branch = self._open.pop(span.context.span_id, (None, None))
-        if owner is None or branch is None:
+            ended = self._open.pop(span.context.span_id, None)
+            if ended is not None and ended.above is not None:
+                ended.above.count_below()
+        if ended is None:
             return
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(span.context.trace_id)
         with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
             if trace is not None:
                 trace.span_dict.pop(encode_span_id(span.context.span_id), None)
-        self._submit(owner, Span(span), branch)
+        self._submit(ended.owner, Span(span), ended.branch)
 
     def show_open(
         self, owner: OwnerT, task_span: LiveSpan, show: Callable[[Span, Branch], None]
     ) -> None:
         with self._lock:
             found = {
-                encode_span_id(span_id): branch
-                for span_id, (other, branch) in self._open.items()
-                if other is owner
+                encode_span_id(span_id): each.branch
+                for span_id, each in self._open.items()
+                if each.owner is owner and each.branch is not None
             }
-            found.pop(task_span.span_id, None)
             if found:
                 for span in open_spans(task_span.trace_id):
                     if span.span_id in found:
@@ -898,7 +941,8 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
     def owner_of(self, span: LiveSpan) -> OwnerT | None:
         """Return whose an open span is; None if it is nobody's."""
         with self._lock:
-            return self._open.get(span._span.get_span_context().span_id, (None, None))[0]
+            found = self._open.get(span._span.get_span_context().span_id)
+            return None if found is None else found.owner
 
     def forget_traces(self) -> None:
         """Drop the placeholders of traces whose spans have all been handed over."""
@@ -907,6 +951,13 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
             for otel_trace_id in self._otel_trace_ids:
                 manager.pop_trace(otel_trace_id)
             self._otel_trace_ids.clear()
+
+
+def _branch_below(span: _OpenSpan[OwnerT] | None, top: str, above: str | None) -> Branch:
+    """Return the branch of what starts directly below a span."""
+    if span is None or span.branch is None:
+        return Branch(top, above)
+    return Branch(top, above, span.branch) if span.is_divided else span.branch
 
 
 def _placeholder(trace_id: str) -> TraceInfo:

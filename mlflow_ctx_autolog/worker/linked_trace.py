@@ -16,7 +16,7 @@ from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.stores.stored_trace import JOB_TAG, LINKED_SPAN, LINKED_TRACE, TRACE_KEY
 from mlflow_ctx_autolog.tracing import record_no_totals
 
-__all__ = ["LinkedTrace"]
+__all__ = ["LinkedTrace", "lifted"]
 
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
@@ -58,7 +58,7 @@ class LinkedTrace:
 
         Args:
             span: The span.
-            is_top: Whether it lies directly below the root, else below the span that it was below.
+            is_top: Whether it comes directly below the root, else below the span that it was below.
         """
         inner: ReadableSpan = copy.copy(span._span)
         inner._context = _span_context(self._root.trace_id, inner.context.span_id)
@@ -120,6 +120,18 @@ class LinkedTrace:
         )
         record_no_totals(info)
         return info
+
+
+def lifted(span: Span, task_span: Span) -> Span:
+    """Return a finished span directly below its task's, where what it was below is not stored.
+
+    Args:
+        span: The span.
+        task_span: The task's.
+    """
+    inner: ReadableSpan = copy.copy(span._span)
+    inner._parent = _span_context(inner.context.trace_id, int(task_span.span_id, 16))
+    return Span(inner)
 
 
 def _span_context(trace_id: int, span_id: int) -> SpanContext:

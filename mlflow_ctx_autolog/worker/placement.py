@@ -41,7 +41,7 @@ _KEPT = 24 * 3600.0
 _PATIENCE = 0.005
 # Spans that a process takes of the quota at once.
 _AT_ONCE = 16
-# Calls that are the slowest.
+# Calls that are the slowest, where no limit says how many a trace has room for.
 _SLOWEST = 20
 
 
@@ -179,7 +179,6 @@ class Placement:
         """
         if branch.place is None:
             branch.place = self._decide(span_id, failed, seconds)
-        branch.count()
         place: Place = branch.place
         if place is Place.NOWHERE and failed and self.sampling and self.sampling.errors:
             # Kept by itself, not with those that end after it.
@@ -204,9 +203,13 @@ class Placement:
         return self._trace(failed, seconds)
 
     def _trace(self, failed: bool, seconds: float) -> Place:
-        if self.quota is None or self.quota.take("any"):
-            return Place.MAIN
-        if (failed or self.slowest.includes(seconds)) and self.quota.take("preferred"):
+        quota = self.quota
+        if (
+            quota is None
+            or quota.take("any")
+            or (failed and quota.take("failed"))
+            or (self.slowest.includes(seconds) and quota.take("slow"))
+        ):
             return Place.MAIN
         return Place.LINKED
 
@@ -229,10 +232,14 @@ def open_placement(context: DriverContext, trace_id: str) -> Placement | None:
             context.config.spool_directory, "all", "placement", _TABLES, patience=_PATIENCE
         )
         _remember(account, trace_id)
-    limits = None if limit is None else {"any": limit, "preferred": limit // 4}
+    quota, slowest = None, _SLOWEST
+    if limit is not None:
+        eighth = max(1, limit // 8)
+        quota = Quota({"any": limit, "failed": eighth, "slow": eighth}, account, trace_id)
+        slowest = max(1, limit // 100)
     return Placement(
-        None if limits is None else Quota(limits, account, trace_id),
-        Slowest(_SLOWEST, account, trace_id),
+        quota,
+        Slowest(slowest, account, trace_id),
         None if sampling is None else Sampling.parse(sampling),
     )
 

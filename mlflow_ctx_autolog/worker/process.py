@@ -54,7 +54,7 @@ from mlflow_ctx_autolog.tracing import (
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 from mlflow_ctx_autolog.worker.children import Children, Parent
-from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace
+from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace, lifted
 from mlflow_ctx_autolog.worker.placement import Place
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
@@ -137,7 +137,7 @@ class WorkerProcess:
             record = span_record(filtered(span, content))
             self.deliveries.to(task.destination).submit(record)
 
-    def _submit(self, task: Task, span: Any, branch: Branch) -> None:
+    def _submit(self, task: Task, span: Any, branch: Branch | None) -> None:
         # What the store never sees, it cannot price.
         is_sampled = task.context.config.sampling is not None
         usage, cost = usage_of(span), priced(span) if is_sampled else cost_of(span)
@@ -148,7 +148,7 @@ class WorkerProcess:
             self._submit_to_parent(task, span, usage, cost, _record(task, sent), branch)
             return
         task.count_span(span.span_id, span.parent_id, usage, cost)
-        if span.span_id == task.span_id:
+        if branch is None:
             delivery = self.deliveries.to(task.destination)
             delivery.submit(_record(task, sent))
             info = info_of_own_trace(span, task.context)
@@ -175,9 +175,13 @@ class WorkerProcess:
         if place is Place.NOWHERE:
             task.count_sampled_out()
             return
+        around = branch.outer if span_id == branch.top else branch
+        has_parent = around is not None and around.place is place
         if place is Place.LINKED:
             linked = task.link(lambda: self._new_linked_trace(task))
-            record = _record(task, linked.moved(span(), is_top=span_id == branch.top))
+            record = _record(task, linked.moved(span(), is_top=not has_parent))
+        elif around is not None and task.placement is not None and not has_parent:
+            record = _record(task, lifted(span(), task.span))
         self.deliveries.to(task.destination).submit(record or _record(task, span()))
 
     def _new_linked_trace(self, task: Task) -> LinkedTrace:
@@ -229,14 +233,14 @@ class WorkerProcess:
         usage: Amounts,
         cost: Amounts,
         record: Record,
-        branch: Branch,
+        branch: Branch | None,
     ) -> None:
         """Have the parent count and deliver a span, so that it is in the task's receipt."""
         message = {
             "task": task.span_id,
             "calls": task.take_calls(),
             "span": [span.span_id, span.parent_id, usage, cost],
-            "branch": [branch.top, branch.above],
+            "branch": branch and [branch.top, branch.above, branch.outer and branch.outer.top],
             "failed": has_failed(span),
             "seconds": (span.end_time_ns - span.start_time_ns) / 1e9,
             "payload": base64.b64encode(record.payload).decode(),
@@ -282,12 +286,16 @@ class WorkerProcess:
                 return True
         return False
 
-    def _branch_of_child(self, task: Task, span_id: str, top: str, above: str | None) -> Branch:
-        """Return the branch of a child's span: what it is in here, or one of its own."""
-        branch = self.tracing.branch_of(above)
-        if branch is not None and not branch.is_divided:
-            return branch
-        found: Branch = task.child_branches.setdefault(top, Branch(top, above))
+    def _branch_of_child(
+        self, task: Task, span_id: str, top: str, above: str | None, outer: str | None
+    ) -> Branch:
+        """Return the branch that a child's span lies in, by what the child knows of it."""
+        found: Branch | None = task.child_branches.get(top)
+        if found is None:
+            found = self.tracing.branch_below(top, above)
+            found.outer = found.outer or task.child_branches.get(outer or "")
+            task.child_branches[top] = found
+        self.tracing.count_below(above)
         if span_id == top:
             del task.child_branches[top]
         return found

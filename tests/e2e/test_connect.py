@@ -116,6 +116,10 @@ with ctx_autolog.enable(max_calls=5), mlflow.start_span("budget") as budget_span
     except Exception as error:
         refusal = str(error)
 
+with ctx_autolog.enable(max_spans_per_trace=10), mlflow.start_span("large") as large_span:
+    spark.range(0, 40, 1, 2).mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
+    ctx_autolog.flush(30)
+
 ctx_autolog.disable()
 untraced = frame.mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
 assert sorted(rows) == sorted(untraced)
@@ -133,6 +137,7 @@ print(json.dumps({
     "repeated": repeated,
     "budget": budget_span.trace_id,
     "refusal": refusal,
+    "large": large_span.trace_id,
 }))
 """
 
@@ -210,6 +215,17 @@ def test_a_budget_holds_on_spark_connect(result: dict[str, Any]) -> None:
 
 def _prompts(calls: list[Any]) -> list[str]:
     return sorted(call.inputs["messages"][0]["content"] for call in calls)
+
+
+def test_a_trace_stays_small_on_spark_connect(result: dict[str, Any]) -> None:
+    """Its tokens are those of all calls, and the report sees them all."""
+    trace = stored_trace(result["large"])
+    assert 10 <= len(trace.calls) < 20
+    usage = trace.calls[0].get_attribute("mlflow.chat.tokenUsage")["total_tokens"]
+    assert trace.total_tokens >= 40 * usage
+    report = ctx_autolog.report(result["large"])
+    assert report.made.calls == 40
+    assert all(each.call.attempt is not None for each in report.calls)
 
 
 @pytest.mark.covers(SPARK, "stream, `foreachBatch`", "Spark Connect")

@@ -420,6 +420,7 @@ def test_disable_leaves_spark_and_reused_workers_alone(
     assert {call.trace_id for call in calls} == {span.trace_id}
 
 
+@pytest.mark.skipif(not hasattr(mlflow, "start_run"), reason="mlflow-tracing has no runs")
 def test_runs_started_in_a_task_know_where_they_are(
     spark: SparkSession, server: TrackingServer, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
@@ -518,6 +519,7 @@ def test_nothing_is_in_the_carrier_but_what_is_needed(
         "process_id",
         "redacts",
         "session_id",
+        "spans_per_host",
         "speculation",
         "spent",
         "tags",
