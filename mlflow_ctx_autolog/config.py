@@ -119,10 +119,10 @@ class Config:
         max_repeats: The same for requests that were made before in the same job. At least 0.
         prices: US dollars for a million input and a million output tokens, by model, where MLflow
             does not know them. In a variable, as JSON.
-        max_spans_per_trace: Spans below its tasks that the driver's trace takes on each host. Calls
-            beyond them go to one linked trace for each task; but those that fail, and the slowest,
-            stay in the driver's as long as each are no more than another eighth. None for no limit.
-            At least 10. See ``docs/large-jobs.md``.
+        max_spans_per_trace: Spans below its tasks that the driver's trace takes, shared out among
+            the hosts of Spark's executors. Calls beyond them go to one linked trace for each task;
+            but those that fail, and the slowest, stay in the driver's as long as each are no more
+            than another eighth. None for no limit. At least 10. See ``docs/large-jobs.md``.
         sampling: Which calls are stored, decided as they end: ``errors``, ``slow`` (the slowest of
             the job on their host so far) and a percentage of the others, joined by ``+``, as
             ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.

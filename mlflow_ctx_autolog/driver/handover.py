@@ -477,8 +477,9 @@ def _spans_per_host(session: Any) -> int | None:
     if limit is None or not store.store_takes_spans() or store.span_table() is not None:
         return None
     hosts = 1 if session is None else spark_api.executor_hosts(session)
-    # A part for each host, but not so small that a job of few partitions has no use of it.
-    return max(limit // hosts, limit // 10)
+    # A part for each host, but not so small that a job of few partitions has no use of it, unless
+    # the whole became too large.
+    return max(1, limit // hosts, min(limit // 10, 2 * limit // hosts))
 
 
 def _speculation(session: Any) -> str | None:

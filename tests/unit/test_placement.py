@@ -9,11 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
 from mlflow_ctx_autolog import Config, DriverContext
 from mlflow_ctx_autolog.delivery.host_account import HostAccount
+from mlflow_ctx_autolog.driver import handover
 from mlflow_ctx_autolog.tracing import Branch
 from mlflow_ctx_autolog.worker.placement import Place, Placement, Slowest, open_placement
 
@@ -198,3 +200,32 @@ def test_jobs_of_yesterday_are_forgotten(opened: Open, monkeypatch: pytest.Monke
     opened(10, trace="tr-2")
     monkeypatch.undo()
     assert places(opened(10), 10, seconds=0.0) == {Place.MAIN: 10}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "share"), [(1, 2000), (3, 666), (10, 200), (20, 200), (100, 40), (100_000, 1)]
+)
+def test_hosts_share_a_trace(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch, hosts: int, share: int
+) -> None:
+    """Each has a tenth at least, unless the whole came to more than twice the limit."""
+    monkeypatch.setattr(handover.spark_api, "executor_hosts", lambda _: hosts)
+    assert handover._spans_per_host(object()) == share
+
+
+def test_the_hosts_of_executors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the driver, unless it has an executor, too; one where nobody knows."""
+
+    def found(*names: str) -> int:
+        executors = [Mock(**{"host.return_value": name}) for name in names]
+        context = MagicMock()
+        context._conf.get.return_value = "driver"
+        context._jsc.sc().statusTracker().getExecutorInfos.return_value = executors
+        monkeypatch.setattr(handover.spark_api, "_spark_context", lambda _: context)
+        return handover.spark_api.executor_hosts(object())
+
+    assert found("driver") == 1
+    assert found("driver", "driver") == 1
+    assert found("driver", "one", "one", "two") == 2
+    monkeypatch.setattr(handover.spark_api, "_spark_context", lambda _: None)
+    assert handover.spark_api.executor_hosts(object()) == 1
