@@ -32,8 +32,6 @@ from mlflow_ctx_autolog.task import (
     open_tasks,
 )
 from mlflow_ctx_autolog.tracing import (
-    Branch,
-    WorkerTracing,
     active_context,
     context_of,
     cost_of,
@@ -43,7 +41,6 @@ from mlflow_ctx_autolog.tracing import (
     for_collector,
     has_failed,
     headers_of,
-    info_of_own_trace,
     is_client_call,
     list_price,
     model_asked,
@@ -57,6 +54,7 @@ from mlflow_ctx_autolog.worker.children import Children, Parent
 from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace, lifted
 from mlflow_ctx_autolog.worker.placement import Place
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
+from mlflow_ctx_autolog.worker.tracing import Branch, WorkerTracing, info_of_own_trace
 
 __all__ = [
     "WorkerProcess",
