@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -98,7 +99,10 @@ def report(uri: str, trace_id: str, folder: str) -> dict[str, Any]:
     found = ctx_autolog.report(trace_id)
     read = time.perf_counter() - started
     found.to_html(page)
+    traces = Counter(each.call.trace_id for each in found.calls)
     return {
+        "near": traces.pop(trace_id, 0),
+        "linked": len(traces),
         "read": read,
         "seconds": time.perf_counter() - started,
         "megabytes": peak(),
@@ -149,11 +153,13 @@ def main() -> None:
                     flush=True,
                 )
             found = in_a_process("report", server.uri, traced["trace_id"], str(folder))
-        print("\n| report: calls | read, s | with its page, s | MB | page, MB | repeats |")
-        print("|---|---|---|---|---|---|")
+        print("\n| report: calls | in the driver's trace | linked traces | read, s ", end="")
+        print("| with its page, s | MB | page, MB | repeats |")
+        print("|---|---|---|---|---|---|---|---|")
         print(
-            f"| {found['calls']:,} | {found['read']:.0f} | {found['seconds']:.0f} "
-            f"| {found['megabytes']:.0f} | {found['html']:.1f} | {found['causes']} |"
+            f"| {found['calls']:,} | {found['near']:,} | {found['linked']:,} | {found['read']:.0f} "
+            f"| {found['seconds']:.0f} | {found['megabytes']:.0f} | {found['html']:.1f} "
+            f"| {found['causes']} |"
         )
 
 

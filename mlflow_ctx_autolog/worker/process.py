@@ -142,7 +142,7 @@ class WorkerProcess:
         # No span goes through the driver's processors after the end of its task.
         sent = filtered(span, task.content if task.is_open else _unprocessed_content(task))
         self._count_answer(task, span, usage, cost)
-        if task.elsewhere is not None:
+        if task.elsewhere is not None and branch is not None:
             self._submit_to_parent(task, span, usage, cost, _record(task, sent), branch)
             return
         task.count_span(span.span_id, span.parent_id, usage, cost)
@@ -231,14 +231,14 @@ class WorkerProcess:
         usage: Amounts,
         cost: Amounts,
         record: Record,
-        branch: Branch | None,
+        branch: Branch,
     ) -> None:
         """Have the parent count and deliver a span, so that it is in the task's receipt."""
         message = {
             "task": task.span_id,
             "calls": task.take_calls(),
             "span": [span.span_id, span.parent_id, usage, cost],
-            "branch": branch and [branch.top, branch.above, branch.outer and branch.outer.top],
+            "branch": [branch.top, branch.above, branch.outer and branch.outer.top],
             "failed": has_failed(span),
             "seconds": (span.end_time_ns - span.start_time_ns) / 1e9,
             "payload": base64.b64encode(record.payload).decode(),
