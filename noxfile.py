@@ -110,6 +110,10 @@ def _add_session(name: str, row: Row) -> None:
         (wheel,) = Path("dist").glob("*.whl")
         requirements = (row.mlflow, row.openai, row.pyspark, *row.also)
         session.install(*NEEDED, *requirements)
+        if "databricks-openai" in row.also:
+            # It brings databricks-connect, whose files lie over those of pyspark.
+            session.run("python", "-m", "pip", "uninstall", "-qy", "databricks-connect", "pyspark")
+            session.install(row.pyspark)
         session.install("--no-deps", str(wheel))
         # Always the newest server: not every client brings one, and that of 3.9 fails (README).
         server = str(Path(".venv/bin/python").absolute())
