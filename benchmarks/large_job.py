@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -56,7 +55,9 @@ def extractor(url: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFr
 
 def peak() -> float:
     """Return the most memory that this process has had so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # The resource module would tell that of the process that has started this one, if it is more.
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
 
 
 def job(uri: str, url: str, calls: str, partitions: str) -> dict[str, Any]:
