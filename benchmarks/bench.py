@@ -1,6 +1,6 @@
 """What tracing costs, by this library and by what a user may pick instead, all in one run.
 
-    make bench          # a quarter of an hour; writes docs/benchmarks
+    make bench          # this part takes half an hour; writes docs/benchmarks
     make bench-quick    # less than three minutes; prints
 
 The jobs of the contenders take turns, each in a Python worker of its own, against a real tracking
