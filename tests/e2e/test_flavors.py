@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,11 +11,14 @@ import anthropic_endpoint
 import mlflow
 import pytest
 from coverage_table import FLAVORS, case
+from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 COLUMN = "below the task"
 CALLS = 2
