@@ -349,7 +349,8 @@ def test_a_killed_driver_leaves_its_trace_to_recover(
     assert all(trace.is_nested(call) for call in trace.calls)
     assert trace.total_tokens == _tokens(trace)
     assert " stored, 0 left" in capsys.readouterr().out
-    assert list(spools.iterdir()) == []
+    # What hosts keep of how many spans a trace has had is no spool.
+    assert {path.suffix for path in spools.iterdir()} <= {".placement", ".placement-journal"}
 
 
 def _end_orphans(group: int) -> None:
