@@ -266,10 +266,13 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(otel_trace_id)
         span_id = span.context.span_id
         top, above = encode_span_id(span_id), None
-        if span.parent is not None:
-            above = encode_span_id(span.parent.span_id)
         with self._lock:
-            span_above = self._open_span(above, owner)
+            span_above = None
+            if span.parent is not None:
+                above = encode_span_id(span.parent.span_id)
+                span_above = self._open.get(span.parent.span_id)
+            if span_above is not None and span_above.owner is not owner:
+                span_above = None
             branch = _branch_below(span_above, top, above)
             self._open[span_id] = _OpenSpan(owner, branch, span_above)
             with manager.get_trace(trace_id) as known:
@@ -278,17 +281,16 @@ class _WorkerSpanProcessor(SpanProcessor, Generic[OwnerT]):
                     self._otel_trace_ids.add(otel_trace_id)
                 manager.register_span(create_mlflow_span(span, trace_id))
 
-    def _open_span(self, span_id: str | None, owner: OwnerT | None) -> _OpenSpan[OwnerT] | None:
-        found = None if span_id is None else self._open.get(int(span_id, 16))
-        return None if found is None or owner not in (None, found.owner) else found
+    def _open_span(self, span_id: str | None) -> _OpenSpan[OwnerT] | None:
+        return None if span_id is None else self._open.get(int(span_id, 16))
 
     def branch_below(self, top: str, above: str | None) -> Branch:
         with self._lock:
-            return _branch_below(self._open_span(above, None), top, above)
+            return _branch_below(self._open_span(above), top, above)
 
     def count_below(self, above: str | None) -> None:
         with self._lock:
-            if (found := self._open_span(above, None)) is not None:
+            if (found := self._open_span(above)) is not None:
                 found.count_below()
 
     def is_tasks(self, span_id: int) -> None:
