@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import mlflow
 import pandas as pd
+from peak_memory import peak_bytes
 from pyspark.sql import SparkSession
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -36,7 +36,7 @@ def make_spans(size: int) -> object:
 
 def peak() -> float:
     """Return the most memory that this process has had so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_bytes() / 2**20
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from peak_memory import peak_bytes
 from pyspark.sql import SparkSession
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -55,9 +56,7 @@ def extractor(url: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFr
 
 def peak() -> float:
     """Return the most memory that this process has had so far, in MB."""
-    # The resource module would tell that of the process that has started this one, if it is more.
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
+    return peak_bytes() / 2**20
 
 
 def job(uri: str, url: str, calls: str, partitions: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ import contenders
 import mlflow
 import pandas as pd
 from contenders import CONTENDERS, Function
+from peak_memory import peak_bytes
 from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
@@ -185,7 +185,7 @@ class Watch:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return peak_bytes() / 1e6
 
 
 def main(daemon: str, uri: str, url: str) -> None:
