@@ -10,7 +10,7 @@ RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_H
 # Tests start many a Spark for seconds, for which Java's better compiler costs more than it saves.
 RUN_TESTS = $(RUN) export JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1;
 
-.PHONY: setup demo test test-slow coverage test-unit test-flavors matrix oldest lint format \
+.PHONY: setup demo test test-slow coverage test-unit matrix oldest lint format \
 	bench bench-quick bench-setup faults coverage-table no-traces-page clean
 
 setup: .venv/library
@@ -55,12 +55,6 @@ coverage: setup
 
 test-unit: setup
 	@$(RUN) cd tests && ../$(BIN)/pytest unit $(ARGS)
-
-# The libraries besides OpenAI's that MLflow traces: 200 MB, and LiteLLM makes each import slow.
-test-flavors: setup
-	$(BIN)/pip install --quiet --group flavors
-	@$(RUN) export LITELLM_LOCAL_MODEL_COST_MAP=True; cd tests && \
-		../$(BIN)/pytest e2e/test_flavors.py $(ARGS)
 
 # Each row of noxfile.py, an hour in all; one with make matrix ROWS=pyspark-3.5.
 matrix: setup

@@ -39,6 +39,7 @@ class Row:
     python: str = "3.11"
     also: tuple[str, ...] = ()
     tests: tuple[str, ...] = TESTS
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 # What came out later than the releases beside it and is too new for them.
@@ -71,6 +72,13 @@ ROWS = {
     # Which takes no newer openai.
     "databricks-openai": Row(
         openai="openai<3", also=("databricks-openai",), tests=("e2e/test_calls.py",)
+    ),
+    # The libraries besides OpenAI's that MLflow traces. Not in .venv, since MLflow's autolog imports
+    # the Agents SDK wherever it is installed, which would slow down what benchmarks measure.
+    "flavors": Row(
+        also=("anthropic", "langchain", "langchain-openai", "litellm", "openai-agents"),
+        tests=("e2e/test_flavors.py",),
+        environment=(("LITELLM_LOCAL_MODEL_COST_MAP", "True"),),
     ),
     # The libraries that record calls twice where both are on, as doctor() has to find.
     "tracers": Row(
@@ -123,7 +131,7 @@ def _add_session(name: str, row: Row) -> None:
             "-q",
             *AT_ONCE,
             *(session.posargs or row.tests),
-            env={"CTX_AUTOLOG_TESTING_SERVER_PYTHON": server},
+            env={"CTX_AUTOLOG_TESTING_SERVER_PYTHON": server, **dict(row.environment)},
         )
 
 
