@@ -22,14 +22,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import contenders
 import mlflow
 import pandas as pd
-from one_trace import headers_by_hand
+from contenders import Function, headers_by_hand
 from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
@@ -40,8 +41,6 @@ CALLS, PARTITIONS = 2_000, 4
 LATENCY = 0.02
 GONE = "http://127.0.0.1:9"
 MANY_CALLS, PROMPT = 20_000, "clause " * 290
-
-Function = Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame]]
 
 
 def extractor(url: str, prompt: str) -> Function:
@@ -74,7 +73,7 @@ def extractor(url: str, prompt: str) -> Function:
 
 def run(pattern: str, uri: str, url: str, calls: str, partitions: str, prompt: str) -> Any:
     """Run one job in this process; return its seconds and what its worker gained in memory."""
-    cloudpickle.register_pickle_by_value(sys.modules["one_trace"])
+    cloudpickle.register_pickle_by_value(contenders)
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false" if pattern == "headers" else "true"
     mlflow.set_tracking_uri(uri)
     if uri != GONE:
@@ -99,7 +98,7 @@ def run(pattern: str, uri: str, url: str, calls: str, partitions: str, prompt: s
     started = time.perf_counter()
     with tracing, nullcontext() if pattern == "untraced" else mlflow.start_span("job"):
         if pattern == "headers":
-            function = headers_by_hand(function, uri)
+            function = headers_by_hand(function)
         found = rows.mapInPandas(function, "id long, megabytes double").collect()
         seconds = time.perf_counter() - started
     assert len(found) == int(calls)
