@@ -73,8 +73,8 @@ ROWS = {
     "databricks-openai": Row(
         openai="openai<3", also=("databricks-openai",), tests=("e2e/test_calls.py",)
     ),
-    # The libraries besides OpenAI's that MLflow traces. Not in .venv, since MLflow's autolog imports
-    # the Agents SDK wherever it is installed, which would slow down what benchmarks measure.
+    # The libraries besides OpenAI's that MLflow traces. Not in .venv, since MLflow's autolog
+    # imports the Agents SDK wherever it is installed: two seconds, which benchmarks would measure.
     "flavors": Row(
         also=("anthropic", "langchain", "langchain-openai", "litellm", "openai-agents"),
         tests=("e2e/test_flavors.py",),
