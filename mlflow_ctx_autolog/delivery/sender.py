@@ -119,6 +119,7 @@ class Delivery:
         self._sender: threading.Thread | None = None
         self._oldest_since = 0.0
         self._last_sent = 0.0
+        self._sending_since: float | None = None
         self._answer_seconds = 0.0
         self._batches = 0
         self._batch_limit: int | None = None
@@ -234,7 +235,8 @@ class Delivery:
             timeout: Seconds to wait at most.
             give_up: Wait no longer than it makes sense where others deliver what is left: for
                 two attempts that fail, or for one, and a second at most, of a store that is known
-                to be down. It must not hold up the end of every task.
+                to be down; not at all for one whose answers take longer than there is time. It
+                must not hold up the end of every task.
         """
         deadline = time.monotonic() + timeout
         with self._lock:
@@ -246,6 +248,10 @@ class Delivery:
             attempts = attempted + (1 if self.store_is_down or self._failures else 2)
             if give_up and self.store_is_down:
                 deadline = min(deadline, time.monotonic() + self._patience_when_down)
+            if give_up and self._expected_seconds() > deadline - time.monotonic():
+                deadline = time.monotonic()
+                # Else one slow answer could be the last that is waited for.
+                self._answer_seconds /= 2
             if not self._wants_to_be_left_alone:
                 self._retry_at = 0.0
             elif give_up:
@@ -360,15 +366,22 @@ class Delivery:
             if not len(self._spool):
                 # Somebody has taken it all.
                 continue
-            started = time.monotonic()
+            self._sending_since = started = time.monotonic()
             try:
                 if not batch:
                     raise StoreError("the spool cannot be read")
                 self._send(self.destination, [record for _, record in batch])
             except Exception as error:
+                self._sending_since = None
                 self._failed(error, batch)
             else:
+                self._sending_since = None
                 self._stored(batch, time.monotonic() - started)
+
+    def _expected_seconds(self) -> float:
+        """Return what the store's last answer took, or what the next has taken already."""
+        since = self._sending_since
+        return max(self._answer_seconds, 0.0 if since is None else time.monotonic() - since)
 
     def _batch_size(self) -> int:
         """Return how many records go in one request: more, where the store is slow."""

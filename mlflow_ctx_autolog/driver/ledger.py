@@ -282,7 +282,10 @@ class Ledger:
         workspace = active_workspace() if book is None else book.destination.workspace
         if destination.tracking_uri is not None:
             reason = None if receipt is None else receipt.first_error
-            self._came_home = self._came_home or reason or "no answer in time"
+            is_late = receipt is not None and receipt.delivered > 0
+            if reason is not None or not is_late:
+                # Else the worker reached the store, and the rest came home to save its time.
+                self._came_home = self._came_home or reason or "no answer in time"
         if store_takes_spans() if book is None else book.delivers:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own

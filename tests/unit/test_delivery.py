@@ -546,6 +546,41 @@ def test_slow_store_is_left_alone_for_a_while(
     assert store.stored == names(51)
 
 
+def test_answer_that_is_overdue_is_not_waited_for(
+    store: Store, unhurried: Config, clock: Clock
+) -> None:
+    """Whoever gives up does so at once where the answer has taken longer already."""
+    store.hang()
+    delivery = Delivery(A, store, unhurried)
+    delivery.submit_all([span(0)], at_once=True)
+    store.wait_for(lambda: store.attempts == 1)
+    clock.ahead += 2 * LONG
+    started = time.monotonic()
+    assert delivery.flush(LONG, give_up=True) is False
+    assert time.monotonic() - started < STALL
+    store.answer()
+    assert flushed(delivery)
+
+
+def test_slow_answer_is_expected_again(store: Store, unhurried: Config, clock: Clock) -> None:
+    """Whoever gives up does not wait where the last answer took longer, but not for ever."""
+    store.hang()
+    delivery = Delivery(A, store, unhurried)
+    delivery.submit_all([span(0)], at_once=True)
+    store.wait_for(lambda: store.attempts == 1)
+    clock.ahead += 1.5 * LONG
+    store.answer()
+    until(lambda: delivery.delivered == 1)
+
+    store.hang()
+    delivery.submit(span(1))
+    started = time.monotonic()
+    assert delivery.flush(LONG, give_up=True) is False
+    assert time.monotonic() - started < STALL
+    threading.Timer(0.2, store.answer).start()
+    assert any(delivery.flush(LONG, give_up=True) for _ in range(10))
+
+
 def test_settings_can_be_changed_on_the_way(store: Store, settings: Settings) -> None:
     """Settings that a later task brings along are in force for the spans that follow."""
     delivery = Delivery(A, store, settings())

@@ -817,6 +817,20 @@ def test_spans_that_missed_their_store_are_delivered(
     assert "no route" in warning
 
 
+@pytest.mark.parametrize(("delivered", "is_told"), [(0, True), (1, False)])
+def test_spans_that_were_late_for_their_store_are_delivered(
+    delivered: int, is_told: bool, book: Ledger, database: Destination, caplog: Any
+) -> None:
+    """Without a reason, only a store that has taken nothing from the worker is worth a word."""
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        task = task_below(root, delivered=delivered)
+        book.receive([task.arrival(task.records, uri=database.tracking_uri)])
+
+    assert names(stored_trace(root.trace_id)) == ["call", "driver", "task"]
+    assert any("no answer in time" in warning for warning in our_warnings(caplog)) is is_told
+
+
 def test_spans_for_the_driver_are_stored_quietly(
     book: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
