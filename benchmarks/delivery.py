@@ -32,7 +32,7 @@ import mlflow
 import pandas as pd
 from contenders import Function, headers_by_hand
 from pyspark import cloudpickle
-from pyspark.sql import SparkSession
+from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
@@ -80,13 +80,7 @@ def run(pattern: str, uri: str, url: str, calls: str, partitions: str, prompt: s
         mlflow.set_experiment("benchmark")
     else:
         mlflow.tracing.set_destination(mlflow.entities.trace_location.MlflowExperimentLocation("0"))
-    spark = (
-        SparkSession.builder.master("local[2]")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
-    )
-    spark.sparkContext.setLogLevel("OFF")
+    spark = quiet_spark("local[2]")
     function = extractor(url, prompt)
     rows = spark.range(0, int(calls), 1, int(partitions))
     # Not timed: starting the workers, and importing what all patterns import.

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import mlflow
 import pandas as pd
 from peak_memory import peak_bytes
-from pyspark.sql import SparkSession
+from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import TrackingServer
@@ -46,13 +46,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=50)
     given = parser.parse_args()
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    spark = (
-        SparkSession.builder.master("local[2]")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
-    )
-    spark.sparkContext.setLogLevel("OFF")
+    spark = quiet_spark("local[2]")
     with tempfile.TemporaryDirectory() as spools, TrackingServer() as server:
         mlflow.set_tracking_uri(server.uri)
         mlflow.set_experiment("driver-memory")

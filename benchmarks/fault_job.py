@@ -20,7 +20,8 @@ from typing import Any
 import mlflow
 import pandas as pd
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
+from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
 
@@ -176,11 +177,7 @@ def tell(event: str, **facts: Any) -> None:
 
 def main(job: Job) -> None:
     """Run the job."""
-    builder = SparkSession.builder.master(job.master)
-    for name, value in job.conf.items():
-        builder = builder.config(name, value)
-    spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel("OFF")
+    spark = quiet_spark(job.master, job.conf)
     spark.range(0, 4, 1, 4).mapInPandas(warm_up(job.url), "id long").collect()
 
     traced = job.tracking_uri is not None

@@ -26,7 +26,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 from peak_memory import peak_bytes
-from pyspark.sql import SparkSession
+from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
@@ -61,13 +61,7 @@ def peak() -> float:
 
 def job(uri: str, url: str, calls: str, partitions: str) -> dict[str, Any]:
     """Run the job in this process; without tracing where there is no store."""
-    spark = (
-        SparkSession.builder.master("local[2]")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
-    )
-    spark.sparkContext.setLogLevel("OFF")
+    spark = quiet_spark("local[2]")
     tracing: AbstractContextManager[Any] = nullcontext()
     trace: AbstractContextManager[Any] = nullcontext()
     if uri:

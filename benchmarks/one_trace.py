@@ -33,7 +33,7 @@ from contenders import (
     set_up_inside,
 )
 from pyspark import cloudpickle
-from pyspark.sql import SparkSession
+from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
@@ -90,13 +90,7 @@ def run(pattern: str, uri: str, url: str) -> dict[str, Any]:
     cloudpickle.register_pickle_by_value(contenders)
     mlflow.set_tracking_uri(uri)
     experiment_id = mlflow.set_experiment(EXPERIMENT).experiment_id
-    spark = (
-        SparkSession.builder.master(MASTER)
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
-    )
-    spark.sparkContext.setLogLevel("OFF")
+    spark = quiet_spark(MASTER)
     tracing: AbstractContextManager[object] = nullcontext()
     if prepare is as_it_is:
         tracing = ctx_autolog.enable()

@@ -24,7 +24,7 @@ import pandas as pd
 from contenders import CONTENDERS, Function
 from peak_memory import peak_bytes
 from pyspark import cloudpickle
-from pyspark.sql import SparkSession
+from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
 
@@ -101,16 +101,12 @@ class Driver:
     def __init__(self, daemon: str, uri: str, url: str) -> None:
         self._url = url
         mlflow.set_tracking_uri(uri)
-        self._spark = (
-            SparkSession.builder.master("local[1]")
-            .config("spark.ui.enabled", "false")
-            .config("spark.ui.showConsoleProgress", "false")
-            .config("spark.driver.host", "127.0.0.1")
-            .config("spark.python.worker.reuse", "false")
-            .config("spark.python.daemon.module", daemon)
-            .getOrCreate()
-        )
-        self._spark.sparkContext.setLogLevel("OFF")
+        settings = {
+            "spark.driver.host": "127.0.0.1",
+            "spark.python.worker.reuse": "false",
+            "spark.python.daemon.module": daemon,
+        }
+        self._spark = quiet_spark("local[1]", settings)
         self._daemon = 0
         # The first job starts the JVM's part and, with it, the daemon.
         self._act(asking(url, Job(contenders.UNTRACED, 1)), 1)
