@@ -86,9 +86,10 @@ bench-quick: bench-setup
 bench-setup: setup
 	$(BIN)/pip install --quiet --group bench
 
-# Takes a quarter of an hour.
+# Takes half an hour.
 faults: setup
 	@$(RUN) $(BIN)/python benchmarks/faults.py --write docs/faults.md
+	@$(RUN) $(BIN)/python benchmarks/call_delays.py --write docs/call-delays.md
 
 coverage-table: setup
 	$(BIN)/python tests/support/coverage_table.py

@@ -50,8 +50,6 @@ EARLY = CALLS // 8
 JOB_TIMEOUT, EXIT_TIMEOUT = 100.0, 60.0
 TINY = "128K"
 CONF = {
-    "spark.ui.enabled": "false",
-    "spark.ui.showConsoleProgress": "false",
     "spark.driver.host": "127.0.0.1",
     "spark.executor.memory": "512m",
     # Several batches a partition, so that it can be closed between them.
@@ -579,7 +577,9 @@ standalone cluster of two executors with one core each.
 - **lost**: calls made without a span in the store. Calls *cut off* are those whose process was
   killed before the answer got back to the function; there was nothing yet to store.
 - **longest call delay added**: the longest time that `chat.completions.create` took in the worker,
-  minus the longest in the untraced run; in brackets the same for the 99th percentile.
+  minus the longest in the untraced run; in brackets the same for the 99th percentile. Two single
+  calls are compared, either of which may have waited for something else on this machine:
+  [call-delays.md](call-delays.md) has the same over several runs.
 - **job time vs untraced**: from the action's start to the end of the driver's span, by the same of
   the untraced run. Workers have imported `openai` and MLflow before, which takes each two seconds.
 - `receipt()` waits for what is on its way, `flush_timeout` (10 s) at most; *exit held up* is what

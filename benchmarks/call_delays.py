@@ -1,0 +1,192 @@
+"""How much longer calls take when they are traced, by what the tracking store does meanwhile.
+
+    make faults
+    python benchmarks/call_delays.py --write docs/call-delays.md
+
+Jobs take turns in one Spark session, each in Python workers of its own: one that is not traced,
+then a traced one for each state of the store, round after round. What is said of a state is the
+median over the rounds, each compared with the untraced job of its own round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlflow
+import pandas as pd
+from pyspark.sql import SparkSession
+from quiet_spark import quiet_spark
+
+import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.testing import Slow, Status, TrackingServer, UnreliableProxy
+
+CALLS, PARTITIONS, LATENCY, ROUNDS = 200, 2, 50, 7
+STATES: dict[str, Any] = {
+    "up": "pass",
+    "gone": "refuse",
+    "accepts and never answers": "hang",
+    "answers after 5 s": Slow(5),
+    "answers 500": Status(500),
+    "answers 429, `Retry-After: 2`": Status(429, {"Retry-After": "2"}),
+    "answers 403": Status(403),
+}
+DOCUMENT = "The licensee may read the data, and may not pass them on to third parties.\n" * 15
+
+TEXT = """\
+# What a call waits for
+
+Written by `make faults`, which measured it with {versions} on {cores} cores, where the model's
+endpoint, the tracking server, Spark and its workers all run.
+
+How much longer a call takes when it is traced, in ms, by what the tracking store does meanwhile.
+Each job is {calls} calls with a prompt of 1 kB to a model that takes {latency} ms, in {partitions}
+partitions at the same time, beside a first call of each Python process, when openai imports what it
+needs. There is an untraced job in each of {rounds} rounds; the others are compared with that of
+their round, and the table has the medians over the rounds.
+
+*Around the request* is what passes in the call before its HTTP request and after it, which is
+where tracing does its work on the caller's thread. The whole call has the model's endpoint in it,
+too, and whatever else this machine does in these {latency} ms.
+
+{table}
+"""
+
+
+def timing(url: str) -> Any:
+    """Return the job's function, which yields milliseconds of each call, and of its request."""
+    model, document = f"wait-{LATENCY}", DOCUMENT
+
+    def ask_all(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        from openai import OpenAI
+
+        completions = OpenAI(base_url=url, api_key="not-a-key", max_retries=0).chat.completions
+        timed: list[float] = []
+
+        def in_ms(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                timed.append((time.perf_counter() - began) * 1000)
+
+        completions._post = functools.partial(in_ms, completions._post)  # type: ignore[method-assign]
+
+        def ask(number: int) -> None:
+            messages = [{"role": "user", "content": f"{number}: {document}"}]
+            in_ms(completions.create, model=model, messages=messages)
+
+        ask(-1)
+        for batch in batches:
+            timed.clear()
+            for number in batch["id"]:
+                ask(number)
+            yield pd.DataFrame({"request": timed[::2], "call": timed[1::2]})
+
+    return ask_all
+
+
+def times_of(spark: SparkSession, url: str) -> dict[str, float]:
+    """Run a job; return what its calls took, and what of it around the request, in ms."""
+    frame = spark.range(0, CALLS, 1, PARTITIONS)
+    rows = frame.mapInPandas(timing(url), "request double, call double").collect()
+    assert len(rows) == CALLS
+    found = {}
+    for what, times in (
+        ("call", [row.call for row in rows]),
+        ("around the request", [row.call - row.request for row in rows]),
+    ):
+        ordered = sorted(times)
+        found[f"{what}, median"] = median(ordered)
+        found[f"{what}, 99th percentile"] = ordered[math.ceil(0.99 * CALLS) - 1]
+        found[f"{what}, longest"] = ordered[-1]
+    return found
+
+
+def measure(rounds: int) -> Iterator[dict[str, dict[str, float]]]:
+    """Yield the times of each round, by what the store did."""
+    here = Path(__file__).parent
+    endpoint = subprocess.Popen(
+        [sys.executable, "-c", "import bench; bench.serve()"],
+        cwd=here,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    url = endpoint.stdout.readline().strip()  # type: ignore[union-attr]
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    spark = quiet_spark(f"local[{PARTITIONS}]", {"spark.python.worker.reuse": "false"})
+    with (
+        TrackingServer() as server,
+        UnreliableProxy(server.uri) as proxy,
+        tempfile.TemporaryDirectory() as spools,
+    ):
+        mlflow.set_tracking_uri(proxy.uri)
+        mlflow.set_experiment("call delays")
+        times_of(spark, url)
+        for _ in range(rounds):
+            found = {"": times_of(spark, url)}
+            for state, mode in STATES.items():
+                with ctx_autolog.enable(spool_directory=spools):
+                    proxy.mode = mode
+                    with mlflow.start_span("job") as span:
+                        found[state] = times_of(spark, url)
+                    proxy.mode = "pass"
+                    receipt = ctx_autolog.receipt(span.trace_id, timeout=60)
+                assert receipt.complete, receipt
+            yield found
+    spark.stop()
+    endpoint.communicate()
+
+
+def table(rounds: list[dict[str, dict[str, float]]]) -> str:
+    """Return what each state adds, as a table in Markdown."""
+    columns = list(rounds[0][""])
+    lines = ["| the store | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    untraced = (f"{median(found[''][column] for found in rounds):.1f}" for column in columns)
+    lines += ["| *not traced, in all* | " + " | ".join(untraced) + " |"]
+    for state in STATES:
+        added = (
+            f"{median(found[state][column] - found[''][column] for found in rounds):+.1f}"
+            for column in columns
+        )
+        lines += [f"| {state} | " + " | ".join(added) + " |"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--write", type=Path, help="a file for the page")
+    given = parser.parse_args()
+    rounds = []
+    for found in measure(given.rounds):
+        rounds.append(found)
+        print(f"round {len(rounds)} of {given.rounds}: {found}", file=sys.stderr, flush=True)
+    page = TEXT.format(
+        versions=", ".join(f"{name} {version(name)}" for name in ("mlflow", "pyspark", "openai")),
+        cores=os.cpu_count(),
+        calls=CALLS,
+        latency=LATENCY,
+        partitions=PARTITIONS,
+        rounds=len(rounds),
+        table=table(rounds),
+    )
+    print(page)
+    if given.write:
+        given.write.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
