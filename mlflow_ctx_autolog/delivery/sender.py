@@ -351,6 +351,8 @@ class Delivery:
                 is_wanted = was_empty or self._flushes or self._hurries
                 if is_wanted or len(self._spool) >= self._batch_size():
                     self._due.notify()
+            # Now, since nobody waits for the writer: it is a matter of milliseconds.
+            self._spool.write_back()
 
     def _deliver(self) -> None:
         while True:

@@ -37,6 +37,11 @@ _logger = logging.getLogger(__name__)
 
 _SUFFIX = ".spool"
 _PAGE = 4096
+# Records that are read, or taken off, in one go: what is to be added waits meanwhile.
+_AT_ONCE = 20
+# Records that came or went before the log is written back, so that SQLite, which does it as a
+# record is added, does not come to do it at its thousandth page.
+_CHANGES_IN_LOG = 100
 LAST_NUMBER = (1 << 63) - 1
 
 
@@ -162,6 +167,7 @@ class Spool:
         self._on_disk: set[int] = set()
         self._in_memory: dict[int, Record] = {}
         self._in_memory_bytes = 0
+        self._changes = 0
         self._warned = False
 
     def __len__(self) -> int:
@@ -198,22 +204,48 @@ class Spool:
             count: Records at most.
             size: Bytes of payload at most, unless the first one is larger.
         """
-        with self._lock:
-            oldest_first = heapq.merge(self._read_disk(), sorted(self._in_memory.items()))
-            return list(first_of(oldest_first, count, size))
+        return list(first_of(self._oldest_first(), count, size))
+
+    def _oldest_first(self) -> Iterator[tuple[int, Record]]:
+        above = 0
+        while True:
+            with self._lock:
+                in_memory = sorted(item for item in self._in_memory.items() if item[0] > above)
+                merged = heapq.merge(self._read_disk(above), in_memory)
+                part = list(itertools.islice(merged, _AT_ONCE))
+                del merged
+            yield from part
+            if len(part) < _AT_ONCE:
+                return
+            above = part[-1][0]
 
     def remove(self, numbers: Iterable[int]) -> set[int]:
         """Forget records that somebody else has now; return the numbers of those it held."""
-        gone = set(numbers)
+        gone = sorted(set(numbers))
+        held: set[int] = set()
+        for start in range(0, len(gone), _AT_ONCE):
+            with self._lock:
+                held |= self._remove(set(gone[start : start + _AT_ONCE]))
+        return held
+
+    def _remove(self, gone: set[int]) -> set[int]:
+        on_disk, in_memory = gone & self._on_disk, gone & self._in_memory.keys()
+        if self._file is not None and on_disk:
+            self._changes += len(on_disk)
+            with self._disk_errors("could not be taken off"):
+                self._file.remove(sorted(on_disk))
+            self._on_disk -= on_disk
+        for number in in_memory:
+            self._drop_from_memory(number)
+        return on_disk | in_memory
+
+    def write_back(self) -> None:
+        """Bring the file's log into the file, if it has grown; takes some milliseconds."""
         with self._lock:
-            on_disk, in_memory = gone & self._on_disk, gone & self._in_memory.keys()
-            if self._file is not None and on_disk:
-                with self._disk_errors("could not be taken off"):
-                    self._file.remove(sorted(on_disk))
-                self._on_disk -= on_disk
-            for number in in_memory:
-                self._drop_from_memory(number)
-            return on_disk | in_memory
+            if self._file is not None and self._changes >= _CHANGES_IN_LOG:
+                self._changes = 0
+                with self._disk_errors("could not be written"):
+                    self._file.write_back()
 
     def move_to_end(self, number: int, record: Record) -> bool:
         """Let the others go first; return whether the record is still there."""
@@ -249,10 +281,10 @@ class Spool:
         finally:
             self._lock.release()
 
-    def _read_disk(self) -> Iterator[tuple[int, Record]]:
+    def _read_disk(self, above: int) -> Iterator[tuple[int, Record]]:
         if self._file is not None and self._on_disk:
             with self._disk_errors("could not be read"):
-                for number, record in self._file.records():
+                for number, record in self._file.records(above):
                     # A disk without room does not even forget.
                     if number in self._on_disk:
                         yield number, record
@@ -265,6 +297,7 @@ class Spool:
         except (sqlite3.Error, OSError) as error:
             self._warn(f"could not be written: {error}. Finished spans wait in memory instead")
             return False
+        self._changes += len(numbered)
         self._on_disk.difference_update(replaced)
         self._on_disk.update(number for number, _ in numbered)
         return True
@@ -414,6 +447,10 @@ class SpoolFile:
             self._connection.executemany(
                 "DELETE FROM record WHERE number = ?", ((number,) for number in numbers)
             )
+
+    def write_back(self) -> None:
+        """Bring the log into the file, which SQLite does by itself when the log is much longer."""
+        self._connection.execute("PRAGMA wal_checkpoint").fetchall()
 
     def renumber(self, number: int, new: int) -> None:
         """Give a record another number."""

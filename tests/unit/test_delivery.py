@@ -1073,6 +1073,18 @@ def test_spool_takes_what_memory_does_not(store: Store, settings: Settings, spoo
     assert store.stored == names(30)
 
 
+def test_log_of_the_spool_is_written_back(store: Store, unhurried: Config, spools: Path) -> None:
+    """By the writer, so that it does not come to be done while a caller waits."""
+    store.hang()
+    delivery = Delivery(A, store, unhurried)
+    for number in range(120):
+        delivery.submit(span(number))
+    (file,) = spools.glob("*.spool")
+    until(lambda: b"payload of 5" in file.read_bytes())
+    store.answer()
+    assert flushed(delivery)
+
+
 def test_nothing_stays_on_the_disk_after_a_flush(
     store: Store, unhurried: Config, spools: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
@@ -128,6 +129,47 @@ def test_records_come_back_oldest_first(make: MakeSpool) -> None:
     assert [record for _, record in spool.peek(10, PLENTY)] == records
     assert [record for _, record in spool.peek(10, PLENTY)] == records
     assert len(spool) == 3
+
+
+def test_many_records_come_back_oldest_first(make: MakeSpool) -> None:
+    """Also those that are read in several goes, where some of them are in memory."""
+    spool = make(max_bytes=100_000)
+    records = [span(str(number), size=1000) for number in range(200)]
+    for record in records:
+        assert spool.add([record]) == []
+
+    found = spool.peek(1000, PLENTY)
+    assert [record for _, record in found] == records
+    assert len(spool.peek(50, PLENTY)) == 50
+    assert len(spool.peek(1000, 50_000)) == 50
+    assert spool.remove(number for number, _ in found) == {number for number, _ in found}
+    assert len(spool) == 0
+
+
+def test_log_is_written_back(make: MakeSpool, spools: Path, tmp_path: Path) -> None:
+    """What has gathered in the log is in the file itself once nobody waits for a record."""
+    spool = make()
+    alone = tmp_path / "alone.spool"
+
+    def count_without_log() -> int:
+        (path,) = spools.glob("*.spool")
+        alone.write_bytes(path.read_bytes())
+        with contextlib.closing(sqlite3.connect(alone)) as connection:
+            try:
+                return int(connection.execute("SELECT count(*) FROM record").fetchone()[0])
+            except sqlite3.OperationalError:
+                # Not even the table.
+                return 0
+
+    for number in range(110):
+        spool.add([span(str(number))])
+    assert count_without_log() == 0
+    spool.write_back()
+    assert count_without_log() == 110
+    # Not for each record anew.
+    spool.add([span("one more")])
+    spool.write_back()
+    assert count_without_log() == 110
 
 
 def test_new_spool_is_empty_and_makes_no_file(make: MakeSpool, spools: Path) -> None:
