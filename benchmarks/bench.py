@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -554,11 +554,13 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few jobs, in three minutes")
+    parser.add_argument("--rounds", type=int, help="of the jobs")
     parser.add_argument("--write", type=Path, help="a folder for the page and the plot")
     given = parser.parse_args()
     # So that a run that is ended leaves no servers behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     size = QUICK if given.quick else FULL
+    size = replace(size, rounds=given.rounds or size.rounds)
     found: Found = {"machine": machine(size), "idle": measure_idle()}
     found["growth_rounds"] = size.growth_rounds
     with contextlib.ExitStack() as stack:
