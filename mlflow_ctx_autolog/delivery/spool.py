@@ -204,20 +204,10 @@ class Spool:
             count: Records at most.
             size: Bytes of payload at most, unless the first one is larger.
         """
-        return list(first_of(self._oldest_first(), count, size))
-
-    def _oldest_first(self) -> Iterator[tuple[int, Record]]:
-        above = 0
-        while True:
-            with self._lock:
-                in_memory = sorted(item for item in self._in_memory.items() if item[0] > above)
-                merged = heapq.merge(self._read_disk(above), in_memory)
-                part = list(itertools.islice(merged, _AT_ONCE))
-                del merged
-            yield from part
-            if len(part) < _AT_ONCE:
-                return
-            above = part[-1][0]
+        with self._lock:
+            in_memory = sorted(self._in_memory.items())
+        oldest_first = heapq.merge(self._read_disk(), in_memory)
+        return list(first_of(oldest_first, count, size))
 
     def remove(self, numbers: Iterable[int]) -> set[int]:
         """Forget records that somebody else has now; return the numbers of those it held."""
@@ -281,13 +271,20 @@ class Spool:
         finally:
             self._lock.release()
 
-    def _read_disk(self, above: int) -> Iterator[tuple[int, Record]]:
-        if self._file is not None and self._on_disk:
-            with self._disk_errors("could not be read"):
-                for number, record in self._file.records(above):
-                    # A disk without room does not even forget.
-                    if number in self._on_disk:
-                        yield number, record
+    def _read_disk(self) -> Iterator[tuple[int, Record]]:
+        above = 0
+        while part := self._read_part(above):
+            yield from part
+            above = part[-1][0]
+
+    def _read_part(self, above: int) -> list[tuple[int, Record]]:
+        part: list[tuple[int, Record]] = []
+        with self._lock, self._disk_errors("could not be read"):
+            if self._file is not None and self._on_disk:
+                # A disk without room does not even forget.
+                held = (item for item in self._file.records(above) if item[0] in self._on_disk)
+                part.extend(itertools.islice(held, _AT_ONCE))
+        return part
 
     def _add_to_disk(self, numbered: list[tuple[int, Record]]) -> bool:
         try:
