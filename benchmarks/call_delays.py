@@ -4,8 +4,9 @@
     python benchmarks/call_delays.py --write docs/call-delays.md
 
 Jobs take turns in one Spark session, each in Python workers of its own: one that is not traced,
-then a traced one for each state of the store, round after round. What is said of a state is the
-median over the rounds, each compared with the untraced job of its own round.
+then a traced one for each state of the store, round after round, with one worker and with two. What
+is said of a state is the median over the rounds, each compared with the untraced job of its own
+round.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from quiet_spark import quiet_spark
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import Slow, Status, TrackingServer, UnreliableProxy
 
-CALLS, PARTITIONS, LATENCY, ROUNDS = 200, 2, 50, 7
+CALLS, LATENCY, ROUNDS = 200, 50, 5
+WORKERS = (1, 2)
 STATES: dict[str, Any] = {
     "up": "pass",
     "gone": "refuse",
@@ -51,16 +53,20 @@ Written by `make faults`, which measured it with {versions} on {cores} cores, wh
 endpoint, the tracking server, Spark and its workers all run.
 
 How much longer a call takes when it is traced, in ms, by what the tracking store does meanwhile.
-Each job is {calls} calls with a prompt of 1 kB to a model that takes {latency} ms, in {partitions}
-partitions at the same time, beside a first call of each Python process, when openai imports what it
-needs. There is an untraced job in each of {rounds} rounds; the others are compared with that of
-their round, and the table has the medians over the rounds.
+Each job is {calls} calls with a prompt of 1 kB to a model that takes {latency} ms, beside a first
+call of each Python process, when openai imports what it needs. There is an untraced job in each of
+{rounds} rounds; the others are compared with that of their round, and the tables have the medians
+over the rounds.
 
 *Around the request* is what passes in the call before its HTTP request and after it, which is
 where tracing does its work on the caller's thread. The whole call has the model's endpoint in it,
 too, and whatever else this machine does in these {latency} ms.
 
-{table}
+One worker has a core of its own, and endpoint, server and Spark share what is left: so it is on a
+cluster, where the model is elsewhere. With two, all of them share two cores, and what the longest
+calls have more than the others is waiting for one.
+
+{tables}
 """
 
 
@@ -97,9 +103,9 @@ def timing(url: str) -> Any:
     return ask_all
 
 
-def times_of(spark: SparkSession, url: str) -> dict[str, float]:
+def times_of(spark: SparkSession, url: str, workers: int) -> dict[str, float]:
     """Run a job; return what its calls took, and what of it around the request, in ms."""
-    frame = spark.range(0, CALLS, 1, PARTITIONS)
+    frame = spark.range(0, CALLS, 1, workers)
     rows = frame.mapInPandas(timing(url), "request double, call double").collect()
     assert len(rows) == CALLS
     found = {}
@@ -114,8 +120,8 @@ def times_of(spark: SparkSession, url: str) -> dict[str, float]:
     return found
 
 
-def measure(rounds: int) -> Iterator[dict[str, dict[str, float]]]:
-    """Yield the times of each round, by what the store did."""
+def measure(rounds: int) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
+    """Yield the number of workers, and the times by what the store did, of each round."""
     here = Path(__file__).parent
     endpoint = subprocess.Popen(
         [sys.executable, "-c", "import bench; bench.serve()"],
@@ -126,7 +132,7 @@ def measure(rounds: int) -> Iterator[dict[str, dict[str, float]]]:
     )
     url = endpoint.stdout.readline().strip()  # type: ignore[union-attr]
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    spark = quiet_spark(f"local[{PARTITIONS}]", {"spark.python.worker.reuse": "false"})
+    spark = quiet_spark(f"local[{max(WORKERS)}]", {"spark.python.worker.reuse": "false"})
     with (
         TrackingServer() as server,
         UnreliableProxy(server.uri) as proxy,
@@ -134,18 +140,18 @@ def measure(rounds: int) -> Iterator[dict[str, dict[str, float]]]:
     ):
         mlflow.set_tracking_uri(proxy.uri)
         mlflow.set_experiment("call delays")
-        times_of(spark, url)
-        for _ in range(rounds):
-            found = {"": times_of(spark, url)}
+        times_of(spark, url, max(WORKERS))
+        for workers in WORKERS * rounds:
+            found = {"": times_of(spark, url, workers)}
             for state, mode in STATES.items():
                 with ctx_autolog.enable(spool_directory=spools):
                     proxy.mode = mode
                     with mlflow.start_span("job") as span:
-                        found[state] = times_of(spark, url)
+                        found[state] = times_of(spark, url, workers)
                     proxy.mode = "pass"
                     receipt = ctx_autolog.receipt(span.trace_id, timeout=60)
                 assert receipt.complete, receipt
-            yield found
+            yield workers, found
     spark.stop()
     endpoint.communicate()
 
@@ -170,18 +176,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--write", type=Path, help="a file for the page")
     given = parser.parse_args()
-    rounds = []
-    for found in measure(given.rounds):
-        rounds.append(found)
-        print(f"round {len(rounds)} of {given.rounds}: {found}", file=sys.stderr, flush=True)
+    rounds: dict[int, list[dict[str, dict[str, float]]]] = {workers: [] for workers in WORKERS}
+    for workers, found in measure(given.rounds):
+        rounds[workers].append(found)
+        done = f"round {len(rounds[workers])} of {given.rounds}, {workers} at a time"
+        print(f"{done}: {found}", file=sys.stderr, flush=True)
     page = TEXT.format(
         versions=", ".join(f"{name} {version(name)}" for name in ("mlflow", "pyspark", "openai")),
         cores=os.cpu_count(),
         calls=CALLS,
         latency=LATENCY,
-        partitions=PARTITIONS,
-        rounds=len(rounds),
-        table=table(rounds),
+        rounds=given.rounds,
+        tables="\n\n".join(
+            f"## {workers} Python worker{'s' * (workers > 1)}\n\n{table(rounds[workers])}"
+            for workers in WORKERS
+        ),
     )
     print(page)
     if given.write:

@@ -72,7 +72,7 @@ class Delivery:
     """
 
     # How long a caller lets the writer take, in seconds, to have a span safe on the disk.
-    _patience_with_disk = 0.002
+    _patience_with_disk = 0.001
     # How long those who can wait do so, in seconds, for a disk that is slower than they are.
     _patience_for_room = 10.0
     # The pause after the first failed attempt, and the longest one, in seconds.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextvars
 import functools
 import importlib
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlflow.openai
 from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
+from mlflow.utils.autologging_utils import safety
 
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
 from mlflow_ctx_autolog.model_calls.annotations import (
@@ -69,6 +72,8 @@ class OpenAICalls:
         self._patches = [
             Patch(_autolog_module, "start_span_no_context", self._start_span),
             Patch(_autolog_module, "_end_span_on_success", self._end_span),
+            Patch(_autolog_module, "set_span_chat_attributes", self._set_chat_attributes),
+            *_remembering(),
         ]
         self._client = OpenAIClient(self)
         self._propagates_headers = propagates_headers
@@ -189,11 +194,44 @@ class OpenAICalls:
             if self._client.follow(result, answer):
                 self._unread.add(answer)
                 return
-            record_usage(span, getattr(result, "usage", None))
         original(span, inputs, result, is_responses_api)
         if span.end_time_ns is None:
             # MLflow could not make sense of it: of a tool without parameters, for one.
             span.end(outputs=result)
+
+    def _set_chat_attributes(
+        self, original: Callable[..., None], span: Any, inputs: dict[str, Any], result: Any
+    ) -> None:
+        original(span, inputs, result)
+        record_usage(span, getattr(result, "usage", None))
+
+
+def _remembering() -> Iterator[Patch]:
+    """Yield patches that spare each call what MLflow would find out anew, always with one result.
+
+    It tries imports in vain for the type of a client's spans, and reads the signature of the
+    client's method: of what it adds to a call, a fifth.
+    """
+    types: WeakKeyDictionary[type, Any] = WeakKeyDictionary()
+
+    def span_type(original: Callable[[type], Any], of_class: type) -> Any:
+        if of_class not in types:
+            types[of_class] = original(of_class)
+        return types[of_class]
+
+    def update_wrapper(original: Callable[..., Any], wrapper: Any, wrapped: Any) -> Any:
+        if getattr(wrapped, "__module__", "").partition(".")[0] == "openai":
+            with suppress(Exception):
+                # Where inspect.signature() looks first.
+                wrapped.__signature__ = inspect.signature(wrapped)
+        return original(wrapper, wrapped)
+
+    for owner, name, replacement in (
+        (_autolog_module, "_get_span_type", span_type),
+        (safety, "update_wrapper_extended", update_wrapper),
+    ):
+        if hasattr(owner, name):
+            yield Patch(owner, name, replacement)
 
 
 def _type_of(name: str, inputs: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import importlib
+import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -207,3 +209,27 @@ def test_images_stay_in_the_messages(client: openai.OpenAI, experiment_id: str) 
 
     (call,) = stored_trace(span.trace_id).calls
     assert call.inputs["messages"][0]["content"][0]["image_url"]["url"] == image
+
+
+def test_what_never_changes_is_asked_for_once(
+    client: openai.OpenAI, experiment_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call's span has MLflow's type, and its method MLflow's signature, read once for all."""
+    from openai.resources.chat.completions import Completions
+
+    autolog = importlib.import_module("mlflow.openai.autolog")
+    signature = inspect.signature(Completions.create)
+    asked: list[type] = []
+    original = autolog._get_span_type
+    monkeypatch.setattr(
+        autolog, "_get_span_type", lambda of_class: asked.append(of_class) or original(of_class)
+    )
+    ctx_autolog.enable()
+    ask(client, 1)
+    ask(client, 2)
+
+    spans = [span for trace in stored_traces(experiment_id) for span in trace.spans]
+    assert [span.attributes["mlflow.spanType"] for span in spans] == ["CHAT_MODEL"] * 2
+    # Not even once where an earlier test has.
+    assert asked in ([Completions], [])
+    assert inspect.signature(Completions.create) == signature
