@@ -17,9 +17,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.exceptions import (
     BudgetExceeded,
     CarrierError,
@@ -33,6 +30,9 @@ from mlflow_ctx_autolog.exceptions import (
 
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
+    from mlflow_ctx_autolog.config import Config
+    from mlflow_ctx_autolog.context import DriverContext
+    from mlflow_ctx_autolog.delivery.receipts import Receipt
     from mlflow_ctx_autolog.diagnosis.doctor import Diagnosis, doctor
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
@@ -69,11 +69,14 @@ __all__ = [
 ]
 
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
-# MLflow is therefore imported on first use.
+# MLflow, or time, is therefore imported on first use.
 _LAZY = {
-    "Diagnosis": "diagnosis.doctor",
     "CallReport": "reporting.call_report",
+    "Config": "config",
+    "Diagnosis": "diagnosis.doctor",
+    "DriverContext": "context",
     "Handle": "autolog",
+    "Receipt": "delivery.receipts",
     "annotate": "model_calls.annotations",
     "attach": "worker.runner",
     "broadcast": "driver.handover",
