@@ -202,8 +202,10 @@ class OpenAICalls:
     def _set_chat_attributes(
         self, original: Callable[..., None], span: Any, inputs: dict[str, Any], result: Any
     ) -> None:
-        original(span, inputs, result)
-        record_usage(span, getattr(result, "usage", None))
+        try:
+            original(span, inputs, result)
+        finally:
+            record_usage(span, getattr(result, "usage", None))
 
 
 def _remembering() -> Iterator[Patch]:
@@ -220,7 +222,7 @@ def _remembering() -> Iterator[Patch]:
         return types[of_class]
 
     def update_wrapper(original: Callable[..., Any], wrapper: Any, wrapped: Any) -> Any:
-        if getattr(wrapped, "__module__", "").partition(".")[0] == "openai":
+        if str(getattr(wrapped, "__module__", None)).partition(".")[0] == "openai":
             with suppress(Exception):
                 # Where inspect.signature() looks first.
                 wrapped.__signature__ = inspect.signature(wrapped)

@@ -233,3 +233,20 @@ def test_what_never_changes_is_asked_for_once(
     # Not even once where an earlier test has.
     assert asked in ([Completions], [])
     assert inspect.signature(Completions.create) == signature
+
+
+def test_a_tool_that_mlflow_cannot_read_costs_no_tokens(
+    client: openai.OpenAI, experiment_id: str
+) -> None:
+    """A tool without parameters, of which MLflow makes nothing, leaves the span its usage."""
+    no_parameters: dict[str, object] = {"type": "object"}
+    ctx_autolog.enable()
+    client.chat.completions.create(
+        model="m",
+        messages=[{"role": "user", "content": "Which licence is it?"}],
+        tools=[{"type": "function", "function": {"name": "look_up", "parameters": no_parameters}}],
+    )
+
+    (trace,) = stored_traces(experiment_id)
+    (span,) = trace.spans
+    assert span.attributes["mlflow.chat.tokenUsage"]["total_tokens"] > 0
