@@ -212,7 +212,7 @@ def _remembering() -> Iterator[Patch]:
     """Yield patches that spare each call what MLflow would find out anew, always with one result.
 
     It tries imports in vain for the type of a client's spans, and reads the signature of the
-    client's method: of what it adds to a call, a fifth.
+    client's method.
     """
     types: WeakKeyDictionary[type, Any] = WeakKeyDictionary()
 
