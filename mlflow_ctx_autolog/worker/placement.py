@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from mlflow_ctx_autolog.config import Sampling
@@ -165,6 +165,7 @@ class Placement:
     quota: Quota | None
     slowest: Slowest
     sampling: Sampling | None
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def place(self, branch: Branch, span_id: str, *, failed: bool, seconds: float) -> Place:
         """Return where a span goes that has ended: where its branch does.
@@ -177,13 +178,23 @@ class Placement:
             failed: Whether it ended in an error.
             seconds: How long it took.
         """
-        if branch.place is None:
-            branch.place = self._decide(span_id, failed, seconds)
-        place: Place = branch.place
+        with self._lock:
+            # Threads that end spans of one branch at once must not decide differently.
+            if branch.place is None:
+                branch.place = self._decide(span_id, failed, seconds)
+            place: Place = branch.place
         if place is Place.NOWHERE and failed and self.sampling and self.sampling.errors:
             # Kept by itself, not with those that end after it.
             return self._trace(failed, seconds)
         return place
+
+    def place_open(self, branch: Branch) -> Place:
+        """Return where a branch goes of which a span is stored before it has ended."""
+        with self._lock:
+            # Where it is sent ahead, it must be sent again when it ends.
+            branch.place = branch.place or Place.MAIN
+            place: Place = branch.place
+            return place
 
     def close(self) -> None:
         """To be called at the end of a task."""

@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
@@ -117,9 +117,7 @@ class WorkerProcess:
         content = _unprocessed_content(task)
 
         def send_ahead(span: Any, branch: Branch) -> None:
-            # Where it is sent ahead, it must be sent again when it ends.
-            branch.place = branch.place or Place.MAIN
-            if branch.place is Place.MAIN:
+            if task.placement is None or task.placement.place_open(branch) is Place.MAIN:
                 self._send_ahead(task, content, span)
 
         self.tracing.show_open(task, task.span, send_ahead)
@@ -290,9 +288,10 @@ class WorkerProcess:
         """Return the branch that a child's span lies in, by what the child knows of it."""
         found: Branch | None = task.child_branches.get(top)
         if found is None:
-            found = self.tracing.branch_below(top, above)
-            found.outer = found.outer or task.child_branches.get(outer or "")
-            task.child_branches[top] = found
+            branch = self.tracing.branch_below(top, above)
+            branch.outer = branch.outer or task.child_branches.get(outer or "")
+            # Unless a thread that answers the same child was faster.
+            found = cast(Branch, task.child_branches.setdefault(top, branch))
         self.tracing.count_below(above)
         if span_id == top:
             del task.child_branches[top]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -12,7 +15,11 @@ from pyspark import cloudpickle
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.driver import spark
+from mlflow_ctx_autolog.task import Task
+from mlflow_ctx_autolog.worker.process import worker_process
+from mlflow_ctx_autolog.worker.tracing import Branch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -119,6 +126,28 @@ def test_an_error_in_a_large_branch_that_is_linked_hangs_from_the_task(experimen
     job, linked = _run(work)
     assert _paths(job, "document") == {("driver", "task")}
     assert _paths(linked, "document") == {("task", "partition")}
+
+
+def test_spans_that_end_at_once_in_a_child_process_are_in_one_branch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = threading.Barrier(2)
+
+    def branch_below(top: str, above: str) -> Branch:
+        both.wait(10)
+        return Branch(top, above)
+
+    process = worker_process()
+    monkeypatch.setattr(process, "tracing", Mock(branch_below=branch_below))
+    context = ctx_autolog.DriverContext("1")
+    task = Task(context, ContentPolicy(context.config), is_open=True)
+    with ThreadPoolExecutor(2) as threads:
+        asked = [
+            threads.submit(process._branch_of_child, task, span, "top", "task", None)
+            for span in ("first", "second")
+        ]
+    first, second = (each.result() for each in asked)
+    assert first is second
 
 
 @pytest.mark.parametrize("limit", [None, 10_000])

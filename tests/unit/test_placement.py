@@ -6,9 +6,10 @@ import random
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, cast
 from unittest.mock import MagicMock, Mock
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from mlflow_ctx_autolog import Config, DriverContext
 from mlflow_ctx_autolog.delivery.host_account import HostAccount
 from mlflow_ctx_autolog.driver import handover
-from mlflow_ctx_autolog.worker.placement import Place, Placement, Slowest, open_placement
+from mlflow_ctx_autolog.worker.placement import Place, Placement, Quota, Slowest, open_placement
 from mlflow_ctx_autolog.worker.tracing import Branch
 
 TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
@@ -121,6 +122,29 @@ def test_a_branch_stays_together(opened: Open) -> None:
     assert place(task, seconds=1.0) is Place.MAIN
     assert place(task, seconds=0.0, branch=second) is Place.LINKED
     assert place(task, failed=True, seconds=99.0, branch=second) is Place.LINKED
+
+
+def test_threads_that_end_spans_of_a_branch_at_once_place_them_alike() -> None:
+    """Also where the trace is full before the second has decided."""
+    is_deciding, may_decide = Event(), Event()
+
+    class LastOne:
+        def take(self, kind: str) -> bool:
+            is_first = not is_deciding.is_set()
+            is_deciding.set()
+            return is_first and may_decide.wait(10)
+
+    placement = Placement(cast(Quota, LastOne()), Mock(includes=lambda _: False), None)
+    branch = Branch("top", "task")
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(place, placement, 1, branch=branch)
+        assert is_deciding.wait(10)
+        second = threads.submit(place, placement, 2, branch=branch)
+        # Long enough to decide, if it does not wait for the first.
+        wait([second], timeout=0.1)
+        may_decide.set()
+        assert (first.result(), second.result()) == (Place.MAIN, Place.MAIN)
+        assert place(placement, 3, branch=branch) is Place.MAIN
 
 
 def test_the_slowest_are_all_told_and_few_others() -> None:
