@@ -63,6 +63,7 @@ class Size:
     growth: tuple[int, ...]
     growth_by_hand: int
     growth_rounds: int
+    idle_runs: int
 
 
 FULL = Size(
@@ -72,8 +73,9 @@ FULL = Size(
     growth=(100, 1_000, 5_000, 20_000, 50_000),
     growth_by_hand=5_000,
     growth_rounds=12,
+    idle_runs=7,
 )
-QUICK = Size({(0, 1): 100}, 1, 500, (100, 1_000), 1_000, 5)
+QUICK = Size({(0, 1): 60}, 1, 300, (100, 1_000), 1_000, 5, idle_runs=3)
 
 Found = dict[str, Any]
 
@@ -306,7 +308,7 @@ def measure_growth(server: Server, size: Size) -> list[Found]:
     return rows
 
 
-def measure_idle(runs: int = 7) -> Found:
+def measure_idle(runs: int) -> Found:
     """Return milliseconds of a bare interpreter, of our import, and of `enable` after it."""
     programs = {
         "import": "import time, sys; b = time.perf_counter(); import mlflow_ctx_autolog; "
@@ -560,7 +562,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     size = QUICK if given.quick else FULL
     size = replace(size, rounds=given.rounds or size.rounds)
-    found: Found = {"machine": machine(size), "idle": measure_idle()}
+    found: Found = {"machine": machine(size), "idle": measure_idle(size.idle_runs)}
     found["growth_rounds"] = size.growth_rounds
     with contextlib.ExitStack() as stack:
         bench = Bench(stack)
