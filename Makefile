@@ -72,7 +72,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What tracing costs, by this library and by others: an hour.
+# What tracing costs, by this library and by others: an hour and a quarter.
 bench: bench-setup
 	@$(RUN) $(BIN)/python benchmarks/bench.py --write docs/benchmarks
 	@$(RUN) $(BIN)/python benchmarks/one_trace.py

@@ -7,9 +7,10 @@ of its own, local[2].
 
 Prints, against the alternatives in the same run:
 
-1. A job of 2,000 calls in 4 partitions: its time as a ratio to the untraced job, and its requests
-   to the server; the server up, and gone for the whole job. The alternative is MLflow's tracing
-   context passed by hand in HTTP headers, with asynchronous export off, so that it loses nothing.
+1. A job of 2,000 calls in 4 partitions: its time as a ratio to the untraced job of its round, and
+   its requests to the server; the server up, and gone for the whole job. The alternative is
+   MLflow's tracing context passed by hand in HTTP headers, with asynchronous export off, so that it
+   loses nothing. Medians over the rounds.
 2. Memory that a worker has gained after 20,000 calls with prompts of 2 kB in one partition, the
    server up and gone, and without tracing.
 """
@@ -22,15 +23,17 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import contenders
 import mlflow
 import pandas as pd
-from contenders import Function, headers_by_hand
+from contenders import UNTRACED, Function, headers_by_hand
 from pyspark import cloudpickle
 from quiet_spark import quiet_spark
 
@@ -38,7 +41,8 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 CALLS, PARTITIONS = 2_000, 4
-LATENCY = 0.02
+LATENCY = 0.05
+ROUNDS = 3
 GONE = "http://127.0.0.1:9"
 MANY_CALLS, PROMPT = 20_000, "clause " * 290
 
@@ -121,22 +125,42 @@ def in_a_process(pattern: str, uri: str, calls: int, partitions: int, prompt: st
     return json.loads(finished.stdout.splitlines()[-1])
 
 
+# What a job is traced by, and whether its server is up.
+PATTERNS = (
+    (UNTRACED, "untraced", False),
+    ("ctx_autolog.enable()", "ctx_autolog", True),
+    ("ctx_autolog.enable(), server gone", "ctx_autolog", False),
+    ("headers by hand", "headers", True),
+)
+
+
 def jobs() -> None:
     """Print time and requests of a job."""
-    print(f"\n{CALLS:,} calls of {LATENCY * 1000:g} ms in {PARTITIONS} partitions")
-    print(f"{'pattern':<34} {'seconds':>8} {'ratio':>6} {'requests':>9}")
-    untraced = in_a_process("untraced", GONE, CALLS, PARTITIONS, "")["seconds"]
-    print(f"{'no tracing':<34} {untraced:>8.1f} {1:>6.2f} {0:>9}", flush=True)
-    for pattern, name in (("ctx_autolog", "ctx_autolog.enable()"), ("headers", "headers by hand")):
-        with TrackingServer() as server:
-            seconds = in_a_process(pattern, server.uri, CALLS, PARTITIONS, "")["seconds"]
-            log = server.log.read_text()
-        made = len(re.findall(r'"POST \S*/traces\S* HTTP', log))
-        print(f"{name:<34} {seconds:>8.1f} {seconds / untraced:>6.2f} {made:>9,}", flush=True)
-    seconds = in_a_process("ctx_autolog", GONE, CALLS, PARTITIONS, "")["seconds"]
-    name = "ctx_autolog.enable(), server gone"
-    print(f"{name:<34} {seconds:>8.1f} {seconds / untraced:>6.2f} {'-':>9}", flush=True)
+    print(f"\n{CALLS:,} calls of {LATENCY * 1000:g} ms in {PARTITIONS} partitions, local[2]")
+    columns = f"{'seconds':>8} {'ratio':>6} {'added to a call, ms':>20} {'requests':>9}"
+    print(f"{'pattern':<34} {columns}", flush=True)
+    found = defaultdict(list)
+    for _ in range(ROUNDS):
+        measured = {name: job(pattern, is_up) for name, pattern, is_up in PATTERNS}
+        untraced, _ = measured[UNTRACED]
+        for name, (seconds, requests) in measured.items():
+            # Two calls at a time.
+            added = (seconds - untraced) * 2 / CALLS * 1000
+            found[name].append((seconds, seconds / untraced, added, requests))
+    for name, rounds in found.items():
+        seconds, ratio, added, requests = map(median, zip(*rounds, strict=True))
+        print(f"{name:<34} {seconds:>8.1f} {ratio:>6.2f} {added:>20.1f} {requests:>9,.0f}")
     print("(headers by hand, server gone: one call alone takes minutes, so it is left out)")
+
+
+def job(pattern: str, is_up: bool) -> tuple[float, int]:
+    """Run a job; return its seconds, and how often the server was asked to store something."""
+    if not is_up:
+        return in_a_process(pattern, GONE, CALLS, PARTITIONS, "")["seconds"], 0
+    with TrackingServer() as server:
+        seconds = in_a_process(pattern, server.uri, CALLS, PARTITIONS, "")["seconds"]
+        log = server.log.read_text()
+    return seconds, len(re.findall(r'"POST \S*/traces\S* HTTP', log))
 
 
 def memory() -> None:
@@ -144,7 +168,7 @@ def memory() -> None:
     print(f"\n{MANY_CALLS:,} calls with prompts of {len(PROMPT):,} characters in one partition")
     print(f"{'pattern':<34} {'MB gained':>10}")
     for name, pattern, uri in (
-        ("no tracing", "untraced", GONE),
+        (UNTRACED, "untraced", GONE),
         ("ctx_autolog.enable()", "ctx_autolog", ""),
         ("ctx_autolog.enable(), server gone", "ctx_autolog", GONE),
     ):

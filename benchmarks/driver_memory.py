@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import mlflow
 import pandas as pd
-from peak_memory import peak_bytes
+from peak_memory import peak_memory
 from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -34,11 +34,6 @@ def make_spans(size: int) -> object:
     return make
 
 
-def peak() -> float:
-    """Return the most memory that this process has had so far, in MB."""
-    return peak_bytes() / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spans", type=int, default=50_000)
@@ -55,7 +50,7 @@ def main() -> None:
             with mlflow.start_span("warm-up"):
                 spark.range(2).mapInPandas(make_spans(10), "id long").count()
             mlflow.flush_trace_async_logging()
-            before, started = peak(), time.monotonic()
+            before, started = peak_memory(), time.monotonic()
             with mlflow.start_span("job"):
                 frame = spark.range(0, given.spans, 1, given.tasks)
                 frame.mapInPandas(make_spans(given.size), "id long").count()
@@ -66,7 +61,7 @@ def main() -> None:
         print("| spans | bytes each | tasks | MB more | job, s | all stored, s | receipt |")
         print("|---|---|---|---|---|---|---|")
         print(
-            f"| {given.spans:,} | {given.size:,} | {given.tasks} | {peak() - before:.0f} "
+            f"| {given.spans:,} | {given.size:,} | {given.tasks} | {peak_memory() - before:.0f} "
             f"| {job:.0f} | {stored:.0f} | {receipt} |"
         )
     spark.stop()

@@ -25,7 +25,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from peak_memory import peak_bytes
+from peak_memory import peak_memory
 from quiet_spark import quiet_spark
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -54,11 +54,6 @@ def extractor(url: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFr
     return extract
 
 
-def peak() -> float:
-    """Return the most memory that this process has had so far, in MB."""
-    return peak_bytes() / 2**20
-
-
 def job(uri: str, url: str, calls: str, partitions: str) -> dict[str, Any]:
     """Run the job in this process; without tracing where there is no store."""
     spark = quiet_spark("local[2]")
@@ -79,7 +74,7 @@ def job(uri: str, url: str, calls: str, partitions: str) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "worker": max(row.megabytes for row in found),
-        "driver": peak(),
+        "driver": peak_memory(),
         "receipt": receipt,
         "trace_id": span.trace_id if uri else "",
     }
@@ -99,7 +94,7 @@ def report(uri: str, trace_id: str, folder: str) -> dict[str, Any]:
         "linked": len(traces),
         "read": read,
         "seconds": time.perf_counter() - started,
-        "megabytes": peak(),
+        "megabytes": peak_memory(),
         "html": page.stat().st_size / 1e6,
         "calls": found.made.calls,
         "causes": {cause.key: sums.calls for cause, sums in found.by_cause().items()},

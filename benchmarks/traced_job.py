@@ -22,7 +22,7 @@ import contenders
 import mlflow
 import pandas as pd
 from contenders import CONTENDERS, Function
-from peak_memory import peak_bytes
+from peak_memory import peak_memory
 from pyspark import cloudpickle
 from quiet_spark import quiet_spark
 
@@ -120,7 +120,7 @@ class Driver:
         contender = CONTENDERS[job.contender]
         mlflow.set_experiment(f"{job.contender} {time.time()}")
         function = asking(self._url, job)
-        peak = _peak()
+        peak = peak_memory()
         trace_id = ""
         with contender.enable() if contender.is_ours else contextlib.nullcontext():
             if job.contender == contenders.UNTRACED:
@@ -132,7 +132,7 @@ class Driver:
                 mlflow.flush_trace_async_logging()
                 if contender.is_ours:
                     ctx_autolog.receipt(timeout=120)
-        return {**measured, "driver_megabytes": _peak() - peak, "trace_id": trace_id}
+        return {**measured, "driver_megabytes": peak_memory() - peak, "trace_id": trace_id}
 
     def _act(self, function: Function, calls: int) -> dict[str, Any]:
         frame = self._spark.range(0, calls, 1, 1).mapInPandas(function, _SCHEMA)
@@ -178,10 +178,6 @@ class Watch:
                 for child in map(int, self._children.read_text().split()):
                     stat = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
                     self._used[child] = (int(stat[11]) + int(stat[12])) / _TICKS
-
-
-def _peak() -> float:
-    return peak_bytes() / 1e6
 
 
 def main(daemon: str, uri: str, url: str) -> None:
