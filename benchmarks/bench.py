@@ -75,7 +75,16 @@ FULL = Size(
     growth_rounds=12,
     idle_runs=7,
 )
-QUICK = Size({(0, 1): 60}, 1, 300, (100, 1_000), 1_000, 5, idle_runs=3)
+# Without memory, which so few calls say nothing of.
+QUICK = Size(
+    {(0, 1): 60},
+    rounds=1,
+    memory_calls=0,
+    growth=(100, 1_000),
+    growth_by_hand=1_000,
+    growth_rounds=5,
+    idle_runs=3,
+)
 
 Found = dict[str, Any]
 
@@ -238,7 +247,7 @@ def measure_memory(bench: Bench, size: Size) -> dict[str, Found]:
     """Return what one job of many calls with prompts of 2 kB gained in memory."""
     found = {}
     for name in (UNTRACED, OPENINFERENCE, OURS, "ours, driver"):
-        if is_installed(CONTENDERS[name]):
+        if size.memory_calls and is_installed(CONTENDERS[name]):
             found[name] = bench.run(Job(name, size.memory_calls, prompt=2_000))
             say(f"memory, {name}: {found[name]}")
     return found
@@ -405,18 +414,19 @@ def page(found: Found) -> str:
             f"| {name} | {row['requests'] * scale:,.0f} | {row['server_cpu'] * scale:.2f} "
             f"| {row['bytes'] * scale / 1e6:.2f} |"
         ]
-    lines += ["", "## Memory", ""]
-    rows = found["memory"]
-    lines += [
-        f"One partition of {next(iter(rows.values()))['made'] - 1:,} calls with prompts of 2 kB: "
-        "what the process has gained at its peak, the worker since its first call, the driver "
-        "since the job began.",
-        "",
-    ]
-    lines += _table("contender", "worker, MB", "driver, MB", "calls kept")
-    for name, row in rows.items():
-        kept = "" if name == UNTRACED else f"{row['stored']:,}/{row['made']:,}"
-        lines += [f"| {name} | {row['megabytes']:.1f} | {row['driver_megabytes']:.1f} | {kept} |"]
+    if rows := found["memory"]:
+        many = next(iter(rows.values()))["made"] - 1
+        lines += ["", "## Memory", ""]
+        lines += [
+            f"One partition of {many:,} calls with prompts of 2 kB: what the process has gained "
+            "at its peak, the worker since its first call, the driver since the job began.",
+            "",
+        ]
+        lines += _table("contender", "worker, MB", "driver, MB", "calls kept")
+        for name, row in rows.items():
+            kept = "" if name == UNTRACED else f"{row['stored']:,}/{row['made']:,}"
+            gained = f"{row['megabytes']:.1f} | {row['driver_megabytes']:.1f}"
+            lines += [f"| {name} | {gained} | {kept} |"]
     lines += ["", "## Growth of a trace", ""]
     lines += [
         "What it takes to store one more span in a trace of so many, at the client and as CPU of "
