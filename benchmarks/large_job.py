@@ -48,7 +48,7 @@ def extractor(url: str) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFr
                 asked = number - 1 if number % 10 == 9 else number
                 messages = [{"role": "user", "content": f"{asked} {TEXT}"}]
                 client.chat.completions.create(model="local", messages=messages)  # type: ignore[call-overload]
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
             yield pd.DataFrame({"megabytes": [most]})
 
     return extract
