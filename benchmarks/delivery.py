@@ -141,9 +141,12 @@ def jobs() -> None:
     print(f"{'pattern':<34} {columns}", flush=True)
     found = defaultdict(list)
     for _ in range(ROUNDS):
-        measured = {name: job(pattern, is_up) for name, pattern, is_up in PATTERNS}
-        untraced, _ = measured[UNTRACED]
-        for name, (seconds, requests) in measured.items():
+        measured = {
+            name: job(pattern, is_up, CALLS, PARTITIONS, "") for name, pattern, is_up in PATTERNS
+        }
+        untraced = measured[UNTRACED][0]["seconds"]
+        for name, (job_found, requests) in measured.items():
+            seconds = job_found["seconds"]
             # Two calls at a time.
             added = (seconds - untraced) * 2 / CALLS * 1000
             found[name].append((seconds, seconds / untraced, added, requests))
@@ -153,31 +156,26 @@ def jobs() -> None:
     print("(headers by hand, server gone: one call alone takes minutes, so it is left out)")
 
 
-def job(pattern: str, is_up: bool) -> tuple[float, int]:
-    """Run a job; return its seconds, and how often the server was asked to store something."""
+def job(
+    pattern: str, is_up: bool, calls: int, partitions: int, prompt: str
+) -> tuple[dict[str, float], int]:
+    """Run a job; return what it found, and how often the server was asked to store something."""
     if not is_up:
-        return in_a_process(pattern, GONE, CALLS, PARTITIONS, "")["seconds"], 0
+        return in_a_process(pattern, GONE, calls, partitions, prompt), 0
     with TrackingServer() as server:
-        seconds = in_a_process(pattern, server.uri, CALLS, PARTITIONS, "")["seconds"]
+        found = in_a_process(pattern, server.uri, calls, partitions, prompt)
         log = server.log.read_text()
-    return seconds, len(re.findall(r'"POST \S*/traces\S* HTTP', log))
+    return found, len(re.findall(r'"POST \S*/traces\S* HTTP', log))
 
 
 def memory() -> None:
     """Print what a worker gains in memory."""
     print(f"\n{MANY_CALLS:,} calls with prompts of {len(PROMPT):,} characters in one partition")
     print(f"{'pattern':<34} {'MB gained':>10}")
-    for name, pattern, uri in (
-        (UNTRACED, "untraced", GONE),
-        ("ctx_autolog.enable()", "ctx_autolog", ""),
-        ("ctx_autolog.enable(), server gone", "ctx_autolog", GONE),
-    ):
-        if uri:
-            found = in_a_process(pattern, uri, MANY_CALLS, 1, PROMPT)
-        else:
-            with TrackingServer() as server:
-                found = in_a_process(pattern, server.uri, MANY_CALLS, 1, PROMPT)
-        print(f"{name:<34} {found['megabytes']:>10.1f}", flush=True)
+    for name, pattern, is_up in PATTERNS:
+        if pattern != "headers":
+            found, _ = job(pattern, is_up, MANY_CALLS, 1, PROMPT)
+            print(f"{name:<34} {found['megabytes']:>10.1f}", flush=True)
 
 
 def main() -> None:
