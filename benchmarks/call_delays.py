@@ -3,10 +3,10 @@
     make faults
     python benchmarks/call_delays.py --write docs/call-delays.md
 
-Jobs take turns in one Spark session, each in Python workers of its own: one that is not traced,
-then a traced one for each state of the store, round after round, with one worker and with two. What
-is said of a state is the median over the rounds, each compared with the untraced job of its own
-round.
+Jobs take turns in one Spark session, each task in a Python process of its own: one job that is not
+traced, then a traced one for each state of the store, round after round, with one worker at a time
+and with two. What is said of a state is the median over the rounds, each compared with the untraced
+job of its own round.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from quiet_spark import quiet_spark
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import Slow, Status, TrackingServer, UnreliableProxy
 
-CALLS, LATENCY, ROUNDS = 200, 50, 5
+TASKS, CALLS, LATENCY, ROUNDS = 8, 25, 50, 4
 WORKERS = (1, 2)
+Times = dict[str, dict[str, float]]
 STATES: dict[str, Any] = {
     "up": "pass",
     "gone": "refuse",
@@ -53,10 +54,12 @@ Written by `make faults`, which measured it with {versions} on {cores} cores, wh
 endpoint, the tracking server, Spark and its workers all run.
 
 How much longer a call takes when it is traced, in ms, by what the tracking store does meanwhile.
-Each job is {calls} calls with a prompt of 1 kB to a model that takes {latency} ms, beside a first
-call of each Python process, when openai imports what it needs. There is an untraced job in each of
-{rounds} rounds; the others are compared with that of their round, and the tables have the medians
-over the rounds.
+Each job is {calls} calls with a prompt of 1 kB to a model that takes {latency} ms, in {tasks} tasks
+that each have a new Python process: its first call has openai's imports and its connection in it,
+so *first calls* stand apart from the *later* ones. There is an untraced job in each of {rounds}
+rounds; the others are compared with that of their round, and the tables have the medians over the
+rounds. Where a first call is shorter when it is traced, a part of openai was imported before the
+task's function began.
 
 *Around the request* is what passes in the call before its HTTP request and after it, which is
 where tracing does its work on the caller's thread. The whole call has the model's endpoint in it,
@@ -71,7 +74,7 @@ calls have more than the others is waiting for one.
 
 
 def timing(url: str) -> Any:
-    """Return the job's function, which yields milliseconds of each call, and of its request."""
+    """Return the job's function, which yields ids, and ms of each call and of its request."""
     model, document = f"wait-{LATENCY}", DOCUMENT
 
     def ask_all(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
@@ -93,34 +96,42 @@ def timing(url: str) -> Any:
             messages = [{"role": "user", "content": f"{number}: {document}"}]
             in_ms(completions.create, model=model, messages=messages)
 
-        ask(-1)
         for batch in batches:
             timed.clear()
             for number in batch["id"]:
                 ask(number)
-            yield pd.DataFrame({"request": timed[::2], "call": timed[1::2]})
+            yield pd.DataFrame({"id": batch["id"], "request": timed[::2], "call": timed[1::2]})
 
     return ask_all
 
 
-def times_of(spark: SparkSession, url: str, workers: int) -> dict[str, float]:
+def times_of(spark: SparkSession, url: str) -> Times:
     """Run a job; return what its calls took, and what of it around the request, in ms."""
-    frame = spark.range(0, CALLS, 1, workers)
-    rows = frame.mapInPandas(timing(url), "request double, call double").collect()
-    assert len(rows) == CALLS
-    found = {}
-    for what, times in (
-        ("call", [row.call for row in rows]),
-        ("around the request", [row.call - row.request for row in rows]),
-    ):
-        ordered = sorted(times)
-        found[f"{what}, median"] = median(ordered)
-        found[f"{what}, 99th percentile"] = ordered[math.ceil(0.99 * CALLS) - 1]
-        found[f"{what}, longest"] = ordered[-1]
-    return found
+    frame = spark.range(0, TASKS * CALLS, 1, TASKS)
+    rows = frame.mapInPandas(timing(url), "id long, request double, call double").collect()
+    assert len(rows) == TASKS * CALLS
+    first = [row for row in rows if row.id % CALLS == 0]
+    later = [row for row in rows if row.id % CALLS]
+    return {
+        "Around the request": summary(
+            [row.call - row.request for row in first], [row.call - row.request for row in later]
+        ),
+        "The whole call": summary([row.call for row in first], [row.call for row in later]),
+    }
 
 
-def measure(rounds: int) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
+def summary(first: list[float], later: list[float]) -> dict[str, float]:
+    """Return what a table says of the times of first and of later calls."""
+    return {
+        "later calls: median": median(later),
+        "later calls: 99th percentile": sorted(later)[math.ceil(0.99 * len(later)) - 1],
+        "later calls: longest": max(later),
+        "first calls: median": median(first),
+        "first calls: longest": max(first),
+    }
+
+
+def measure(rounds: int) -> Iterator[tuple[int, dict[str, Times]]]:
     """Yield the number of workers, and the times by what the store did, of each round."""
     here = Path(__file__).parent
     endpoint = subprocess.Popen(
@@ -132,7 +143,6 @@ def measure(rounds: int) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
     )
     url = endpoint.stdout.readline().strip()  # type: ignore[union-attr]
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    spark = quiet_spark(f"local[{max(WORKERS)}]", {"spark.python.worker.reuse": "false"})
     with (
         TrackingServer() as server,
         UnreliableProxy(server.uri) as proxy,
@@ -140,19 +150,21 @@ def measure(rounds: int) -> Iterator[tuple[int, dict[str, dict[str, float]]]]:
     ):
         mlflow.set_tracking_uri(proxy.uri)
         mlflow.set_experiment("call delays")
-        times_of(spark, url, max(WORKERS))
-        for workers in WORKERS * rounds:
-            found = {"": times_of(spark, url, workers)}
-            for state, mode in STATES.items():
-                with ctx_autolog.enable(spool_directory=spools):
-                    proxy.mode = mode
-                    with mlflow.start_span("job") as span:
-                        found[state] = times_of(spark, url, workers)
-                    proxy.mode = "pass"
-                    receipt = ctx_autolog.receipt(span.trace_id, timeout=60)
-                assert receipt.complete, receipt
-            yield workers, found
-    spark.stop()
+        for workers in WORKERS:
+            spark = quiet_spark(f"local[{workers}]", {"spark.python.worker.reuse": "false"})
+            times_of(spark, url)
+            for _ in range(rounds):
+                found = {"": times_of(spark, url)}
+                for state, mode in STATES.items():
+                    with ctx_autolog.enable(spool_directory=spools):
+                        proxy.mode = mode
+                        with mlflow.start_span("job") as span:
+                            found[state] = times_of(spark, url)
+                        proxy.mode = "pass"
+                        receipt = ctx_autolog.receipt(span.trace_id, timeout=60)
+                    assert receipt.complete, receipt
+                yield workers, found
+            spark.stop()
     endpoint.communicate()
 
 
@@ -176,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--write", type=Path, help="a file for the page")
     given = parser.parse_args()
-    rounds: dict[int, list[dict[str, dict[str, float]]]] = {workers: [] for workers in WORKERS}
+    rounds: dict[int, list[dict[str, Times]]] = {workers: [] for workers in WORKERS}
     for workers, found in measure(given.rounds):
         rounds[workers].append(found)
         done = f"round {len(rounds[workers])} of {given.rounds}, {workers} at a time"
@@ -184,12 +196,20 @@ def main() -> None:
     page = TEXT.format(
         versions=", ".join(f"{name} {version(name)}" for name in ("mlflow", "pyspark", "openai")),
         cores=os.cpu_count(),
-        calls=CALLS,
+        calls=TASKS * CALLS,
+        tasks=TASKS,
         latency=LATENCY,
         rounds=given.rounds,
         tables="\n\n".join(
-            f"## {workers} Python worker{'s' * (workers > 1)}\n\n{table(rounds[workers])}"
+            f"## {what}, {workers} Python worker{'s' * (workers > 1)} at a time\n\n"
+            + table(
+                [
+                    {state: times[what] for state, times in found.items()}
+                    for found in rounds[workers]
+                ]
+            )
             for workers in WORKERS
+            for what in rounds[workers][0][""]
         ),
     )
     print(page)
