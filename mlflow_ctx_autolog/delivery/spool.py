@@ -281,9 +281,11 @@ class Spool:
         part: list[tuple[int, Record]] = []
         with self._lock, self._disk_errors("could not be read"):
             if self._file is not None and self._on_disk:
-                # A disk without room does not even forget.
-                held = (item for item in self._file.records(above) if item[0] in self._on_disk)
-                part.extend(itertools.islice(held, _AT_ONCE))
+                # Closed before another thread has the file: it could not write the log back.
+                with contextlib.closing(self._file.records(above)) as records:
+                    # A disk without room does not even forget.
+                    held = (item for item in records if item[0] in self._on_disk)
+                    part.extend(itertools.islice(held, _AT_ONCE))
         return part
 
     def _add_to_disk(self, numbered: list[tuple[int, Record]]) -> bool:

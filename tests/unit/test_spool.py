@@ -172,6 +172,33 @@ def test_log_is_written_back(make: MakeSpool, spools: Path, tmp_path: Path) -> N
     assert count_without_log() == 110
 
 
+class _HandedOver:
+    """A lock that another thread takes as soon as it is free, and then does something."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        self._then = then
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self._then()
+
+
+def test_log_can_be_written_back_between_two_parts_of_a_reading(
+    make: MakeSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = make()
+    spool.add([span(f"{number:03}") for number in range(100)])
+    file = spool._file
+    assert file is not None
+    written: list[None] = []
+    monkeypatch.setattr(spool, "_lock", _HandedOver(lambda: written.append(file.write_back())))
+
+    assert len(keys(spool)) == 100
+    assert len(written) > 5
+
+
 def test_new_spool_is_empty_and_makes_no_file(make: MakeSpool, spools: Path) -> None:
     """A spool that has held nothing leaves no trace on the disk."""
     spool = make()
