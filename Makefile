@@ -72,9 +72,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What tracing costs, by this library and by others: an hour and a quarter.
+# What tracing costs, by this library and by others: an hour on a quick machine.
 bench: bench-setup
 	@$(RUN) $(BIN)/python benchmarks/bench.py --write docs/benchmarks
+	@$(RUN) $(BIN)/python benchmarks/call_cpu.py
 	@$(RUN) $(BIN)/python benchmarks/one_trace.py
 	@$(RUN) $(BIN)/python benchmarks/delivery.py
 	@$(RUN) $(BIN)/python benchmarks/driver_memory.py

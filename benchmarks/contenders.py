@@ -146,7 +146,8 @@ class Contender:
 
 
 PRELOADING = "mlflow_ctx_autolog.daemon"
-UNTRACED, ARTICLE, OPENINFERENCE = "no tracing", "the article's pattern", "OpenInference"
+UNTRACED, ARTICLE = "no tracing", "the article's pattern"
+OPENINFERENCE, OPENLLMETRY = "OpenInference", "OpenLLMetry"
 OURS, OURS_PRELOADED = "ours, direct", "ours, direct, preloading daemon"
 CONTENDERS = {
     UNTRACED: Contender(),
@@ -154,7 +155,7 @@ CONTENDERS = {
     "headers by hand, async off": Contender(headers_by_hand),
     "headers by hand, async on": Contender(headers_and_async_export),
     OPENINFERENCE: Contender(openinference, package="openinference-instrumentation-openai"),
-    "OpenLLMetry": Contender(openllmetry, package="opentelemetry-instrumentation-openai"),
+    OPENLLMETRY: Contender(openllmetry, package="opentelemetry-instrumentation-openai"),
     OURS: Contender(settings={"transport": "direct"}),
     "ours, driver": Contender(settings={"transport": "driver"}),
     "ours, otlp": Contender(settings={"transport": "otlp"}),
