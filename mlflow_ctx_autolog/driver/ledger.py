@@ -503,15 +503,18 @@ class Ledger:
                 self._write_totals(book, delivery, deadline, ask=stored is not None)
             tasks = book.tasks()
             lost = sum(task.lost for task in tasks)
-            missing = delivery.waiting if stored is None else max(0, book.made - stored - lost)
-            # Those of other traces went the same way.
+            missing = max(0, book.made - (stored or 0) - lost)
+            # Those of other traces, and what is no span, went the same way.
             lost_here = min(delivery.lost, missing)
+            waiting = missing - lost_here
+            if stored is None:
+                waiting = min(waiting, delivery.waiting)
             receipt = Receipt.of(
                 book.trace_id,
                 tasks,
                 made=book.made,
                 stored=stored,
-                waiting=missing - lost_here,
+                waiting=waiting,
                 lost=lost + lost_here,
                 first_error=delivery.first_error,
             )
@@ -635,6 +638,8 @@ class Ledger:
         made = sum(task.made for task in tasks)
         lost = sum(task.lost for task in tasks)
         waiting = sum(delivery.waiting for delivery in self._deliveries.all())
+        # Else what is no span would be counted as one.
+        waiting = min(waiting, max(0, made - lost))
         stored = made - waiting - lost
         return Receipt.of(
             trace_id, tasks, made=made, stored=stored, waiting=waiting, lost=lost, first_error=None
