@@ -146,7 +146,9 @@ def test_a_call_looks_as_it_does_to_mlflow(
     finally:
         mlflow.openai.autolog(disable=True, silent=True)
 
-    (ours,), (theirs,) = keeper.spans, started
+    # Before openai 1.92 MLflow has a second one, of the create() that parse() is made of.
+    (ours,), theirs = keeper.spans, started[0]
+    assert len(started) == 1 or "parse" in call.row
     assert ours.end is not None
     assert ours.end >= ours.start
     us, mlflows = alike(said_by_us(ours)), alike(said_by_mlflow(theirs))
