@@ -46,15 +46,17 @@ class CallOwner(Protocol):
     def propagates_headers(self) -> bool:
         """Whether calls take a ``traceparent`` along."""
 
-    @property
-    def is_recording(self) -> bool:
-        """Whether spans are made, rather than calls counted only."""
-
     def parent(self) -> SpanContext | None:
-        """Return what a span that starts here and now is below."""
+        """Return what a span that starts here and now is below.
+
+        None for the root of a trace of its own. Below one that is not sampled there is no span.
+        """
 
     def begins(self) -> None:
         """A call begins."""
+
+    def started(self, span: OpenSpan) -> None:
+        """Its span has started."""
 
     def admit(self, model: str, fingerprint: str | None, *, is_first: bool) -> None:
         """A request is about to be sent.

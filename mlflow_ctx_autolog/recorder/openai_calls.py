@@ -222,13 +222,15 @@ class OpenAIRecorder:
         owner.begins()
         key = owner.fingerprint_key
         asked = None if key is None else fingerprint(key, name, kwargs)
-        if not owner.is_recording:
+        parent = owner.parent()
+        if parent is not None and not parent.is_sampled:
             return Call(owner, resource.api, kwargs, asked, None), kwargs
         if asked is not None:
             attributes[FINGERPRINT] = f'"{asked}"'
         for annotation, value in current_annotations().items():
             attributes[ANNOTATION + annotation] = dump(value)
-        span = OpenSpan(name, resource.span_type, owner.parent(), attributes)
+        span = OpenSpan(name, resource.span_type, parent, attributes)
+        owner.started(span)
         set_last_call(span.mlflow_trace_id, span.context.span_id)
         call = Call(owner, resource.api, kwargs, asked, span)
         if owner.propagates_headers and not _has_traceparent(client, kwargs):

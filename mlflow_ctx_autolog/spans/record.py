@@ -69,6 +69,11 @@ class SpanContext(NamedTuple):
     tracestate: str | None = None
 
     @property
+    def mlflow_trace_id(self) -> str:
+        """MLflow's id of its trace."""
+        return MLFLOW_PREFIX + self.trace_id
+
+    @property
     def headers(self) -> dict[str, str]:
         """W3C ``traceparent``, and ``tracestate`` if there is any."""
         headers = {"traceparent": f"00-{self.trace_id}-{self.span_id}-{int(self.is_sampled):02x}"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlflow_ctx_autolog.spans.record import SpanContext, SpanRecord
+from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
 
 
 class Keeper:
@@ -11,8 +11,8 @@ class Keeper:
     def __init__(self) -> None:
         self.fingerprint_key: str | None = "key"
         self.propagates_headers = True
-        self.is_recording = True
         self.begun = 0
+        self.started_spans: list[OpenSpan] = []
         self.sent: list[tuple[str, str | None, bool]] = []
         self.spans: list[SpanRecord] = []
         self.refusal: Exception | None = None
@@ -23,6 +23,9 @@ class Keeper:
 
     def begins(self) -> None:
         self.begun += 1
+
+    def started(self, span: OpenSpan) -> None:
+        self.started_spans.append(span)
 
     def admit(self, model: str, fingerprint: str | None, *, is_first: bool) -> None:
         self.sent.append((model, fingerprint, is_first))

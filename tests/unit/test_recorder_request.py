@@ -191,7 +191,7 @@ def test_nothing_is_recorded_for_nobody(endpoint: Canned) -> None:
 
 def test_a_call_that_is_only_counted_has_no_span(endpoint: Canned, keeper: Keeper) -> None:
     """Below a span that sampling has dropped, a call is counted and admitted, not recorded."""
-    keeper.is_recording = False
+    keeper.above = keeper.above._replace(is_sampled=False)
     client_of(endpoint).chat.completions.create(model="m", messages=MESSAGES)
     assert (keeper.begun, keeper.spans) == (1, [])
     ((model, found, is_first),) = keeper.sent
