@@ -20,8 +20,14 @@ from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
 from mlflow_ctx_autolog.model_calls.flavors import Autologs
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
-from mlflow_ctx_autolog.stores.otlp import is_collector, otlp_record
-from mlflow_ctx_autolog.stores.tracking_store import send, span_record, spans_of, trace_record
+from mlflow_ctx_autolog.stores.otlp import is_collector
+from mlflow_ctx_autolog.stores.sending import send
+from mlflow_ctx_autolog.stores.tracking_store import (
+    otlp_record,
+    span_record,
+    spans_of,
+    trace_record,
+)
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
