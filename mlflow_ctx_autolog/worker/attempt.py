@@ -220,7 +220,7 @@ def _relay(
         delivered=counts.delivered,
         waiting=counts.waiting,
         lost=counts.lost,
-        first_error=None if is_stored else delivery.first_error,
+        first_error=delivery.first_error if counts.waiting or counts.lost else None,
         seconds_waiting=seconds,
         usage=task.usage.total,
         cost=task.cost.total,
@@ -230,6 +230,7 @@ def _relay(
         requests=task.requests,
         silence=silence,
         sampled_out=task.sampled_out,
+        set_aside=counts.set_aside,
     )
     batches = [_batch(receipt.to_json(), delivery, is_stored)]
     for other in worker_process().deliveries.all():

@@ -14,14 +14,15 @@ from typing import Any
 from mlflow_ctx_autolog.config import Price
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.recovery import Recovery
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
-from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
-from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
+from mlflow_ctx_autolog.stores.otlp import is_collector
+from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
@@ -239,17 +240,6 @@ class WorkerProcess:
         if not open_tasks():
             self.calls.uninstall()
             self.switch_off()
-
-
-def send(destination: Destination, records: Sequence[Record]) -> None:
-    """Store records; see :mod:`mlflow_ctx_autolog.stores`."""
-    if destination.tracking_uri is not None and is_collector(destination.tracking_uri):
-        spans = [record for record in records if record.kind == "span"]
-        send_to_collector(destination.tracking_uri, spans)
-        return
-    from mlflow_ctx_autolog.stores import tracking_store
-
-    tracking_store.send(destination, records)
 
 
 @functools.lru_cache(maxsize=1)
