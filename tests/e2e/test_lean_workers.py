@@ -80,9 +80,7 @@ def blocked(spark: SparkSession, request: pytest.FixtureRequest) -> SparkSession
     return spark
 
 
-def test_every_call_is_stored_without_mlflow(
-    blocked: SparkSession, server: TrackingServer
-) -> None:
+def test_every_call_is_stored_without_mlflow(blocked: SparkSession, server: TrackingServer) -> None:
     """In workers where MLflow cannot be imported all calls are stored, nested and counted."""
     mlflow.set_tracking_uri(server.uri)
     mlflow.set_experiment("lean workers")
