@@ -49,6 +49,7 @@ class ActionContext:
             was none.
         session_id: That of its trace, if it has one.
         action: Number and name of the action, as ``7.collect``, where there was no span.
+        run_id: MLflow's run that was active then, where there was no span.
         spent: What the calls of its trace have spent so far, as far as the driver knows:
             ``calls`` and ``cost``; empty where no budget asks.
     """
@@ -56,6 +57,7 @@ class ActionContext:
     traceparent: str | None = None
     session_id: str | None = None
     action: str | None = None
+    run_id: str | None = None
     spent: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def to_text(self) -> str:
@@ -65,6 +67,8 @@ class ActionContext:
             fields.append(f"session={quote(self.session_id, safe='')}")
         if self.action is not None:
             fields.append(f"action={self.action}")
+        if self.run_id is not None:
+            fields.append(f"run={self.run_id}")
         fields += [f"{name}={amount:.12g}" for name, amount in self.spent.items()]
         return ";".join(fields)
 
@@ -93,13 +97,14 @@ class ActionContext:
             None if traceparent == _NO_SPAN else traceparent,
             None if session is None else unquote(session),
             named.get("action"),
+            named.get("run"),
             spent,
         )
 
 
 _NO_SPAN = "none"
 # By MLflow's names, among the metadata of a trace.
-_SESSION, _USER = "mlflow.trace.session", "mlflow.trace.user"
+_SESSION, _USER, _RUN = "mlflow.trace.session", "mlflow.trace.user", "mlflow.sourceRun"
 # Characters; a longer one stays behind.
 _LONGEST_SESSION = 200
 
@@ -182,6 +187,8 @@ class DriverContext:
         """Return the context of a task whose action runs in ``action``."""
         if action.traceparent is None:
             metadata = dict(self.metadata)
+            if action.run_id is not None:
+                metadata[_RUN] = action.run_id
             return replace(
                 self,
                 traceparent=None,

@@ -43,6 +43,7 @@ from opentelemetry.trace import (
     SpanContext,
     Status,
     TraceFlags,
+    get_current_span,
     set_span_in_context,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -62,12 +63,15 @@ except ImportError:
 __all__ = [
     "TASK_TYPE",
     "DriverTracing",
+    "FallbackSpan",
     "JoinedTrace",
     "SpanEndings",
     "TakesTraces",
     "activate",
+    "activated",
     "active_context",
     "active_otel_span",
+    "active_run_id",
     "active_span_headers",
     "active_trace",
     "active_workspace",
@@ -83,6 +87,7 @@ __all__ = [
     "flush_exports",
     "for_collector",
     "has_active_span",
+    "has_ended",
     "has_failed",
     "info_of_trace",
     "is_client_call",
@@ -149,6 +154,14 @@ def active_context() -> Context:
 def active_otel_span() -> Any:
     """Return the span that is active in this execution context, as cheaply as can be."""
     return mlflow_provider.get_current_otel_span()
+
+
+def active_run_id() -> str | None:
+    """Return the id of MLflow's run that is active on this thread; None for none."""
+    # mlflow-tracing has no runs.
+    active_run = getattr(mlflow, "active_run", None)
+    run = None if active_run is None else active_run()
+    return None if run is None else str(run.info.run_id)
 
 
 def is_valid(span: Any) -> bool:
@@ -365,6 +378,52 @@ def activate(traceparent: str | None) -> None:
     """Make the span of a ``traceparent`` the active one from now on; none where that is None."""
     headers = {} if traceparent is None else {"traceparent": traceparent}
     mlflow_provider.get_context_api().attach(_propagator.extract(headers, context=Context()))
+
+
+@contextmanager
+def activated(context: Context) -> Iterator[None]:
+    """Make what :func:`active_context` returned the active one, for a block."""
+    token = mlflow_provider.get_context_api().attach(context)
+    try:
+        yield
+    finally:
+        mlflow_provider.get_context_api().detach(token)
+
+
+def has_ended(context: Context) -> bool:
+    """Whether the span of what :func:`active_context` returned has ended."""
+    return getattr(get_current_span(context), "end_time", None) is not None
+
+
+class FallbackSpan:
+    """Has another span be active where none is.
+
+    Args:
+        context: Returns what is active then, as :func:`active_context` does; None for nothing. A
+            span that has ended is nothing.
+    """
+
+    def __init__(self, context: Callable[[], Context | None]) -> None:
+        self._context = context
+        # All of MLflow asks here, with every autolog of it.
+        self._patch = Patch(mlflow_provider, "get_current_context", self._current)
+
+    def install(self) -> None:
+        """Idempotent."""
+        self._patch.apply()
+
+    def uninstall(self) -> None:
+        """Idempotent."""
+        self._patch.revert()
+
+    def _current(self, original: Callable[[], Context | None]) -> Context | None:
+        context = original()
+        if is_valid(get_current_span(context)):
+            return context
+        other = self._context()
+        if other is None or has_ended(other):
+            return context
+        return set_span_in_context(get_current_span(other), context)
 
 
 def add_to_trace(span: Span) -> bool:

@@ -27,6 +27,7 @@ from mlflow_ctx_autolog.driver.marked import MarkedFunctions
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
+from mlflow_ctx_autolog.driver.threads import SpanThreads
 from mlflow_ctx_autolog.exceptions import (
     CtxAutologWarning,
     IncompleteTraceError,
@@ -78,6 +79,7 @@ class Driver:
         self.propagator = ActionPropagator(self._moment, self._tell)
         self.batches = BatchFunctions(tracing.activate)
         self.actions = Actions()
+        self.threads = SpanThreads()
         self._carriers = Carriers()
         self._session: Any = None
         self._functions: set[str] = set()
@@ -89,6 +91,7 @@ class Driver:
         self.propagator.install()
         self.batches.install()
         self.actions.install()
+        self.threads.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
@@ -97,6 +100,7 @@ class Driver:
             self.propagator.uninstall()
             self.batches.uninstall()
             self.actions.uninstall()
+            self.threads.uninstall()
 
     def mark(self, function: Any) -> None:
         """Have a function carry the context, also while nothing is enabled."""
@@ -203,7 +207,7 @@ class Driver:
     def _moment(self) -> object:
         span = tracing.active_otel_span()
         if not tracing.is_valid(span):
-            span = self.actions.latest
+            span = self.actions.latest, tracing.active_run_id()
         return (span, self.ledger.spent()) if settings().has_budget else span
 
     def _tell(self) -> str:
@@ -215,8 +219,13 @@ class Driver:
                 self.ledger.open(receipts_come_home=True)
             session_id, _ = tracing.session_and_user()
         spent = self.ledger.spent() if settings().has_budget else {}
-        action = None if headers else self.actions.latest
-        return ActionContext(headers.get("traceparent"), session_id, action, spent).to_text()
+        if headers:
+            action = ActionContext(headers.get("traceparent"), session_id, spent=spent)
+        else:
+            action = ActionContext(
+                action=self.actions.latest, run_id=tracing.active_run_id(), spent=spent
+            )
+        return action.to_text()
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""
