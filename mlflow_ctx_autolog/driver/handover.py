@@ -490,8 +490,11 @@ def _capture(
         propagation=propagation,
         speculation=_speculation(session),
         spans_per_host=None if is_collector else _spans_per_host(session),
+        max_result_bytes=None if session is None else spark_api.max_result_bytes(session),
         config=settings(),
     )
+    if tracking_uri is None:
+        driver.ledger.meet_workers(process_id())
     if propagation == BY_PROPERTY:
         return context
     spent = driver.ledger.spent() if settings().has_budget else {}

@@ -11,11 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
@@ -179,6 +181,10 @@ class Ledger:
         self._last_settled = -math.inf, -math.inf
         self._warned: set[str] = set()
         self._came_home: str | None = None
+        self._driver_id: str | None = None
+        self._collecting = threading.Lock()
+        # The spans of whole traces that are about to be stored, by the trace's key and their ids.
+        self._ending: dict[str, dict[str, Any]] = {}
 
     # What is captured, and what comes home.
 
@@ -259,6 +265,32 @@ class Ledger:
         if came is not None:
             self._enter(came)
 
+    def meet_workers(self, driver_id: str) -> None:
+        """Let workers of this host leave in a directory what only this process can store.
+
+        Args:
+            driver_id: By which they know it.
+        """
+        self._driver_id = driver_id
+        # Else they hand over with their tasks as much as Spark lets them.
+        with suppress(OSError):
+            announce_driver(self._directory(), driver_id)
+
+    def _directory(self) -> Path | None:
+        directory = self._config().spool_directory
+        return None if directory is None else Path(directory)
+
+    def _collect(self) -> None:
+        """Take what workers have left in the directory that they share with this process."""
+        if self._driver_id is None:
+            return
+        with self._collecting:
+            collect(
+                self._directory(),
+                self._driver_id,
+                lambda destination, records: self._store(destination, records, None),
+            )
+
     def _enter(self, receipt: TaskReceipt) -> None:
         self._progress(receipt)
         book = self._book_of(receipt.trace_id)
@@ -298,13 +330,24 @@ class Ledger:
             home = Destination(uri, table, workspace=workspace)
             self._deliveries.to(home).submit_all(records)
             return
-        late = [span for span in spans_of(records) if not add_to_trace(span)]
+        late = [
+            span
+            for span in spans_of(records)
+            if not add_to_trace(span) and not self._add_to_ending(span)
+        ]
         if late:
             self._warn(
                 "late",
                 f"{len(late)} spans came home after the driver's span had ended, and are lost. "
                 "Run the action inside the span.",
             )
+
+    def _add_to_ending(self, span: Any) -> bool:
+        ending = self._ending.get(_key(span.trace_id))
+        if ending is None:
+            return False
+        ending[span.span_id] = span
+        return True
 
     # What MLflow exports on the driver.
 
@@ -321,6 +364,12 @@ class Ledger:
         book = self._book_of(trace.info.trace_id)
         if book is None:
             return False
+        # By their ids, as a later record of a span takes the place of an earlier one.
+        spans = {span.span_id: span for span in trace.data.spans}
+        self._ending[_key(book.trace_id)] = spans
+        self._collect()
+        del self._ending[_key(book.trace_id)]
+        trace.data.spans[:] = spans.values()
         if book.delivers:
             self._take_back_if_unsupported(book, trace)
         # In a store for whole traces, those of workers are among its spans.
@@ -387,6 +436,7 @@ class Ledger:
             give_up_if_down: Whether to try but once where the store is known to be down.
         """
         deadline = time.monotonic() + timeout
+        self._collect()
         flushed = self._deliveries.flush(timeout, give_up_if_down=give_up_if_down)
         for book in self._unsettled():
             remaining = max(0.0, deadline - time.monotonic())
@@ -488,6 +538,7 @@ class Ledger:
         self, book: _Book, timeout: float, *, give_up_if_down: bool = False, patient: bool = True
     ) -> Receipt:
         deadline = time.monotonic() + timeout
+        self._collect()
         with _held(book.settling, timeout):
             delivery = self._deliveries.to(book.destination)
             give_up = give_up_if_down and delivery.store_is_down
@@ -632,6 +683,7 @@ class Ledger:
         return answers[0] if answers else None
 
     def _receipt_without_trace(self, trace_id: str | None, timeout: float) -> Receipt:
+        self._collect()
         self._deliveries.flush(timeout)
         tasks = [
             task for task in list(self._without_trace.values()) if trace_id in (None, task.trace_id)

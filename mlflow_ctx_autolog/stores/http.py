@@ -175,7 +175,9 @@ def _connection(parts: SplitResult, deadline: float, tls: TLS) -> _Opened:
 
 def _connected(deadline: float, address: tuple[str, int], *_others: Any) -> socket.socket:
     problem: OSError = OSError(f"{address[0]} has no address")
-    for family, kind, protocol, _name, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+    for family, kind, protocol, _name, where in socket.getaddrinfo(
+        *address, type=socket.SOCK_STREAM
+    ):
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(min(_CONNECT_TIME, _remaining(deadline)))

@@ -13,11 +13,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mlflow_ctx_autolog import __version__
 from mlflow_ctx_autolog.context import BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.relay import driver_is_here, relay_bytes
 from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
 from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
 from mlflow_ctx_autolog.model_calls.openai_calls import autolog_is_on
@@ -523,6 +525,9 @@ def _see_off(
     delivery.forget(task.span_id)
     if goes_home:
         _send_home(task, delivery, counts, seconds, is_stored, silence)
+    elif not is_stored and delivery.destination.tracking_uri is None and _driver_is_here(task):
+        # Who collects it there, though Spark takes nothing home.
+        delivery.release()
     elif not is_stored:
         warn_once(
             _logger,
@@ -583,11 +588,17 @@ def _send_home(
         sampled_out=task.sampled_out,
         set_aside=counts.set_aside,
     )
-    arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]
+    share = relay_bytes(
+        task.context.max_result_bytes, int(task_attributes().get("spark.partition.id", 0))
+    )
+    if is_stored or (delivery.destination.tracking_uri is None and _driver_is_here(task)):
+        # It collects them from the directory, which costs nothing of what Spark allows.
+        share = 0
+    arrivals = [_arrival(receipt.to_json(), delivery, share)]
     for other in worker_process().deliveries.all():
         # Left by workers that are gone, and only this driver can store it.
         if other is not delivery and _is_for_driver_of(task, other) and other.waiting:
-            arrivals.append(_arrival(None, other, False))
+            arrivals.append(_arrival(None, other, share))
     task.relay.add(arrivals)
 
 
@@ -596,10 +607,19 @@ def _is_for_driver_of(task: Task, delivery: Delivery) -> bool:
     return destination.tracking_uri is None and (destination.driver_id == task.context.process_id)
 
 
-def _arrival(receipt: str | None, delivery: Delivery, is_stored: bool) -> Any:
+def _arrival(receipt: str | None, delivery: Delivery, max_bytes: int) -> Any:
+    """Return what goes home with a task; the rest is left to the driver, or to later tasks."""
     destination = delivery.destination
-    records = [] if is_stored else [tuple(record[:3]) for record in delivery.take()]
+    records = [tuple(record[:3]) for record in delivery.take(max_bytes)] if max_bytes else []
+    if destination.tracking_uri is None:
+        delivery.release()
     return receipt, destination.tracking_uri, destination.experiment_id, records
+
+
+def _driver_is_here(task: Task) -> bool:
+    directory = task.context.config.spool_directory
+    folder = None if directory is None else Path(directory)
+    return driver_is_here(folder, str(task.context.process_id))
 
 
 class _Steps:
