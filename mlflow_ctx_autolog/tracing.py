@@ -40,6 +40,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import (
     INVALID_SPAN,
+    Link,
     SpanContext,
     Status,
     TraceFlags,
@@ -398,6 +399,9 @@ def filtered(span: Span, policy: ContentPolicy) -> Span:
     changed = copy.copy(span._span)
     changed._attributes = policy.attributes(changed._attributes or {})
     changed._events = tuple(_filtered_events(changed, policy))
+    changed._links = tuple(
+        Link(link.context, policy.attributes(link.attributes or {})) for link in changed.links
+    )
     changed._status = _filtered_status(changed, policy)
     return Span(changed)
 
