@@ -32,7 +32,7 @@ _HARMLESS = frozenset(
 _URI = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>`]+")
 _SCHEME = re.compile(r"\b(Bearer|Basic|Digest|Token|ApiKey)\s+(?!\*)[^\s\"',;]{4,}", re.IGNORECASE)
 _NAMED = re.compile(
-    r"((?:password|passwd|passphrase|pwd|token|secret|api[-_]?key|authorization|credential)s?"
+    r"((?:password|passwd|passphrase|pwd|token|secret|api[-_]?key|authorization|credentials?)"
     r"[\"']?\s*[=:]\s*)(?!\*|Bearer|Basic|Digest)([\"']?)[^\s\"',;&}]{3,}\2",
     re.IGNORECASE,
 )
@@ -100,7 +100,12 @@ def without_credentials(uri: str | None) -> str | None:
         kept = [(name, value) for name, value in given if _is_harmless(name)]
         if len(kept) != len(given) or not given:
             parts = parts._replace(query=urlencode(kept))
-    return uri if parts == urlsplit(uri) else urlunsplit(parts)
+    if parts == urlsplit(uri):
+        return uri
+    if not parts.netloc:
+        # Whose slashes would not all be put together again.
+        return uri.partition("?")[0] + (f"?{parts.query}" if parts.query else "")
+    return urlunsplit(parts)
 
 
 def has_log_in(uri: str) -> bool:

@@ -16,6 +16,7 @@ from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, Me
 from mlflow.environment_variables import MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT
 from mlflow.protos.service_pb2 import GetTrace, QueryTraceMetrics, StartTraceV3
 from mlflow.tracing.constant import SpanMetricKey
+from mlflow.tracing.otel.translation import sanitize_attributes
 from mlflow.tracing.utils.otlp import (
     MLFLOW_EXPERIMENT_ID_HEADER,
     OTLP_TRACES_PATH,
@@ -177,13 +178,20 @@ def spans_of(records: Sequence[Record]) -> list[Span]:
         Exception: A payload is not OTLP.
     """
     return [
-        Span.from_otel_proto(span, **({"resource": resource.resource} if _TAKES_RESOURCE else {}))
+        _read(span, **({"resource": resource.resource} if _TAKES_RESOURCE else {}))
         for record in records
         if record.kind == "span"
         for resource in TracesData.FromString(record.payload).resource_spans
         for scope in resource.scope_spans
         for span in scope.spans
     ]
+
+
+def _read(message: Any, **resource: Any) -> Span:
+    span = Span.from_otel_proto(message, **resource)
+    # What came as JSON is JSON, not the text of it: as the store has it when it comes by HTTP.
+    span._span._attributes = sanitize_attributes(dict(span._span.attributes or {}))
+    return span
 
 
 # In older releases of MLflow a span's resource was not read.

@@ -16,7 +16,7 @@ from mlflow_ctx_autolog.config import Sampling
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import warn_once
-from mlflow_ctx_autolog.worker.tracing import Branch
+from mlflow_ctx_autolog.worker.open_spans import Branch
 
 __all__ = ["Jobs", "Place", "Placement", "Quota", "Slowest", "open_placement"]
 

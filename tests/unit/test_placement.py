@@ -18,6 +18,7 @@ import pytest
 from mlflow_ctx_autolog import Config, DriverContext
 from mlflow_ctx_autolog.delivery.host_account import HostAccount
 from mlflow_ctx_autolog.driver import handover
+from mlflow_ctx_autolog.worker.open_spans import Branch
 from mlflow_ctx_autolog.worker.placement import (
     Jobs,
     Place,
@@ -26,7 +27,6 @@ from mlflow_ctx_autolog.worker.placement import (
     Slowest,
     open_placement,
 )
-from mlflow_ctx_autolog.worker.tracing import Branch
 
 TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
 
