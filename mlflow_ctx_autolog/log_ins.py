@@ -30,7 +30,9 @@ _HARMLESS = frozenset(
     )
 )
 _URI = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>`]+")
-_SCHEME = re.compile(r"\b(Bearer|Basic|Digest|Token|ApiKey)\s+(?!\*)[^\s\"',;]{4,}", re.IGNORECASE)
+_SCHEME = re.compile(
+    r"(?:(?<=[\"':=])|(?<=[:=] ))(Bearer|Basic|Token|ApiKey)\s+(?!\*)[^\s\"',;]{4,}", re.IGNORECASE
+)
 _NAMED = re.compile(
     r"((?:password|passwd|passphrase|pwd|token|secret|api[-_]?key|authorization|credentials?)"
     r"[\"']?\s*[=:]\s*)(?!\*|Bearer|Basic|Digest)([\"']?)[^\s\"',;&}]{3,}\2",
