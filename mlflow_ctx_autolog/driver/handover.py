@@ -31,10 +31,12 @@ from mlflow_ctx_autolog.exceptions import (
     IncompleteTraceError,
     UnsupportedStoreError,
 )
+from mlflow_ctx_autolog.log_ins import without_log_ins
 from mlflow_ctx_autolog.model_calls.fingerprint import new_key
 from mlflow_ctx_autolog.model_calls.flavors import autologs_in_force
 from mlflow_ctx_autolog.stores import otlp
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.tracking_server import redirect_of
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.runner import process_id
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
@@ -246,7 +248,19 @@ def describe_transport() -> str:
 
 
 def warn_of_old_store() -> None:
-    """Warn of a release of MLflow whose store cannot end a trace that workers have written to."""
+    """Warn of a release of MLflow whose store cannot end a trace that workers have written to.
+
+    And of a server that sends elsewhere, where nothing is sent.
+    """
+    uri = store.current_tracking_uri()
+    target = redirect_of(uri)
+    if target is not None:
+        warn(
+            f"The tracking server at {without_log_ins(uri)} sends to {without_log_ins(target)}, "
+            "and spans are not sent where nobody has said to. If that is your server, say "
+            f"mlflow.set_tracking_uri({without_log_ins(target)!r})."
+        )
+        return
     try:
         version = store.store_version()
     except Exception:

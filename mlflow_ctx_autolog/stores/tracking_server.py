@@ -25,6 +25,7 @@ __all__ = [
     "check_has_spans",
     "check_has_trace",
     "json_object",
+    "redirect_of",
     "send_to_server",
     "speaks_to",
 ]
@@ -36,7 +37,8 @@ _SPANS_PATH = "/v1/traces"
 _TRACES_PATH = "/api/3.0/mlflow/traces"
 _CREDENTIALS = "~/.mlflow/credentials"
 # Seconds that the server may take for one exchange.
-_ANSWER_TIME = 30.0
+_ANSWER_TIME, _PROBE_TIME = 30.0, 3.0
+_VERSION_PATH = "/version"
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
 
@@ -68,6 +70,26 @@ def send_to_server(destination: Destination, records: Sequence[Record]) -> None:
             body = json.dumps(document).encode()
             answer = _post(destination, _TRACES_PATH, body, {"Content-Type": _JSON})
             check_has_trace(answer)
+
+
+def redirect_of(uri: str) -> str | None:
+    """Return the address that a server sends elsewhere to, in place of its own; None for none.
+
+    As from http to https, or to where it has moved. Asks it, for three seconds at most, and
+    follows nowhere.
+    """
+    if not speaks_to(uri):
+        return None
+    url = f"{uri.rstrip('/')}{_VERSION_PATH}"
+    try:
+        answer = exchange("GET", url, headers={}, body=b"", seconds=_PROBE_TIME, tls=_tls())
+        if 300 <= answer.status < 400:
+            target = failure(answer, LOG_IN, url).redirect
+            return None if target is None else target.removesuffix(_VERSION_PATH)
+    except StoreError:
+        # Whether it can be reached is not the question here.
+        return None
+    return None
 
 
 def check_has_spans(answer: Answer) -> None:
