@@ -632,6 +632,41 @@ def test_spool_is_made_by_the_settings_of_the_day(
     assert store.stored == names(3)
 
 
+def test_ends_of_tasks_share_a_request(store: Store, settings: Settings) -> None:
+    """What they have made is sent soon, however long the process has lasted, and together."""
+    delivery = Delivery(A, store, settings(send_interval=0.3))
+    # A minute, after so many batches.
+    delivery._pacing._batches = 16
+    for task in range(5):
+        delivery.submit(span(task, "task"))
+        delivery.send_soon()
+    assert store.attempts == 0
+    store.wait_for(lambda: store.stored == names(5))
+    assert store.attempts == 1
+
+    delivery.submit(span(5))
+    threading.Event().wait(0.5)
+    assert store.attempts == 1
+    delivery.send_soon()
+    store.wait_for(lambda: store.attempts == 2)
+
+
+def test_an_empty_file_is_removed_without_a_flush(
+    store: Store, settings: Settings, spools: Path
+) -> None:
+    """By a process that lives on and has nothing more to send."""
+
+    class Tidy(Delivery):
+        _linger = 0.05
+
+    delivery = Tidy(A, store, settings(send_interval=0.01))
+    delivery.submit(span(0))
+    store.wait_for(lambda: store.stored == ["0"])
+    until(lambda: list(spools.iterdir()) == [])
+    delivery.submit(span(1))
+    store.wait_for(lambda: store.stored == ["0", "1"])
+
+
 def test_flush_of_nothing_does_not_hurry_what_comes_later(store: Store, unhurried: Config) -> None:
     """A span that ends after a flush waits for company, also where that had nothing to send."""
     deliveries = Deliveries(lambda destination: Delivery(destination, store, unhurried))

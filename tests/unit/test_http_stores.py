@@ -261,6 +261,15 @@ def test_the_log_in_is_mlflows(
     assert ours["host"] == theirs["host"]
 
 
+def test_the_log_in_may_be_one_that_a_task_has_had(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its variables are no more in the environment as its spans are sent."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "of the process")
+    send(to(server), [SPAN], {"MLFLOW_TRACKING_TOKEN": "of-the-task"})
+    assert server.requests[0][1]["authorization"] == "Bearer of-the-task"
+
+
 def test_a_token_with_a_line_break_is_told_of_and_not_told(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
