@@ -66,7 +66,7 @@ def without_log_ins(text: str) -> str:
 def _known() -> Iterable[str]:
     found = set(_remembered)
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value.strip()) >= _SHORTEST:
+        if _SECRET_NAME.search(name) and _may_be_secret(value.strip()):
             found.add(value.strip())
             if name.upper().endswith("_HEADERS"):
                 values = (pair.partition("=")[2].strip() for pair in value.split(","))
@@ -77,6 +77,13 @@ def _known() -> Iterable[str]:
     for secret in list(found):
         found |= {quote(secret, safe=""), quote_plus(secret), unquote(secret), repr(secret)[1:-1]}
     return {secret for secret in found if len(secret) >= _SHORTEST}
+
+
+def _may_be_secret(value: str) -> bool:
+    if len(value) < _SHORTEST or value.lower() in ("true", "false", "none"):
+        return False
+    # Where a log-in is kept is none.
+    return not (value.startswith("/") and os.path.exists(value))
 
 
 def _shown_uri(uri: str) -> str:

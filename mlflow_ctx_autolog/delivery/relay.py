@@ -67,6 +67,16 @@ def announce_driver(directory: Path | None, driver_id: str) -> None:
 _held: list[io.FileIO] = []
 
 
+def _leave_to_parent() -> None:
+    # A child that outlives the driver would keep its lock.
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def _remove_old(folder: Path) -> None:
     """Remove what drivers that were killed have left."""
     for path in folder.iterdir():

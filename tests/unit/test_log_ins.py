@@ -94,7 +94,9 @@ def test_a_directory_is_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     """PWD is where a shell is."""
     monkeypatch.setenv("PWD", "/some/where")
     monkeypatch.setenv("SHORT_TOKEN", "abc")
-    text = "no such file: /some/where/abc"
+    monkeypatch.setenv("SOME_AUTH", "true")
+    monkeypatch.setenv("SOME_CREDENTIALS", __file__)
+    text = f"no such file: /some/where/abc, is it true? not {__file__}"
     assert without_log_ins(text) == text
 
 
