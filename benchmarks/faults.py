@@ -453,6 +453,14 @@ def throughout(mode: Any) -> Callable[[TracedRun], None]:
     return script
 
 
+def refuses_until_recovered(run: TracedRun) -> None:
+    run.proxy.mode = Status(413)
+    run.start_job()
+    run.finish()
+    run.proxy.mode = "pass"
+    run.recover()
+
+
 def slow_to_the_end(run: TracedRun) -> None:
     run.proxy.mode = Slow(5)
     undisturbed(run)
@@ -496,6 +504,17 @@ ROWS = [
     ),
     Row("401", f"server answers 401 {MENDED}", throughout(Status(401))),
     Row("403", f"server answers 403 {MENDED}", throughout(Status(403))),
+    Row(
+        "redirect",
+        f"server redirects elsewhere {MENDED}",
+        throughout(Status(307, {"Location": "http://127.0.0.1:9/"})),
+    ),
+    Row(
+        "413",
+        "server refuses all spans (413) from `enable()` on; mended after the driver has exited, "
+        "then `recover`",
+        refuses_until_recovered,
+    ),
     Row("hang", f"server accepts and never answers {MENDED}", throughout("hang")),
     Row("slow", "server answers after 5 s, from `enable()` to the end", slow_to_the_end),
     Row("garbage", f"server answers 200 with garbage {MENDED}", throughout("garbage")),

@@ -19,36 +19,67 @@ _logger = logging.getLogger(__name__)
 
 _WITHHELD = "[withheld]"
 
-# Attributes that say what happened rather than what was said. All other texts are content, since
-# a call's arguments and whatever the user records are attributes as well.
+# Attributes that say what happened rather than what was said, and whose values are no free texts:
+# ids, names of models and libraries, numbers. All that is not among them is content.
 _FACTS = re.compile(
-    r"mlflow\.(?!spanInputs|spanOutputs|spanDescription|chat\.(?!tokenUsage)|trace\.intermediate"
-    r"|chunk).*"
-    r"|(?:spark|spans|process|host|os|service|server|network|thread|code|error|telemetry)\..*"
-    r"|mlflow_ctx_autolog\..*|annotation\..*|llm\.(?:calls|tokens|cost|request|silence|stream)\b.*"
-    r"|gen_ai\.(?:request|response|usage|operation|provider|agent|conversation)\..*"
-    r"|gen_ai\.(?:system|output\.type|tool\.name|tool\.type)"
-    r"|exception\.(?:type|escaped)|http\.(?:request\.method|response\.status_code)"
-    r"|model|session\.id|user\.id"
+    r"mlflow\.(?:spanType|spanLogLevel|spanFunctionName|spanStartTimeNs|traceRequestId|experimentId"
+    r"|chat\.tokenUsage|llm\.cost|llm\.model|llm\.provider|message\.format"
+    r"|gateway\.linkedTraceId)"
+    r"|gen_ai\.request\.(?:model|max_tokens|temperature|top_p|top_k|seed|choice\.count|stream"
+    r"|frequency_penalty|presence_penalty|encoding_formats)"
+    r"|gen_ai\.response\.(?:id|model|finish_reasons|time_to_first_chunk)|gen_ai\.usage\.[\w.]+"
+    r"|gen_ai\.(?:system|output\.type|operation\.name|provider\.name|conversation\.id|agent\.id)"
+    r"|gen_ai\.(?:agent|tool)\.name|gen_ai\.tool\.(?:type|call\.id)"
+    r"|error\.type|exception\.(?:type|escaped)"
+    r"|http\.(?:request\.method|request\.resend_count|response\.status_code)"
+    r"|(?:server|client|network\.peer)\.(?:address|port)|network\.[\w.]+|host\.(?:id|name|arch)"
+    r"|os\.type|process\.(?:pid|parent_pid|runtime\.name|runtime\.version)"
+    r"|service\.(?:name|version|namespace|instance\.id)|telemetry\.sdk\.\w+|thread\.(?:id|name)"
+    r"|code\.(?:function|function\.name|namespace|filepath|file\.path|lineno|line\.number)"
+    r"|session\.id|user\.id"
+    # Parameters of a call that are recorded as attributes of their own.
+    r"|model|temperature|top_p|top_k|max_tokens|max_completion_tokens|max_output_tokens|seed|n"
+    r"|frequency_penalty|presence_penalty|logprobs|top_logprobs|stream|dimensions|encoding_format"
+    r"|parallel_tool_calls|reasoning_effort|service_tier|size|quality|store|timeout|truncation"
 )
+# A value of theirs: what has a blank in it may be a text.
+_FACT = re.compile(r"[\w.:/@+,#<>()\[\]{}\"'$%=-]{0,300}")
+# What this library records, and what users want to see on the span.
+_OURS = re.compile(
+    r"annotation\..*|mlflow_ctx_autolog\.[\w.]+|linked\.(?:trace|span)\.id|spans\.[\w.]+"
+    r"|spark\.(?:stage|partition|task|sql|application|handover|speculation|rows|job|connect"
+    r"|streaming|executor)\b[\w.]*"
+    r"|llm\.(?:calls|tokens|cost|request|silence|stream|answer|tool_calls|reused_from|usage)\b[\w.]*"
+)
+_INPUTS = "mlflow.spanInputs"
 # Pieces of an answer, of which none shows what the whole says.
 _CHUNK = "mlflow.chunk.value"
 
-# Arguments of a call that carry log-ins: a request's own headers, and those of an MCP server.
-_HOLDS_CREDENTIALS = re.compile(
-    r'"(?:extra_headers|extra_query|headers|authorization|api[-_]key|x-api-key)" *:', re.IGNORECASE
-)
-_OF_CREDENTIALS = frozenset({"extra_headers", "extra_query", "headers"})
+# Arguments of a call that carry log-ins: a request's own headers, and those of an MCP server. Of
+# those, no value is sent; of what is sent along with a request, none whose name is a log-in's.
+_OF_CREDENTIALS = frozenset({"extra_headers", "extra_query", "headers", "default_headers"})
+_SENT_ALONG = frozenset({"extra_body"})
 _CREDENTIALS = frozenset({"authorization", "api_key", "api-key", "x-api-key"})
+_CREDENTIAL = re.compile(
+    r"(?:.*[._-])?(?:token|secret|passw(?:or)?d|pwd|api[_-]?key|access[_-]?key|key[_-]?id|auth"
+    r"|authorization|credentials?|cookie|signature)",
+    re.IGNORECASE,
+)
+_HOLDS_CREDENTIALS = re.compile(
+    r"[\"'](?:(?:extra|default)_headers|extra_query|extra_body|headers|authorization|api[-_]key"
+    r"|x-api-key)[\"'] *:",
+    re.IGNORECASE,
+)
 
 
 class ContentPolicy:
     """Decides which content of spans may be sent; facts, as tokens, model and times, stay.
 
-    Content is every text in a span's attributes and events that is not known to be a fact: inputs
-    and outputs, the arguments of a call, tool definitions, pieces of a stream, messages and stack
-    traces of exceptions, and the attributes that users set. Log-ins among the arguments of a call
-    (``extra_headers``, for one) never are sent.
+    Content is whatever a span's attributes, events and links hold that is not known to be a fact:
+    inputs and outputs, the arguments of a call, tool definitions, pieces of a stream, messages and
+    stack traces of exceptions, and the attributes that users set, also where they look like
+    numbers. Annotations are what users want to see, and stay. Log-ins among the arguments of a
+    call (``extra_headers``, for one) never are sent.
 
     Args:
         config: ``capture_content``, ``max_content_chars`` and ``redact`` are used.
@@ -118,18 +149,23 @@ class ContentPolicy:
             return None
 
     def _attribute(self, name: str, raw: Any) -> Any:
-        if _FACTS.fullmatch(name):
+        if _OURS.fullmatch(name):
+            return raw
+        if _FACTS.fullmatch(name) and _is_fact(raw):
             return raw
         if not self.changes_content:
-            if isinstance(raw, str) and _is_credential(name, raw):
-                return _dumped(_without_credentials(json.loads(raw), name))
-            return raw
-        if name == _CHUNK:
+            return _without_log_ins(name, raw)
+        if not self._sends_content or name == _CHUNK:
             # A redaction that looks for a name does not find it in "Ali" and "ce".
             return None
         value, is_json = _loaded(raw)
-        if value is None or isinstance(value, (bool, int, float)):
+        if isinstance(raw, str) and not isinstance(value, (str, dict, list)):
+            # Digits, such as a card's number, which a redaction finds in a text.
+            value, is_json = raw, False
+        elif value is None or isinstance(value, (bool, int, float)):
             return raw
+        if isinstance(value, str):
+            value = value if _without_log_ins(name, raw) == raw else _WITHHELD
         found = self._content(_without_credentials(value, name))
         if found is None or (isinstance(found, str) and not is_json):
             return found
@@ -179,21 +215,46 @@ def _cut(value: Any, limit: int) -> Any:
     return value
 
 
-def _is_credential(name: str, raw: str) -> bool:
-    is_named = name.lower() in _OF_CREDENTIALS | _CREDENTIALS
+def _is_fact(raw: Any) -> bool:
+    if isinstance(raw, str):
+        return _FACT.fullmatch(raw) is not None or isinstance(_loaded(raw)[0], (dict, list))
+    return not isinstance(raw, (list, tuple)) or all(map(_is_fact, raw))
+
+
+def _without_log_ins(name: str, raw: Any) -> Any:
+    """Return an attribute as it is, but for log-ins of requests in it."""
     # Most spans have none, and need not be parsed.
-    return (is_named or _HOLDS_CREDENTIALS.search(raw) is not None) and _loaded(raw)[1]
+    is_named = name.lower() in _OF_CREDENTIALS | _SENT_ALONG | _CREDENTIALS
+    if not isinstance(raw, str) or not (is_named or _HOLDS_CREDENTIALS.search(raw)):
+        return raw
+    value, is_json = _loaded(raw)
+    if isinstance(value, str) and not is_named:
+        # Arguments that MLflow could not write as JSON: how Python shows them cannot be parsed.
+        is_shown = value.startswith("{") and (name == _INPUTS or not is_json)
+        return _WITHHELD if is_shown else raw
+    found = _without_credentials(value, name)
+    if found == value:
+        return raw
+    return _dumped(found) if is_json else found
 
 
-def _without_credentials(value: Any, name: str = "") -> Any:
-    """Return a value without the log-ins of requests: the texts under names of such."""
+def _without_credentials(value: Any, name: str = "", *, is_sent_along: bool = False) -> Any:
+    """Return a value without the log-ins of requests: what stands under names of such."""
     name = name.lower()
-    if name in _CREDENTIALS and isinstance(value, str):
-        return _WITHHELD
+    if name in _OF_CREDENTIALS and not (name == "headers" and isinstance(value, list)):
+        # Of another mapping than a dictionary, only a text is left, with all its values in it.
+        return dict.fromkeys(value, _WITHHELD) if isinstance(value, dict) else _WITHHELD
+    is_sent_along = is_sent_along or name in _SENT_ALONG
     if isinstance(value, dict):
-        if name in _OF_CREDENTIALS:
-            return dict.fromkeys(value, _WITHHELD)
-        return {key: _without_credentials(each, key) for key, each in value.items()}
+        return {
+            key: _without_credentials(each, str(key), is_sent_along=is_sent_along)
+            for key, each in value.items()
+        }
     if isinstance(value, list):
-        return [_without_credentials(each, name) for each in value]
-    return value
+        return [_without_credentials(each, name, is_sent_along=is_sent_along) for each in value]
+    if value is None:
+        return None
+    if name in _CREDENTIALS or (is_sent_along and _CREDENTIAL.fullmatch(name)):
+        return _WITHHELD
+    # Else it is how Python shows a mapping, with whatever is in it.
+    return _WITHHELD if name in _SENT_ALONG and isinstance(value, str) else value

@@ -146,6 +146,8 @@ class DriverContext:
         speculation: What Spark's setting ``spark.speculation`` says, if known.
         spans_per_host: Spans below tasks that the trace takes on each host, before further ones go
             to linked traces; None where it takes all.
+        max_result_bytes: Bytes that Spark's setting ``spark.driver.maxResultSize`` allows the
+            results of a stage, 0 for no limit; None where it is not told.
         spent: What the calls of the trace have spent so far, as far as the driver knows:
             ``calls`` and ``cost``.
         config: The settings in force on the driver.
@@ -172,6 +174,7 @@ class DriverContext:
     propagation: str = field(default=BY_BROADCAST, compare=False)
     speculation: str | None = None
     spans_per_host: int | None = None
+    max_result_bytes: int | None = None
     spent: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
     config: Config = field(default_factory=Config)
 
@@ -296,6 +299,7 @@ _FIELDS = (
     "autologs",
     "propagation",
     "spans_per_host",
+    "max_result_bytes",
     "spent",
 )
 
@@ -315,9 +319,11 @@ def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
         parsed[name] = document.get(name, False)
         if not isinstance(parsed[name], bool):
             raise CarrierError(f"the carrier's {name} is {_excerpt(parsed[name])}, not a flag")
-    limit = parsed["spans_per_host"] = document.get("spans_per_host")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise CarrierError(f"the carrier's spans_per_host is {_excerpt(limit)}, not a number")
+    for name, least in (("spans_per_host", 1), ("max_result_bytes", 0)):
+        value = parsed[name] = document.get(name)
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (is_number and value >= least):
+            raise CarrierError(f"the carrier's {name} is {_excerpt(value)}, not a number")
     propagation = parsed["propagation"] = document.get("propagation", BY_BROADCAST)
     if propagation not in (BY_PROPERTY, BY_BROADCAST):
         raise CarrierError(f"the carrier's propagation is {_excerpt(propagation)}, not known here")

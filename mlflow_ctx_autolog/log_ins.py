@@ -30,9 +30,11 @@ _HARMLESS = frozenset(
     )
 )
 _URI = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>`]+")
-_SCHEME = re.compile(r"\b(Bearer|Basic|Digest|Token|ApiKey)\s+(?!\*)[^\s\"',;]{4,}", re.IGNORECASE)
+_SCHEME = re.compile(
+    r"(?:(?<=[\"':=])|(?<=[:=] ))(Bearer|Basic|Token|ApiKey)\s+(?!\*)[^\s\"',;]{4,}", re.IGNORECASE
+)
 _NAMED = re.compile(
-    r"((?:password|passwd|passphrase|pwd|token|secret|api[-_]?key|authorization|credential)s?"
+    r"((?:password|passwd|passphrase|pwd|token|secret|api[-_]?key|authorization|credentials?)"
     r"[\"']?\s*[=:]\s*)(?!\*|Bearer|Basic|Digest)([\"']?)[^\s\"',;&}]{3,}\2",
     re.IGNORECASE,
 )
@@ -64,7 +66,7 @@ def without_log_ins(text: str) -> str:
 def _known() -> Iterable[str]:
     found = set(_remembered)
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value.strip()) >= _SHORTEST:
+        if _SECRET_NAME.search(name) and _may_be_secret(value.strip()):
             found.add(value.strip())
             if name.upper().endswith("_HEADERS"):
                 values = (pair.partition("=")[2].strip() for pair in value.split(","))
@@ -75,6 +77,13 @@ def _known() -> Iterable[str]:
     for secret in list(found):
         found |= {quote(secret, safe=""), quote_plus(secret), unquote(secret), repr(secret)[1:-1]}
     return {secret for secret in found if len(secret) >= _SHORTEST}
+
+
+def _may_be_secret(value: str) -> bool:
+    if len(value) < _SHORTEST or value.lower() in ("true", "false", "none"):
+        return False
+    # Where a log-in is kept is none.
+    return not (value.startswith("/") and os.path.exists(value))
 
 
 def _shown_uri(uri: str) -> str:
@@ -100,7 +109,12 @@ def without_credentials(uri: str | None) -> str | None:
         kept = [(name, value) for name, value in given if _is_harmless(name)]
         if len(kept) != len(given) or not given:
             parts = parts._replace(query=urlencode(kept))
-    return uri if parts == urlsplit(uri) else urlunsplit(parts)
+    if parts == urlsplit(uri):
+        return uri
+    if not parts.netloc:
+        # Whose slashes would not all be put together again.
+        return uri.partition("?")[0] + (f"?{parts.query}" if parts.query else "")
+    return urlunsplit(parts)
 
 
 def has_log_in(uri: str) -> bool:

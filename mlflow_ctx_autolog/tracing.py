@@ -40,6 +40,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import (
     INVALID_SPAN,
+    Link,
     SpanContext,
     Status,
     TraceFlags,
@@ -89,6 +90,7 @@ __all__ = [
     "has_active_span",
     "has_ended",
     "has_failed",
+    "info_of_json",
     "info_of_trace",
     "is_client_call",
     "is_on",
@@ -459,6 +461,9 @@ def filtered(span: Span, policy: ContentPolicy) -> Span:
     changed = copy.copy(span._span)
     changed._attributes = policy.attributes(changed._attributes or {})
     changed._events = tuple(_filtered_events(changed, policy))
+    changed._links = tuple(
+        Link(link.context, policy.attributes(link.attributes or {})) for link in changed.links
+    )
     changed._status = _filtered_status(changed, policy)
     return Span(changed)
 
@@ -728,9 +733,15 @@ def info_of_trace(
     )
 
 
+def info_of_json(text: bytes) -> TraceInfo:
+    """Return the info of a trace as :func:`json.dumps` has written it."""
+    return TraceInfo.from_dict(json.loads(text))
+
+
 def end_info(info: TraceInfo, began: int, ended: int) -> None:
     """Write how long a trace took, from times in nanoseconds since the epoch."""
     info.execution_duration = (ended - began) // 1_000_000
+    info.state = TraceState.OK
 
 
 def complete_info(trace: Trace) -> TraceInfo:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
-__all__ = ["Receipt", "TaskReceipt"]
+__all__ = ["Counts", "Receipt", "TaskReceipt"]
 
 _MADE = "spans.made"
 _SAMPLED_OUT = "spans.sampled_out"
@@ -17,6 +17,28 @@ _SILENCE = "llm.silence"
 _CALLS = "llm.calls"
 _TOKENS = "llm.tokens."
 _COST = "llm.cost."
+
+
+@dataclass
+class Counts:
+    """What became of the spans of one task attempt so far.
+
+    Args:
+        made: Those that have ended.
+        delivered: Of these, stored.
+        lost: Of these, dropped.
+        set_aside: Of these, kept in a file since the store does not have them.
+    """
+
+    made: int = 0
+    delivered: int = 0
+    lost: int = 0
+    set_aside: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """Spans that are neither stored nor lost, those that were set aside among them."""
+        return self.made - self.delivered - self.lost
 
 
 @dataclass(frozen=True)

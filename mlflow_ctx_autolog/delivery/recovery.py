@@ -46,7 +46,7 @@ class Recovered:
     is_damaged: bool = False
 
 
-def recover(path: Path, send: Send) -> Recovered:
+def recover(path: Path, send: Send, only_for: str | None = None) -> Recovered:
     """Deliver what is in a spool file, and remove from it what was delivered; it, when empty.
 
     What the store refuses, or fails over while it takes the others, is set aside in a file of its
@@ -56,6 +56,7 @@ def recover(path: Path, send: Send) -> Recovered:
     Args:
         path: The file.
         send: Stores records, or raises. Storing one again must leave one.
+        only_for: Names a driver; a file that is not for it alone to store is left as it is.
 
     Raises:
         BlockingIOError: The process that writes it is alive.
@@ -73,6 +74,8 @@ def recover(path: Path, send: Send) -> Recovered:
             segment.delete()
             return found
         destination = segment.destination()
+        if only_for is not None and destination.driver_id != only_for:
+            return found
         damage = segment.scan()
         readable = len(segment)
         _Pass(segment, destination, send, found).run()

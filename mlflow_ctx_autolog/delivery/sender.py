@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery.intake import Intake, start_thread
+from mlflow_ctx_autolog.delivery.pacing import Pacing
+from mlflow_ctx_autolog.delivery.receipts import Counts
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.spool import Spool
 from mlflow_ctx_autolog.exceptions import StoreError
@@ -22,25 +21,6 @@ from mlflow_ctx_autolog.log_ins import safe_logger, without_credentials
 __all__ = ["Counts", "Deliveries", "Delivery"]
 
 _logger = safe_logger(__name__)
-
-
-# Bytes that any disk should take in a second.
-_DISK = 50e6
-
-
-@dataclass
-class Counts:
-    """What became of the spans of one task attempt so far."""
-
-    made: int = 0
-    delivered: int = 0
-    lost: int = 0
-    set_aside: int = 0
-
-    @property
-    def waiting(self) -> int:
-        """Spans that are neither stored nor lost, those that were set aside among them."""
-        return self.made - self.delivered - self.lost
 
 
 class Delivery:
@@ -79,33 +59,17 @@ class Delivery:
             lost; None where all is well.
     """
 
-    # How long a caller waits for others that are writing, in seconds, to have its span safe on the
-    # disk; and for room in memory, where the disk is slow and memory full.
-    _patience_with_disk = 0.001
-    _patience_without_room = 1.0
-    # A write that takes longer, in seconds, is one of a slow disk: callers go there no more until
-    # so much time has passed.
-    _slow_write = 0.02
-    _time_of_slow_disk = 5.0
     # How long those who can wait do so, in seconds, for a disk that is slower than they are.
     _patience_for_room = 10.0
-    # The pause after the first failed attempt, and the longest one, in seconds.
-    _first_pause = 0.5
-    _longest_pause = 30.0
-    # The longest interval between batches, in seconds, of a long task or a slow store.
-    _longest_interval = 60.0
-    # The share of its time that this process may keep the store busy.
-    _share_of_store = 0.1
     # How long a flush waits, in seconds, while the store is known to be down.
     _patience_when_down = 1.0
     # Bytes of payload in one request, unless one span is larger.
     _request_bytes = 4_000_000
-    # How long the threads stay, in seconds, when there is nothing to do; and the empty file.
+    # How long the thread stays, in seconds, when there is nothing to do; and the empty file.
     _idle_time = 60.0
     _linger = 2.0
-    # How often the store may fail over a batch before the batch is suspected rather than the store,
-    # and over one record, besides once, before that is to blame.
-    _failures_of_store, _failures_of_one = 3, 1
+    # What they are made of, for tests to make them of something quicker.
+    _intake_class, _pacing_class = Intake, Pacing
 
     def __init__(
         self,
@@ -125,34 +89,22 @@ class Delivery:
 
     def _reset(self) -> None:
         self._spool = self._new_spool()
+        self._intake = self._intake_class(
+            lambda records, patience: self._spool.add(records, patience),
+            lambda: self._config.max_waiting_bytes,
+            self._note_written,
+            self._lose,
+        )
+        self._pacing = self._pacing_class(self._config)
         self._lock = threading.Lock()
-        self._came = threading.Condition(self._lock)  # What the writer waits for.
-        self._written = threading.Condition(self._lock)  # What callers wait for.
         self._due = threading.Condition(self._lock)  # What the sender waits for.
         self._settled = threading.Condition(self._lock)  # What a flush waits for.
-        self._incoming: deque[Record] = deque()
-        self._incoming_bytes = 0
-        self._being_written = 0
-        self._slow_until = 0.0
-        self._is_full = False
-        self._writer: threading.Thread | None = None
-
         self._sender: threading.Thread | None = None
         self._is_idle = False
-        self._oldest_since = 0.0
-        self._last_sent = 0.0
-        self._sending_since: float | None = None
-        self._answer_seconds = 0.0
-        self._batches = 0
-        self._batch_limit: int | None = None
-        # By key: records stored when it was suspected first, and how often it has failed alone.
-        self._suspects: dict[str, tuple[int, int]] = {}
+        self._is_full = False
         self._flushes = 0
         self._hurries = False
         self._attempts = 0
-        self._failures = 0
-        self._retry_at = 0.0
-        self._wants_to_be_left_alone = False
         self.store_is_down = False
         self.is_unsupported = False
         self._unbooked = 0  # Stored, and perhaps off the disk, but not counted yet.
@@ -172,7 +124,7 @@ class Delivery:
         """Use other settings from now on; those of the spool, once it is empty."""
         with self._lock:
             if config != self._config:
-                self._config = config
+                self._config = self._pacing.config = config
                 if not self.waiting:
                     self._spool.discard()
                     self._spool = self._new_spool()
@@ -180,7 +132,7 @@ class Delivery:
     @property
     def waiting(self) -> int:
         """Records that are not stored yet."""
-        return len(self._incoming) + len(self._spool) + self._being_written + self._unbooked
+        return self._intake.pending + len(self._spool) + self._unbooked
 
     @property
     def holds_only_refused(self) -> bool:
@@ -204,17 +156,7 @@ class Delivery:
         """
         with self._lock:
             self._count_made(record)
-            # Nor is one overtaken that goes by the other thread.
-            is_prompt = not self._incoming and time.monotonic() >= self._slow_until
-            self._being_written += 1
-        try:
-            if not (is_prompt and self._write_now(record)):
-                self._enter(record, self._patience_without_room)
-        finally:
-            with self._lock:
-                self._being_written -= 1
-                if self._flushes:
-                    self._settled.notify_all()
+        self._intake.put(record)
 
     def submit_all(self, records: Sequence[Record], *, at_once: bool = False) -> None:
         """Take records that nobody's call waits for: returns when there is room for them.
@@ -223,62 +165,22 @@ class Delivery:
             records: What to store.
             at_once: Send what waits now, rather than wait for more.
         """
-        deadline = time.monotonic() + self._patience_for_room
         with self._lock:
             self._hurries |= at_once
             for record in records:
                 self._count_made(record)
-        for record in records:
-            self._enter(record, max(0.0, deadline - time.monotonic()))
+        self._intake.put_later(records, self._patience_for_room)
 
-    def _write_now(self, record: Record) -> bool:
-        """Write a record to the spool in this thread; return whether others have let it."""
-        began = time.monotonic()
-        rejected = self._spool.add([record], self._patience_with_disk)
-        if rejected is None:
-            return False
-        self._note_written(1, rejected, time.monotonic() - began - len(record.payload) / _DISK)
-        return True
-
-    def _note_written(self, count: int, rejected: Sequence[Record], seconds: float) -> None:
+    def _note_written(self, count: int) -> None:
         """See to what follows from it that records are in the spool; mostly, that is nothing."""
-        waiting = len(self._spool)
-        is_slow = seconds > self._slow_write
+        waiting, batch = len(self._spool), self._pacing.batch_size()
         # Waking the sender for each span would cost more than storing it.
-        batch = self._batch_size()
         is_full = batch <= waiting < batch + count + 16
-        is_wanted = self._sender is None or self._is_idle or self._flushes or self._hurries
-        if not (is_wanted or is_full or rejected or is_slow):
-            return
-        with self._lock:
-            if rejected:
-                self._lose(rejected)
-            if is_slow:
-                self._slow_until = time.monotonic() + self._time_of_slow_disk
-            if self._sender is None and self.destination.tracking_uri is not None:
-                self._sender = self._start(self._deliver, "sender")
-            self._due.notify()
-
-    def _enter(self, record: Record, patience: float) -> None:
-        """Have the other thread write a record; lose it where memory has no room in time."""
-
-        def has_room() -> bool:
-            limit = self._config.max_waiting_bytes
-            return not self._incoming or self._incoming_bytes + len(record.payload) <= limit
-
-        with self._lock:
-            if not self._written.wait_for(has_room, patience):
-                self._lose([record])
-                return
-            self._incoming.append(record)
-            self._incoming_bytes += len(record.payload)
-            if self._writer is None:
-                self._writer = self._start(self._write, "writer")
-            self._came.notify()
-
-    @property
-    def _is_written(self) -> bool:
-        return not self._incoming and not self._being_written
+        if is_full or self._sender is None or self._is_idle or self._flushes or self._hurries:
+            with self._lock:
+                if self._sender is None and self.destination.tracking_uri is not None:
+                    self._sender = start_thread(self._deliver, "sender")
+                self._due.notify()
 
     def hurry(self) -> None:
         """Send what waits now, without waiting for it."""
@@ -299,33 +201,30 @@ class Delivery:
                 must not hold up the end of every task.
         """
         deadline = time.monotonic() + timeout
+        self._intake.wait(timeout)
+        pacing = self._pacing
         with self._lock:
-            self._flushes += 1
-            self._settled.wait_for(lambda: self._is_written, timeout)
-            self._flushes -= 1
             if self.destination.tracking_uri is None:
                 return self.waiting == 0
-            goal = self.delivered + self.set_aside + self._rejected + self.waiting
-            attempts = self._attempts + (1 if self.store_is_down or self._failures else 2)
+            goal = self._done + self.waiting
+            attempts = self._attempts + (1 if self.store_is_down or pacing.failures else 2)
             if give_up and self.store_is_down:
                 deadline = min(deadline, time.monotonic() + self._patience_when_down)
-            if give_up and self._expected_seconds() > deadline - time.monotonic():
+            if give_up and pacing.expected_seconds() > deadline - time.monotonic():
                 deadline = time.monotonic()
-                # Else one slow answer could be the last that is waited for.
-                self._answer_seconds /= 2
-            if not self._wants_to_be_left_alone:
-                self._retry_at = 0.0
+                pacing.expect_less()
+            if not pacing.must_wait:
+                pacing.retry_at = 0.0
             elif give_up:
                 deadline = min(deadline, time.monotonic())
             self._flushes += 1
             self._due.notify()
 
             def is_stored() -> bool:
-                done = self.delivered + self.set_aside + self._rejected
-                return self.waiting == 0 or done >= goal
+                return self.waiting == 0 or self._done >= goal
 
             def is_over() -> bool:
-                has_tried = self._failures > 0 and self._attempts >= attempts
+                has_tried = pacing.failures > 0 and self._attempts >= attempts
                 return is_stored() or (give_up and has_tried)
 
             self._settled.wait_for(is_over, max(0.0, deadline - time.monotonic()))
@@ -333,28 +232,51 @@ class Delivery:
             stored = is_stored()
             self.store_is_down = not stored
             if stored:
-                # The next task starts anew.
-                self._batches = 0
-                self._batch_limit = None
+                pacing.begin_anew()
         # Nor is a trace of this one left on the disk.
         self._spool.discard()
         return stored
 
-    def take(self) -> list[Record]:
-        """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive."""
-        with self._lock:
-            self._flushes += 1
-            is_written = self._settled.wait_for(lambda: self._is_written, self._patience_when_down)
-            self._flushes -= 1
-            if not is_written:
-                # The disk hangs.
-                return []
-        found = self._spool.peek(len(self._spool), 1 << 62)
+    @property
+    def _done(self) -> int:
+        return self.delivered + self.set_aside + self._rejected
+
+    def take(self, max_bytes: int | None = None) -> list[Record]:
+        """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive.
+
+        Args:
+            max_bytes: Payloads at most, the oldest first; None for all.
+        """
+        if not self._intake.wait(self._patience_when_down):
+            # The disk hangs.
+            return []
+        found = self._spool.peek(len(self._spool), 1 << 62 if max_bytes is None else max_bytes)
+        if found and max_bytes is not None and len(found[0][1].payload) > max_bytes:
+            return []
         self._spool.remove(number for number, _ in found)
         self._spool.discard()
         with self._lock:
-            self._suspects.clear()
+            self._pacing.forget_suspects()
         return [record for _, record in found]
+
+    def release(self) -> int:
+        """Leave what is on the disk to whoever comes for it; return how many records that are.
+
+        To be called where this process cannot store them, and does not keep others waiting.
+        """
+        if not self._intake.wait(self._patience_when_down):
+            return 0
+        return self._spool.release()
+
+    def send_soon(self) -> None:
+        """Send what waits within ``config.send_interval``, with what comes meanwhile.
+
+        To be called at the end of a task, which need not wait for it: what is on the disk is safe,
+        and what several short tasks have made goes together.
+        """
+        with self._lock:
+            if self._pacing.soon():
+                self._due.notify()
 
     def _count_made(self, record: Record) -> None:
         if record.owner:
@@ -364,58 +286,36 @@ class Delivery:
         # Of an owner that was forgotten, nobody wants to know.
         return self._counts.get(record.owner, Counts())
 
-    def _start(self, run: Callable[[], None], role: str) -> threading.Thread | None:
-        thread = threading.Thread(target=run, name=f"mlflow-ctx-autolog-{role}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            # This process is ending, or may have no more threads.
-            return None
-        return thread
-
     def _lose(self, records: Sequence[Record]) -> None:
-        self.lost += len(records)
-        for record in records:
-            self._counts_of(record).lost += 1
-        if not self._is_full:
-            self._is_full = True
-            disk = self._spool.disk_problem or "it takes too long to write"
-            if self._config.spool_max_bytes == 0:
-                disk = "spool_max_bytes=0 allows none"
-            store = self.first_error
-            _logger.warning(
-                "Finished spans of this process are lost until there is room for them again. "
-                "Neither disk nor memory has any: of the spool, %s; %s, and %s bytes of "
-                "max_waiting_bytes are on their way to the disk. %d wait for the tracking store "
-                "%s, which %s. spool_max_bytes and max_waiting_bytes can be raised.",
-                disk,
-                self._spool.memory_problem,
-                f"{self._incoming_bytes:,}",
-                self.waiting,
-                without_credentials(self.destination.tracking_uri),
-                "has not refused any" if store is None else f"does not take them: {store}",
-            )
+        with self._lock:
+            self.lost += len(records)
+            for record in records:
+                self._counts_of(record).lost += 1
+            was_full, self._is_full = self._is_full, True
+        if was_full:
+            return
+        disk = self._spool.disk_problem or "it takes too long to write"
+        if self._config.spool_max_bytes == 0:
+            disk = "spool_max_bytes=0 allows none"
+        _logger.warning(
+            "Finished spans of this process are lost until there is room for them again. Neither "
+            "disk nor memory has any: of the spool, %s; %s, and %s bytes of max_waiting_bytes are "
+            "on their way to the disk. %d wait for the tracking store %s, which %s. "
+            "spool_max_bytes and max_waiting_bytes can be raised.",
+            disk,
+            self._spool.memory_problem,
+            f"{self._intake.bytes:,}",
+            self.waiting,
+            self._store_name,
+            f"does not take them: {self.first_error}" if self.first_error else "has refused none",
+        )
 
-    def _write(self) -> None:
-        while True:
-            with self._lock:
-                if not self._came.wait_for(lambda: self._incoming, self._idle_time):
-                    self._writer = None
-                    return
-                records = list(self._incoming)
-            began = time.monotonic()
-            rejected = self._spool.add(records) or []
-            seconds = time.monotonic() - began
-            with self._lock:
-                for record in records:
-                    self._incoming.popleft()
-                    self._incoming_bytes -= len(record.payload)
-                self._written.notify_all()
-                self._settled.notify_all()
-            size = sum(len(record.payload) for record in records)
-            self._note_written(len(records), rejected, seconds - size / _DISK)
+    @property
+    def _store_name(self) -> str | None:
+        return without_credentials(self.destination.tracking_uri)
 
     def _deliver(self) -> None:
+        pacing = self._pacing
         while True:
             with self._lock:
                 if not self._wait_for_records():
@@ -423,23 +323,28 @@ class Delivery:
                     return
                 while len(self._spool) and (pause := self._due_at() - time.monotonic()) > 0:
                     self._due.wait(pause)
-                count = self._batch_size()
+                count = pacing.batch_size()
                 self._hurries = False
             batch = self._spool.peek(count, self._request_bytes)
             if not len(self._spool):
                 # Somebody has taken it all.
                 continue
-            self._sending_since = started = time.monotonic()
+            started = pacing.sending()
             try:
                 if not batch:
                     raise StoreError("the spool cannot be read")
                 self._send(self.destination, [record for _, record in batch])
             except Exception as error:
-                self._sending_since = None
-                self._failed(error, batch)
+                pacing.answered()
+                known = error if isinstance(error, StoreError) else StoreError(repr(error))
+                self._failed(known, batch)
             else:
-                self._sending_since = None
+                pacing.answered()
                 self._stored(batch, time.monotonic() - started)
+
+    def _due_at(self) -> float:
+        hurries = self._flushes > 0 or self._hurries
+        return self._pacing.due_at(len(self._spool), hurries=hurries)
 
     def _wait_for_records(self) -> bool:
         """Wait until there is something to send; return whether there is, before it is too long."""
@@ -450,107 +355,69 @@ class Delivery:
             self._spool.discard()
             came = self._due.wait_for(lambda: len(self._spool) > 0, self._idle_time)
         self._is_idle = False
-        self._oldest_since = max(self._oldest_since, time.monotonic())
+        self._pacing.first_came()
         return came
 
-    def _expected_seconds(self) -> float:
-        """Return what the store's last answer took, or what the next has taken already."""
-        since = self._sending_since
-        return max(self._answer_seconds, 0.0 if since is None else time.monotonic() - since)
-
-    def _batch_size(self) -> int:
-        """Return how many records go in one request: more, where the store is slow."""
-        if self._batch_limit is not None:
-            return self._batch_limit
-        return self._config.batch_size * min(10, 1 + int(2 * self._answer_seconds))
-
-    def _due_at(self) -> float:
-        """Return when the next batch is to be sent, on the monotonic clock."""
-        if self._failures or self._flushes or self._hurries:
-            return self._retry_at
-        # Sent less and less often by a task that lasts, and never so often as to crowd the store.
-        breath = min(self._answer_seconds / self._share_of_store, self._longest_interval)
-        not_before = self._last_sent + breath
-        if len(self._spool) >= self._batch_size():
-            return not_before
-        interval = self._config.send_interval * 2.0 ** min(self._batches, 16)
-        return max(not_before, self._oldest_since + min(interval, self._longest_interval))
-
-    def _failed(self, error: Exception, batch: Sequence[tuple[int, Record]]) -> None:
-        known = error if isinstance(error, StoreError) else StoreError(repr(error))
-        if known.rejected:
-            self._rejected_in_part(known, batch)
+    def _failed(self, error: StoreError, batch: Sequence[tuple[int, Record]]) -> None:
+        if error.rejected:
+            self._taken_in_part(error, batch)
             return
-        is_suspected = known.failed and self._failures >= self._failures_of_store
-        if len(batch) > 1 and (known.refused or is_suspected):
+        is_suspected = self._pacing.suspects(error)
+        if len(batch) > 1 and (error.refused or is_suspected):
             with self._lock:
-                self._batch_limit = math.ceil(len(batch) / 2)
-                for _, record in batch if is_suspected else ():
-                    self._suspects.setdefault(record.key, (self.delivered, 0))
-            if known.refused:
+                keys = (record.key for _, record in batch)
+                self._pacing.halve(keys, None if error.refused else self.delivered)
+            if error.refused:
                 return
-        elif batch and known.refused:
-            if self._put_aside(*batch[0], known):
-                return
-        elif batch and is_suspected and self._is_to_blame(*batch[0], known):
+        elif batch and error.refused:
+            self._put_aside(*batch[0], error)
+            return
+        elif batch and is_suspected and self._is_out_of_the_way(*batch[0], error):
             return
         with self._lock:
             self._attempts += 1
-            self._failures += 1
-            failures = self._failures
-            if is_suspected and len(self._spool) > 1:
-                # To find the span that it fails over is a matter of a few attempts.
-                failures = 1
-            self._retry_at = time.monotonic() + self._pause(failures, known.retry_after)
-            self._wants_to_be_left_alone = known.retry_after is not None
-            self.is_unsupported = known.unsupported
-            self.first_error = self.first_error or str(known)
+            self._pacing.failed(error, alone=len(self._spool) == 1)
+            is_first = self._pacing.failures == 1
+            self.is_unsupported = error.unsupported
+            self.first_error = self.first_error or str(error)
             self._settled.notify_all()
-        if self._failures == 1:
+        if is_first:
             _logger.warning(
                 "The tracking store %s did not take %d finished spans: %s. They are kept and "
                 "sent again; check that this process can reach the store and may write to "
                 "experiment %s.",
-                without_credentials(self.destination.tracking_uri),
+                self._store_name,
                 self.waiting,
-                known,
+                error,
                 self.destination.experiment_id,
             )
 
-    def _pause(self, failures: int, retry_after: float | None) -> float:
-        # Apart from those of other processes, which have all seen the store return.
-        scatter = random.uniform(0.75, 1.25)
-        if retry_after is not None:
-            return retry_after + scatter
-        return min(self._first_pause * 2.0 ** min(failures - 1, 16), self._longest_pause) * scatter
+    def _is_out_of_the_way(self, number: int, record: Record, error: StoreError) -> bool:
+        """Whether a record was set aside, since the store fails over it and takes the others.
 
-    def _is_to_blame(self, number: int, record: Record, error: StoreError) -> bool:
-        """Whether a record is what the store fails over, as it has taken others meanwhile.
-
-        It is set aside then; else the others go first.
+        Else the others go first.
         """
         with self._lock:
-            stored_then, failures = self._suspects.get(record.key, (self.delivered, 0))
-            self._suspects[record.key] = (stored_then, failures + 1)
-            is_to_blame = self.delivered > stored_then and failures >= self._failures_of_one
-        if is_to_blame and self._put_aside(number, record, error):
-            return True
-        if len(self._spool) > 1:
+            is_to_blame = self._pacing.is_to_blame(record.key, self.delivered)
+        if is_to_blame:
+            self._put_aside(number, record, error)
+        elif len(self._spool) > 1:
             self._spool.move_to_end(number, record)
-        return False
+        return is_to_blame
 
-    def _put_aside(self, number: int, record: Record, error: StoreError) -> bool:
-        """Take a record out of the way that the store does not have; return whether it is."""
+    def _put_aside(self, number: int, record: Record, error: StoreError) -> None:
+        """Take a record out of the way that the store does not have."""
         file = self._spool.set_aside(number, record, str(error))
         where = f"{record.kind} {record.key} is kept in {file}, for mlflow-ctx-autolog recover"
         if file is None:
             if not self._spool.remove([number]):
                 # It was taken, or replaced, on its way.
-                return True
+                return
             where = f"{record.kind} {record.key} is lost, since no file can be had to keep it in"
+        reason = f"{error}; {where}"
         with self._lock:
             self._attempts += 1
-            self._suspects.pop(record.key, None)
+            self._pacing.out_of_the_way(record.key)
             counts = self._counts_of(record)
             if file is None:
                 self._rejected += 1
@@ -559,24 +426,20 @@ class Delivery:
             else:
                 self.set_aside += 1
                 counts.set_aside += 1
-            self._failures = 0
-            self._grow_batches()
-            reason = f"{error}; {where}"
             self.first_error = self.first_error or reason
             self._settled.notify_all()
         _logger.warning(
             "The tracking store %s does not take one of the finished spans: %s.",
-            without_credentials(self.destination.tracking_uri),
+            self._store_name,
             reason,
         )
-        return True
 
-    def _rejected_in_part(self, error: StoreError, batch: Sequence[tuple[int, Record]]) -> None:
+    def _taken_in_part(self, error: StoreError, batch: Sequence[tuple[int, Record]]) -> None:
         """Enter that the store has some of a batch, and will not have the others, whichever."""
         stored = self._spool.remove(number for number, _ in batch)
         with self._lock:
             self._attempts += 1
-            self._failures = 0
+            self._pacing.failures = 0
             there = [record for number, record in batch if number in stored]
             lost, taken = there[: error.rejected], there[error.rejected :]
             for record in lost:
@@ -591,15 +454,11 @@ class Delivery:
         _logger.warning(
             "The tracking store %s has refused %d of %d finished spans, without saying which; "
             "they are lost: %s.",
-            without_credentials(self.destination.tracking_uri),
+            self._store_name,
             len(lost),
             len(batch),
             error,
         )
-
-    def _grow_batches(self) -> None:
-        if self._batch_limit is not None:
-            self._batch_limit = min(2 * self._batch_limit, self._config.batch_size)
 
     def _stored(self, batch: Sequence[tuple[int, Record]], seconds: float) -> None:
         self._unbooked = len(batch)
@@ -607,18 +466,12 @@ class Delivery:
         stored = self._spool.remove(number for number, _ in batch)
         with self._lock:
             self._unbooked = 0
-            failures, self._failures = self._failures, 0
+            failures = self._pacing.failures
+            self._pacing.stored(seconds, (record.key for _, record in batch))
             self._attempts += 1
-            self._batches += 1
-            self._answer_seconds = seconds
-            self._last_sent = self._oldest_since = time.monotonic()
-            self._retry_at = 0.0
-            self._wants_to_be_left_alone = self.store_is_down = self._is_full = False
-            self.is_unsupported = False
-            self._grow_batches()
+            self.store_is_down = self._is_full = self.is_unsupported = False
             self.delivered += len(stored)
             for number, record in batch:
-                self._suspects.pop(record.key, None)
                 if number in stored:
                     self._counts_of(record).delivered += 1
             if not self.set_aside and not self.lost:
@@ -627,7 +480,7 @@ class Delivery:
         if failures:
             _logger.warning(
                 "The tracking store %s takes spans again after %d failed attempts.",
-                without_credentials(self.destination.tracking_uri),
+                self._store_name,
                 failures,
             )
 

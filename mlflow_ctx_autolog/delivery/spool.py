@@ -272,6 +272,22 @@ class Spool:
         finally:
             self._lock.release()
 
+    def release(self) -> int:
+        """Let other processes have what is on the disk; return how many records that are."""
+        with self._lock:
+            released = len(self._on_disk)
+            for number, (_, name) in self._on_disk.items():
+                self._forget_name(name, number)
+            self._on_disk.clear()
+            segments, self._segments = self._segments, []
+            for segment in segments:
+                with self._disk_errors("could not be closed"):
+                    if len(segment):
+                        segment.close()
+                    else:
+                        segment.delete()
+            return released
+
     def leave_to_parent(self) -> None:
         """In a forked child: hold no file of the parent's, whose lock would outlive it."""
         for segment in self._segments:

@@ -33,10 +33,12 @@ from mlflow_ctx_autolog.exceptions import (
     IncompleteTraceError,
     UnsupportedStoreError,
 )
+from mlflow_ctx_autolog.log_ins import without_log_ins
 from mlflow_ctx_autolog.model_calls.fingerprint import new_key
 from mlflow_ctx_autolog.model_calls.flavors import autologs_in_force
 from mlflow_ctx_autolog.stores import otlp
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.tracking_server import redirect_of
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.runner import process_id
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
@@ -262,7 +264,19 @@ def describe_transport() -> str:
 
 
 def warn_of_old_store() -> None:
-    """Warn of a release of MLflow whose store cannot end a trace that workers have written to."""
+    """Warn of a release of MLflow whose store cannot end a trace that workers have written to.
+
+    And of a server that sends elsewhere, where nothing is sent.
+    """
+    uri = store.current_tracking_uri()
+    target = redirect_of(uri)
+    if target is not None:
+        warn(
+            f"The tracking server at {without_log_ins(uri)} sends to {without_log_ins(target)}, "
+            "and spans are not sent where nobody has said to. If that is your server, say "
+            f"mlflow.set_tracking_uri({without_log_ins(target)!r})."
+        )
+        return
     try:
         version = store.store_version()
     except Exception:
@@ -506,8 +520,11 @@ def _capture(
         propagation=propagation,
         speculation=_speculation(session),
         spans_per_host=None if is_collector else _spans_per_host(session),
+        max_result_bytes=None if session is None else spark_api.max_result_bytes(session),
         config=settings(),
     )
+    if tracking_uri is None:
+        driver.ledger.meet_workers(process_id())
     if propagation == BY_PROPERTY:
         return context
     spent = driver.ledger.spent() if settings().has_budget else {}

@@ -11,17 +11,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
 from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
-from mlflow_ctx_autolog.spans.otlp import encode
+from mlflow_ctx_autolog.spans.otlp import decode, encode
 from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.spans.values import dump
 from mlflow_ctx_autolog.stores.sending import send
@@ -47,6 +49,7 @@ from mlflow_ctx_autolog.tracing import (
     end_info,
     filtered,
     flush_exports,
+    info_of_json,
     info_of_trace,
     is_task,
     open_spans,
@@ -195,6 +198,10 @@ class Ledger:
         self._last_settled = -math.inf, -math.inf
         self._warned: set[str] = set()
         self._came_home: str | None = None
+        self._driver_id: str | None = None
+        self._collecting = threading.Lock()
+        # The spans of whole traces that are about to be stored, by the trace's key and their ids.
+        self._ending: dict[str, dict[str, Any]] = {}
 
     # What is captured, and what comes home.
 
@@ -235,41 +242,50 @@ class Ledger:
         for trace_id in over[: max(0, len(self._books) - _TRACES)]:
             del self._books[trace_id]
 
-    def _open_action(self, receipt: TaskReceipt, experiment_id: str) -> None:
+    def _open_action_of_receipt(self, receipt: TaskReceipt, experiment_id: str) -> None:
         """Enter the trace of an action that no span was active for, of which a task tells."""
+        if (said := receipt.root) is None or self._book_of(receipt.trace_id) is not None:
+            return
+        root = SpanRecord(
+            receipt.trace_id.removeprefix("tr-"),
+            str(said["span_id"]),
+            None,
+            str(said["name"]),
+            int(said["began"]),
+            time.time_ns(),
+            {SPAN_TYPE: dump("CHAIN")},
+        )
+        metadata = {**said["metadata"], TRACE_KEY: receipt.trace_id}
+        info = info_of_trace(
+            receipt.trace_id, experiment_id, root.start, metadata, dict(said["tags"])
+        )
+        self._open_action(root, info)
+
+    def _open_action_of_records(self, records: Sequence[Record]) -> None:
+        """The same where Spark has stopped reading a task before it could tell."""
+        for record in records:
+            if record.kind != "trace" or self._book_of(record.key) is not None:
+                continue
+            info = info_of_json(record.payload)
+            if info.trace_metadata.get(TRACE_KEY) != record.key:
+                # That of a task, whose root stands for a span elsewhere.
+                continue
+            for span in records:
+                if span.kind == "span" and record.key.endswith((root := _decoded(span)).trace_id):
+                    if root.parent_id is None:
+                        self._open_action(root, info)
+
+    def _open_action(self, root: SpanRecord, info: Any) -> None:
+        table = span_table()
+        destination = Destination(
+            current_tracking_uri(),
+            table or str(info.experiment_id),
+            workspace=active_workspace(),
+        )
+        book = _Book(destination, info, store_takes_spans(), table)
+        book.root, book.spans, book.has_ended = replace(root, status="OK"), 1, True
         with self._lock:
-            if self._book_of(receipt.trace_id) is not None or receipt.root is None:
-                return
-            said = receipt.root
-            root = SpanRecord(
-                receipt.trace_id.removeprefix("tr-"),
-                str(said["span_id"]),
-                None,
-                str(said["name"]),
-                int(said["began"]),
-                time.time_ns(),
-                {SPAN_TYPE: dump("CHAIN")},
-                status="OK",
-            )
-            metadata = {**said["metadata"], TRACE_KEY: receipt.trace_id}
-            info = info_of_trace(
-                receipt.trace_id, experiment_id, root.start, metadata, dict(said["tags"])
-            )
-            table = span_table()
-            destination = Destination(
-                current_tracking_uri(), table or experiment_id, workspace=active_workspace()
-            )
-            self._keep(
-                _Book(
-                    destination,
-                    info,
-                    store_takes_spans(),
-                    table,
-                    spans=1,
-                    has_ended=True,
-                    root=root,
-                )
-            )
+            self._keep(book)
 
     def _book_of(self, trace_id: str) -> _Book | None:
         return self._books.get(_key(trace_id))
@@ -311,11 +327,37 @@ class Ledger:
         records = [Record(*each) for each in fields]
         came = None if receipt is None else TaskReceipt.from_json(receipt)
         if came is not None:
-            self._open_action(came, experiment_id)
+            self._open_action_of_receipt(came, experiment_id)
         if records:
             self._store(Destination(tracking_uri, experiment_id), records, came)
         if came is not None:
             self._enter(came)
+
+    def meet_workers(self, driver_id: str) -> None:
+        """Let workers of this host leave in a directory what only this process can store.
+
+        Args:
+            driver_id: By which they know it.
+        """
+        self._driver_id = driver_id
+        # Else they hand over with their tasks as much as Spark lets them.
+        with suppress(OSError):
+            announce_driver(self._directory(), driver_id)
+
+    def _directory(self) -> Path | None:
+        directory = self._config().spool_directory
+        return None if directory is None else Path(directory)
+
+    def _collect(self) -> None:
+        """Take what workers have left in the directory that they share with this process."""
+        if self._driver_id is None:
+            return
+        with self._collecting:
+            collect(
+                self._directory(),
+                self._driver_id,
+                lambda destination, records: self._store(destination, records, None),
+            )
 
     def _enter(self, receipt: TaskReceipt) -> None:
         self._progress(receipt)
@@ -336,6 +378,7 @@ class Ledger:
     def _store(
         self, destination: Destination, records: Sequence[Record], receipt: TaskReceipt | None
     ) -> None:
+        self._open_action_of_records(records)
         book = None if receipt is None else self._book_of(receipt.trace_id)
         workspace = active_workspace() if book is None else book.destination.workspace
         if destination.tracking_uri is not None:
@@ -356,17 +399,26 @@ class Ledger:
             home = Destination(uri, table, workspace=workspace)
             self._deliveries.to(home).submit_all(records)
             return
-        spans = spans_of(records)
-        if book is not None and book.root is not None:
-            book.whole.update((span.span_id, span) for span in spans)
-            return
-        late = [span for span in spans if not add_to_trace(span)]
+        late = [
+            span
+            for span in spans_of(records)
+            if not add_to_trace(span)
+            and not self._add_to_action(span)
+            and not self._add_to_ending(span)
+        ]
         if late:
             self._warn(
                 "late",
                 f"{len(late)} spans came home after the driver's span had ended, and are lost. "
                 "Run the action inside the span.",
             )
+
+    def _add_to_ending(self, span: Any) -> bool:
+        ending = self._ending.get(_key(span.trace_id))
+        if ending is None:
+            return False
+        ending[span.span_id] = span
+        return True
 
     # What MLflow exports on the driver.
 
@@ -383,6 +435,12 @@ class Ledger:
         book = self._book_of(trace.info.trace_id)
         if book is None:
             return False
+        # By their ids, as a later record of a span takes the place of an earlier one.
+        spans = {span.span_id: span for span in trace.data.spans}
+        self._ending[_key(book.trace_id)] = spans
+        self._collect()
+        del self._ending[_key(book.trace_id)]
+        trace.data.spans[:] = spans.values()
         if book.delivers:
             self._take_back_if_unsupported(book, trace)
         # In a store for whole traces, those of workers are among its spans.
@@ -449,6 +507,7 @@ class Ledger:
             give_up_if_down: Whether to try but once where the store is known to be down.
         """
         deadline = time.monotonic() + timeout
+        self._collect()
         flushed = self._deliveries.flush(timeout, give_up_if_down=give_up_if_down)
         for book in self._unsettled():
             remaining = max(0.0, deadline - time.monotonic())
@@ -550,6 +609,7 @@ class Ledger:
         self, book: _Book, timeout: float, *, give_up_if_down: bool = False, patient: bool = True
     ) -> Receipt:
         deadline = time.monotonic() + timeout
+        self._collect()
         with _held(book.settling, timeout):
             if book.root is not None:
                 self._close_action(book, deadline)
@@ -586,6 +646,16 @@ class Ledger:
             book.is_complete = receipt.complete
         _logger.info("Trace %s: %s", receipt.trace_id, receipt)
         return receipt
+
+    def _add_to_action(self, span: Any) -> bool:
+        """Keep a span of an action's trace until that is stored as a whole, if it is one."""
+        book = self._book_of(span.trace_id)
+        if book is None or book.root is None:
+            return False
+        if span.parent_id is not None:
+            book.whole[span.span_id] = span
+            book.written_totals = None
+        return True
 
     def _close_action(self, book: _Book, deadline: float) -> None:
         """Write the end of an action's trace as it is known now."""
@@ -714,6 +784,7 @@ class Ledger:
         return answers[0] if answers else None
 
     def _receipt_without_trace(self, trace_id: str | None, timeout: float) -> Receipt:
+        self._collect()
         self._deliveries.flush(timeout)
         tasks = [
             task for task in list(self._without_trace.values()) if trace_id in (None, task.trace_id)
@@ -828,6 +899,10 @@ def _linked_spans(destination: Destination, task: Any) -> list[Any]:
     if trace_id is None:
         return []
     return read_trace(destination, trace_id)[1]
+
+
+def _decoded(record: Record) -> SpanRecord:
+    return next(decode(record.payload))
 
 
 def _key(trace_id: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import itertools
+import re
 import sys
 import weakref
 from collections import Counter
@@ -116,6 +117,15 @@ def settings_of(spark: Any, names: Sequence[str]) -> dict[str, str | None]:
                 spark.conf.get(name, None) if context is None else context.getConf().get(name, None)
             )
     return found
+
+
+def max_result_bytes(spark: Any) -> int | None:
+    """Return how many bytes the results of a stage may have, 0 for no limit; None if unknown."""
+    text = setting(spark, "spark.driver.maxResultSize", "1g")
+    found = re.fullmatch(r"(\d+)\s*([kmgtp]?)i?b?", (text or "").strip().lower())
+    if found is None:
+        return None
+    return int(found[1]) << 10 * " kmgtp".index(found[2] or " ")
 
 
 def executor_hosts(spark: Any) -> int:

@@ -15,6 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 from mlflow_ctx_autolog.spans.attributes import TRACE_ID
 from mlflow_ctx_autolog.spans.record import SpanEvent, SpanLink, SpanRecord
 from mlflow_ctx_autolog.spans.values import dump
+from mlflow_ctx_autolog.spans.values import storable as _text
 
 __all__ = ["decode", "encode"]
 
@@ -105,15 +106,6 @@ def _decoded(message: Span) -> SpanRecord:
         ),
         links=tuple(SpanLink(link.trace_id.hex(), link.span_id.hex()) for link in message.links),
     )
-
-
-def _text(text: str) -> str:
-    """Return a text that protobuf takes: users' texts may hold halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
 
 
 def _loaded(text: str) -> Any:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mlflow_ctx_autolog.spans.values import storable
+
 __all__ = ["trace_document", "without_totals"]
 
 
@@ -49,7 +51,7 @@ def trace_document(
         document["request_preview"] = preview
     if ended is not None:
         document["execution_duration_ms"] = (ended - began) // 1_000_000
-    return json.dumps(document).encode()
+    return storable(json.dumps(document)).encode()
 
 
 def without_totals() -> dict[str, str]:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Set, ValuesView
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["OneShotError", "dump", "dump_or_raise"]
+__all__ = ["OneShotError", "dump", "dump_or_raise", "storable"]
 
 # What can be read again and again, and json does not know.
 _READABLE = (Set, KeysView, ValuesView, ItemsView, deque, range)
+
+
+# In JSON: backslashes that stand for themselves, a pair of surrogates, which are one character, and
+# what no store takes.
+_ESCAPES = re.compile(
+    r"((?:\\\\)+|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    r"|\\u(?:0000|[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
 
 
 class OneShotError(Exception):
@@ -34,6 +43,23 @@ def dump_or_raise(value: Any) -> str:
         Exception: It refers to itself, is nested too deeply, or raises when it is read.
     """
     return _encode(value)
+
+
+def storable(text: str) -> str:
+    """Return a text, which may be JSON, as every store takes it.
+
+    Without NUL, which PostgreSQL has in no text, and halves of surrogate pairs, which are no
+    characters: texts that were taken from documents have them.
+    """
+    if "\0" in text:
+        text = text.replace("\0", "\ufffd")
+    if "\\u" in text:
+        text = _ESCAPES.sub(lambda found: found[1] or r"\ufffd", text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
 
 
 def _dump_text(value: Any) -> str:

@@ -64,7 +64,7 @@ def failure(answer: Answer, log_in: str, url: str = "") -> StoreError:
         )
     text = excerpt(answer.text).rstrip(".")
     return StoreError(
-        f"it answered {answer.status} {answer.reason}: {text}",
+        f"it answered {answer.status} {answer.reason}{text and ': '}{text}",
         refused=answer.status in (400, 413, 422),
         failed=answer.status >= 500 and answer.status not in (501, 502, 503, 504),
         retry_after=_seconds(answer.headers.get("Retry-After")),

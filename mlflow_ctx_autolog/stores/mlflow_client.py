@@ -83,9 +83,10 @@ def own_errors() -> Iterator[None]:
     except (NotImplementedError, MlflowNotImplementedException) as error:
         raise StoreError(str(error), unsupported=True) from error
     except Exception as error:
-        refused = isinstance(error, MlflowException) and error.get_http_status_code() == 400
+        status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
         text = f"{type(error).__name__}: {excerpt(str(error))}"
-        raise StoreError(text, refused=refused) from error
+        # Of a database, what it does not take of one span is told by no other answer.
+        raise StoreError(text, refused=status == 400, failed=status == 500) from error
 
 
 def ask(store: Any, method: str, path: str, **content: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mlflow_ctx_autolog.delivery.records import Destination, Record
@@ -21,19 +22,28 @@ def needs_mlflow(uri: str | None) -> bool:
     return uri is not None and not is_collector(uri) and not speaks_to(uri)
 
 
-def send(destination: Destination, records: Sequence[Record]) -> None:
+def send(
+    destination: Destination, records: Sequence[Record], environ: Mapping[str, str] = os.environ
+) -> None:
     """Store records, spans in one request. Storing a record again replaces it.
 
     A collector is sent no more than the spans.
+
+    Args:
+        destination: Where they belong.
+        records: What to store.
+        environ: Where the variables of the log-in are: after a task has ended, for one, those that
+            it had. MLflow's own client reads those of the process.
 
     Raises:
         StoreError: The store does not answer, or refuses them.
     """
     uri = destination.tracking_uri
     if uri is not None and is_collector(uri):
-        send_to_collector(uri, [record for record in records if record.kind == "span"])
-    elif speaks_to(uri):
-        send_to_server(destination, records)
+        spans = [record for record in records if record.kind == "span"]
+        send_to_collector(uri, spans, environ)
+    elif speaks_to(uri, environ):
+        send_to_server(destination, records, environ)
     else:
         from mlflow_ctx_autolog.stores.tracking_store import send_by_mlflow
 

@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_has_spans",
     "check_has_trace",
     "json_object",
+    "redirect_of",
     "send_to_server",
     "speaks_to",
 ]
@@ -36,20 +37,34 @@ _SPANS_PATH = "/v1/traces"
 _TRACES_PATH = "/api/3.0/mlflow/traces"
 _CREDENTIALS = "~/.mlflow/credentials"
 # Seconds that the server may take for one exchange.
-_ANSWER_TIME = 30.0
+_ANSWER_TIME, _PROBE_TIME = 30.0, 3.0
+_VERSION_PATH = "/version"
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 
 
-def speaks_to(uri: str | None) -> bool:
-    """Whether an address is a tracking server's that this process can send to without MLflow."""
+def speaks_to(uri: str | None, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether an address is a tracking server's that this process can send to without MLflow.
+
+    Args:
+        uri: The address.
+        environ: Where the variables of the log-in are.
+    """
     if uri is None or urlsplit(uri).scheme not in ("http", "https"):
         return False
-    makes_its_own = os.environ.get("MLFLOW_TRACKING_AUTH") or _flag("MLFLOW_TRACKING_AWS_SIGV4")
+    is_signed = _flag(environ, "MLFLOW_TRACKING_AWS_SIGV4")
+    makes_its_own = environ.get("MLFLOW_TRACKING_AUTH") or is_signed
     return not makes_its_own and not _has_header_plugins() and speaks_to_proxy(uri)
 
 
-def send_to_server(destination: Destination, records: Sequence[Record]) -> None:
+def send_to_server(
+    destination: Destination, records: Sequence[Record], environ: Mapping[str, str] = os.environ
+) -> None:
     """Store records: spans in one request, then what is known of each trace.
+
+    Args:
+        destination: The server, experiment and workspace.
+        records: What to store.
+        environ: Where the variables of the log-in are.
 
     Raises:
         StoreError: The server does not answer, or refuses them.
@@ -61,13 +76,35 @@ def send_to_server(destination: Destination, records: Sequence[Record]) -> None:
             "x-mlflow-experiment-id": destination.experiment_id,
         }
         # OTLP messages one after the other are one message with the spans of all.
-        check_has_spans(_post(destination, _SPANS_PATH, b"".join(spans), headers))
+        check_has_spans(_post(destination, _SPANS_PATH, b"".join(spans), headers, environ))
     for record in records:
         if record.kind == "trace":
             document = {"trace": {"trace_info": _info(record.payload)}}
             body = json.dumps(document).encode()
-            answer = _post(destination, _TRACES_PATH, body, {"Content-Type": _JSON})
+            answer = _post(destination, _TRACES_PATH, body, {"Content-Type": _JSON}, environ)
             check_has_trace(answer)
+
+
+def redirect_of(uri: str) -> str | None:
+    """Return the address that a server sends elsewhere to, in place of its own; None for none.
+
+    As from http to https, or to where it has moved. Asks it, for three seconds at most, and
+    follows nowhere.
+    """
+    if not speaks_to(uri):
+        return None
+    url = f"{uri.rstrip('/')}{_VERSION_PATH}"
+    try:
+        answer = exchange(
+            "GET", url, headers={}, body=b"", seconds=_PROBE_TIME, tls=_tls(os.environ)
+        )
+        if 300 <= answer.status < 400:
+            target = failure(answer, LOG_IN, url).redirect
+            return None if target is None else target.removesuffix(_VERSION_PATH)
+    except StoreError:
+        # Whether it can be reached is not the question here.
+        return None
+    return None
 
 
 def check_has_spans(answer: Answer) -> None:
@@ -104,18 +141,24 @@ def json_object(answer: Answer) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _post(destination: Destination, path: str, body: bytes, headers: dict[str, str]) -> Answer:
+def _post(
+    destination: Destination,
+    path: str,
+    body: bytes,
+    headers: dict[str, str],
+    environ: Mapping[str, str],
+) -> Answer:
     url = f"{str(destination.tracking_uri).rstrip('/')}{path}"
-    workspace = destination.workspace or os.environ.get("MLFLOW_WORKSPACE", "").strip()
+    workspace = destination.workspace or environ.get("MLFLOW_WORKSPACE", "").strip()
     if workspace:
         headers["X-MLFLOW-WORKSPACE"] = workspace
     answer = exchange(
         "POST",
         url,
-        headers={"User-Agent": _user_agent(), **headers, **_log_in()},
+        headers={"User-Agent": _user_agent(), **headers, **_log_in(environ)},
         body=body,
         seconds=_ANSWER_TIME,
-        tls=_tls(),
+        tls=_tls(environ),
     )
     if answer.status != 200:
         raise failure(answer, LOG_IN, url)
@@ -135,13 +178,13 @@ def _info(payload: bytes) -> dict[str, Any]:
     return info
 
 
-def _log_in() -> dict[str, str]:
+def _log_in(environ: Mapping[str, str]) -> dict[str, str]:
     of_file = _of_credentials_file()
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME") or of_file.get("mlflow_tracking_username")
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or of_file.get("mlflow_tracking_password")
+    user = environ.get("MLFLOW_TRACKING_USERNAME") or of_file.get("mlflow_tracking_username")
+    password = environ.get("MLFLOW_TRACKING_PASSWORD") or of_file.get("mlflow_tracking_password")
     if user and password:
         return basic_log_in(user, password)
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    token = environ.get("MLFLOW_TRACKING_TOKEN")
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
@@ -157,19 +200,19 @@ def _of_credentials_file() -> dict[str, str]:
         return {}
 
 
-def _tls() -> TLS:
-    bundle = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
-    is_unsafe = _flag("MLFLOW_TRACKING_INSECURE_TLS")
+def _tls(environ: Mapping[str, str]) -> TLS:
+    bundle = environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
+    is_unsafe = _flag(environ, "MLFLOW_TRACKING_INSECURE_TLS")
     if is_unsafe and bundle is not None:
         raise StoreError(
             "MLFLOW_TRACKING_INSECURE_TLS and MLFLOW_TRACKING_SERVER_CERT_PATH are both set where "
             "this process runs; MLflow takes but one of them"
         )
-    return TLS(bundle or not is_unsafe, os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None)
+    return TLS(bundle or not is_unsafe, environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None)
 
 
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("true", "1")
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").lower() in ("true", "1")
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Tr
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
 from mlflow_ctx_autolog.log_ins import has_log_in
+from mlflow_ctx_autolog.spans.values import storable
 from mlflow_ctx_autolog.stores.mlflow_client import (
     ask,
     client_of,
@@ -164,9 +166,15 @@ def is_of_this_host(uri: str) -> bool:
 
 def span_record(span: Span, owner: str = "") -> Record:
     """Return a span as a record, whose payload is an OTLP message with that one span."""
+    message = span.to_otel_proto()
+    message.name = storable(message.name)
+    message.status.message = storable(message.status.message)
+    for attribute in message.attributes:
+        if attribute.value.WhichOneof("value") == "string_value":
+            attribute.value.string_value = storable(attribute.value.string_value)
     resource = ResourceSpans(
         resource=resource_to_otel_proto(getattr(span._span, "resource", None)),
-        scope_spans=[ScopeSpans(spans=[span.to_otel_proto()])],
+        scope_spans=[ScopeSpans(spans=[message])],
     )
     payload = TracesData(resource_spans=[resource]).SerializeToString()
     return Record("span", str(span.span_id), bytes(payload), owner)
@@ -201,7 +209,14 @@ _TAKES_RESOURCE = "resource" in inspect.signature(Span.from_otel_proto).paramete
 
 def trace_record(info: TraceInfo) -> Record:
     """Return what is known of a trace as a record."""
-    return Record("trace", str(info.trace_id), json.dumps(info.to_dict()).encode())
+    told = copy.copy(info)
+    for name in ("request_preview", "response_preview"):
+        if (text := getattr(info, name)) is not None:
+            setattr(told, name, storable(text))
+    for name in ("tags", "trace_metadata"):
+        texts = {key: storable(value) for key, value in getattr(info, name).items()}
+        setattr(told, name, texts)
+    return Record("trace", str(info.trace_id), json.dumps(told.to_dict()).encode())
 
 
 def otlp_record(span: Any, owner: str = "") -> Record:

@@ -7,10 +7,12 @@ import os
 import random
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.relay import driver_is_here, relay_bytes
 from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.spans.attributes import DEBUG
@@ -179,6 +181,9 @@ def _see_off(
     delivery.forget(task.span_id)
     if goes_home:
         _relay(task, delivery, counts, seconds, is_stored, silence)
+    elif _driver_collects(task, delivery):
+        # Though Spark takes nothing home.
+        delivery.release()
     elif not is_stored:
         warn_once(
             _logger,
@@ -237,11 +242,14 @@ def _relay(
         set_aside=counts.set_aside,
         root=None if task.span is None else root_of(task.context, task.span.start),
     )
-    batches = [_batch(receipt.to_json(), delivery, is_stored)]
+    partition = int(task_attributes().get("spark.partition.id", 0))
+    share = relay_bytes(task.context.max_result_bytes, partition)
+    is_taken_care_of = is_stored or _driver_collects(task, delivery)
+    batches = [_batch(receipt.to_json(), delivery, 0 if is_taken_care_of else share)]
     for other in worker_process().deliveries.all():
         # Left by workers that are gone, and only this driver can store it.
         if other is not delivery and _is_for_driver_of(task, other) and other.waiting:
-            batches.append(_batch(None, other, False))
+            batches.append(_batch(None, other, share))
     task.relay.add(batches)
 
 
@@ -250,7 +258,19 @@ def _is_for_driver_of(task: Task, delivery: Delivery) -> bool:
     return destination.tracking_uri is None and (destination.driver_id == task.context.process_id)
 
 
-def _batch(receipt: str | None, delivery: Delivery, is_stored: bool) -> Any:
+def _driver_collects(task: Task, delivery: Delivery) -> bool:
+    """Whether the driver takes from a directory what only it can store, at no cost to the job."""
+    if delivery.destination.tracking_uri is not None:
+        return False
+    directory = task.context.config.spool_directory
+    folder = None if directory is None else Path(directory)
+    return driver_is_here(folder, str(task.context.process_id))
+
+
+def _batch(receipt: str | None, delivery: Delivery, max_bytes: int) -> Any:
+    """Return what goes home with the task; the rest is left to the driver, or to later tasks."""
     destination = delivery.destination
-    records = [] if is_stored else [tuple(record[:3]) for record in delivery.take()]
+    records = [tuple(record[:3]) for record in delivery.take(max_bytes)] if max_bytes else []
+    if destination.tracking_uri is None:
+        delivery.release()
     return receipt, destination.tracking_uri, destination.experiment_id, records

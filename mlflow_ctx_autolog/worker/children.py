@@ -9,6 +9,7 @@ import secrets
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,9 @@ Answer = Callable[["Work | None", dict[str, Any]], Any]
 # Seconds that a child waits for its parent, which is on the same host, before it does without.
 _PATIENCE = 5.0
 _LONGEST_TOKEN = 100
+# Connections of this host that have not shown a token yet: how many there may be at once, and for
+# how many seconds each.
+_STRANGERS, _TIME_FOR_TOKEN = 32, 5.0
 
 
 class Parent:
@@ -170,14 +174,20 @@ class _Invitation:
 
 class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, children: Children) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.children = children
+        self.strangers = threading.BoundedSemaphore(_STRANGERS)
         self.port: int = self.server_address[1]
         threading.Thread(
             target=self.serve_forever, name="mlflow-ctx-autolog-children", daemon=True
         ).start()
+
+    def verify_request(self, *_: Any) -> bool:
+        """Let in only as many as may be without a token."""
+        return self.strangers.acquire(blocking=False)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Stay silent: children that go away are expected here."""
@@ -188,8 +198,24 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        token = self.rfile.readline(_LONGEST_TOKEN).decode("ascii", "replace").strip()
+        try:
+            token = self._token()
+        finally:
+            self.server.strangers.release()
         if self.server.children.admits(token):
             for line in self.rfile:
                 answer = self.server.children.answer(token, json.loads(line))
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+    def _token(self) -> str:
+        deadline = time.monotonic() + _TIME_FOR_TOKEN
+        token = b""
+        # Byte by byte, as what comes after it is read otherwise.
+        while len(token) < _LONGEST_TOKEN and (remaining := deadline - time.monotonic()) > 0:
+            self.connection.settimeout(remaining)
+            byte = self.connection.recv(1)
+            if byte in (b"", b"\n"):
+                break
+            token += byte
+        self.connection.settimeout(None)
+        return token.decode("ascii", "replace").strip()

@@ -64,8 +64,7 @@ class TraceRouter:
     def announce(self, task: Task) -> None:
         """Send the task's span ahead, so that what lies beneath it is never an orphan."""
         if task.span is not None and task.is_recorded:
-            if task.destination.tracking_uri is not None:
-                self._submit_all(task, self._actions.announce(task.context))
+            self._submit_all(task, self._actions.announce(task.context))
             self._send_ahead(task, task.content, task.span.snapshot())
 
     def close_action(self, task: Task, *, failed: bool) -> None:

@@ -93,7 +93,8 @@ def attach(
     """
     context = read_carrier(carrier)
     if redact is not None:
-        context = replace(context, config=replace(context.config, redact=redact))
+        # In child processes, which do not have the function, content is withheld then.
+        context = replace(context, redacts=True, config=replace(context.config, redact=redact))
     return _attached(context, name or sys._getframe(1).f_code.co_name)
 
 

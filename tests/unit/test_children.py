@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from mlflow_ctx_autolog import DriverContext
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task, Work
+from mlflow_ctx_autolog.worker import children as children_module
 from mlflow_ctx_autolog.worker.children import Children, Parent
 
 _parent: list[Parent] = []
@@ -120,3 +122,24 @@ def test_a_parent_that_is_gone_is_asked_once(family: Family) -> None:
     assert parent.ask({}) is None
     with socket.create_server(("127.0.0.1", port)):
         assert parent.ask({}) is None
+
+
+def test_strangers_cannot_use_up_threads_and_files(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a token there may be but a few connections at once, and for a moment each."""
+    monkeypatch.setattr(children_module, "_TIME_FOR_TOKEN", 0.5)
+    invitation = family.children.invite()
+    assert invitation is not None
+    before = threading.active_count()
+    strangers = [socket.create_connection(("127.0.0.1", invitation[0]), 60) for _ in range(100)]
+    for stranger in strangers[:10]:
+        # Who says something now and then has no more time.
+        stranger.sendall(b"0")
+    assert [stranger.recv(1) for stranger in strangers[40:]] == [b""] * 60
+    assert threading.active_count() <= before + 32
+
+    assert [stranger.recv(1) for stranger in strangers[:40]] == [b""] * 40
+    assert Parent(*invitation).ask({"n": 1}) == {"pid": os.getpid(), "n": 1}
+    for stranger in strangers:
+        stranger.close()

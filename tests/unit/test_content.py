@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import importlib
 import json
 import logging
 import re
+import types
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +16,7 @@ import mlflow
 import pytest
 from mlflow.entities import LiveSpan, Span
 from openai import APIStatusError, OpenAI
+from opentelemetry.trace import Link
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import exceptions
@@ -258,3 +263,117 @@ def test_attach_withholds_without_the_functions_of_the_driver(
     _, spans = read_trace(database, span.trace_id)
     (sent,) = [each for each in spans if each.name == "own"]
     assert (sent.inputs is not None) is (with_redact and not with_processor)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("error.message", SECRET), ("code.stacktrace", f"prompt={SECRET!r}")),
+        *(("gen_ai.request.messages", SECRET), ("gen_ai.response.text", SECRET)),
+        *(("gen_ai.agent.description", SECRET), ("process.command_line", "--password hunter2")),
+        *(("process.command_args", ("job.py", "hunter2")), ("url.full", "https://x/?q=Alice")),
+        *(("model", SECRET), ("mlflow.linkedPrompts", SECRET), ("db.statement", SECRET)),
+        *(("exception.message", "4111111111111111"), ("user_text", "4111111111111111")),
+        *(("patient", 4711), ("of.another.library", (SECRET,)), ("flag", True)),
+        *(("spark.note", SECRET), ("llm.note", SECRET), ("session.id", SECRET)),
+    ],
+)
+def test_what_is_not_known_as_a_fact_is_content(name: str, value: Any) -> None:
+    """By what may pass, not by what may not: a name that nobody has thought of does not."""
+    assert ContentPolicy(Config(capture_content=False)).attributes({name: value}) == {}
+    redacted = ContentPolicy(Config(), redact=lambda _: "[redacted]").attributes({name: value})
+    if not isinstance(value, (int, bool)):
+        assert redacted[name] == "[redacted]"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("mlflow.llm.model", '"gpt-4o"'), ("mlflow.chat.tokenUsage", '{"input_tokens": 3}')),
+        *(("gen_ai.usage.input_tokens", 7), ("gen_ai.response.finish_reasons", '["stop"]')),
+        *(("gen_ai.response.finish_reasons", ("stop",)), ("temperature", "0.5"), ("seed", 7)),
+        *(("server.address", "api.example.com"), ("http.response.status_code", 200)),
+        *(("llm.answer.chars", "120"), ("llm.reused_from", '"tr-1/ab"'), ("spark.rows.in", 3)),
+        *(("spark.task.outcome", "closed early"), ("annotation.note", SECRET)),
+        *(("exception.type", "openai.RateLimitError"), ("http.request.resend_count", "2")),
+        *(("spans.made", 3), ("linked.trace.id", "tr-1"), ("llm.cost.total", 0.5)),
+    ],
+)
+def test_facts_pass_and_annotations(name: str, value: Any) -> None:
+    for policy in (
+        ContentPolicy(Config(capture_content=False)),
+        ContentPolicy(Config(), redact=lambda _: "[redacted]"),
+    ):
+        assert policy.attributes({name: value}) == {name: value}
+
+
+def _mappings() -> dict[str, Any]:
+    from requests.structures import CaseInsensitiveDict
+
+    try:
+        httpx = importlib.import_module("httpx2")
+    except ImportError:
+        httpx = importlib.import_module("httpx")
+    headers = {"X-Tenant-Token": "planted-secret", "Authorization": "Bearer planted-secret"}
+    return {
+        "dict": headers,
+        "httpx.Headers": httpx.Headers(headers),
+        "CaseInsensitiveDict": CaseInsensitiveDict(headers),
+        "MappingProxyType": types.MappingProxyType(headers),
+        "UserDict": collections.UserDict(headers),
+    }
+
+
+@pytest.mark.parametrize("kind", list(_mappings()))
+@pytest.mark.parametrize("argument", ["extra_headers", "extra_query", "extra_body", "headers"])
+def test_log_ins_of_requests_are_not_sent_in_whatever_mapping(kind: str, argument: str) -> None:
+    """In the inputs and as an attribute of their own, as MLflow writes them."""
+    given = _mappings()[kind]
+    inputs = {"model": "m", "messages": [{"role": "user", "content": "hi"}], argument: given}
+    written = {"mlflow.spanInputs": _written(inputs), argument: _written(given)}
+    for policy in (ContentPolicy(Config()), ContentPolicy(Config(), redact=lambda value: value)):
+        sent = policy.attributes(written)
+        assert "planted-secret" not in json.dumps(sent)
+        assert "hi" in sent["mlflow.spanInputs"]
+
+
+def test_arguments_that_are_no_json_are_withheld_with_their_log_ins() -> None:
+    """MLflow writes them as Python shows them, which nobody can take apart safely."""
+    inputs = {"extra_body": {uuid.uuid4(): 1}, "extra_headers": {"Authorization": "planted-secret"}}
+    sent = ContentPolicy(Config()).attributes({"mlflow.spanInputs": _written(inputs)})
+    assert sent == {"mlflow.spanInputs": "[withheld]"}
+
+
+def test_what_is_sent_along_loses_only_its_log_ins() -> None:
+    body = {"api_key": "planted-secret", "auth": {"x-token": "planted-secret"}, "top_k": 3}
+    sent = ContentPolicy(Config()).attributes({"extra_body": json.dumps(body)})
+    expected = {"api_key": "[withheld]", "auth": {"x-token": "[withheld]"}, "top_k": 3}
+    assert json.loads(sent["extra_body"]) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"headers": {"Accept": "text/html"}}',
+        "{'authorization': 'see chapter 3'}",
+        "Which headers: does extra_headers= take?",
+    ],
+)
+def test_prompts_about_log_ins_are_prompts(content: str) -> None:
+    written = {"mlflow.spanInputs": _written({"messages": [{"content": content}]})}
+    assert ContentPolicy(Config()).attributes(written) == written
+
+
+def _written(value: Any) -> str:
+    from mlflow.tracing.utils import dump_span_attribute_value
+
+    return str(dump_span_attribute_value(value))
+
+
+def test_attributes_of_links_are_content(span: LiveSpan) -> None:
+    finished = snapshot(span)
+    assert finished is not None
+    context = finished._span.context
+    finished._span._links = (Link(context, {"note": SECRET, "gen_ai.request.model": "m"}),)
+    (link,) = filtered(finished, ContentPolicy(Config(capture_content=False)))._span.links
+    assert dict(link.attributes) == {"gen_ai.request.model": "m"}

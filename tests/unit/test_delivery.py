@@ -17,7 +17,11 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import Config
+from mlflow_ctx_autolog.delivery import intake as intake_module
+from mlflow_ctx_autolog.delivery import pacing as pacing_module
 from mlflow_ctx_autolog.delivery import sender as delivery_module
+from mlflow_ctx_autolog.delivery.intake import Intake
+from mlflow_ctx_autolog.delivery.pacing import Pacing
 from mlflow_ctx_autolog.delivery.recovery import Recovered, recover
 from mlflow_ctx_autolog.delivery.segments import Segment
 from mlflow_ctx_autolog.delivery.sender import Counts, Deliveries, Delivery
@@ -40,13 +44,15 @@ Settings = Callable[..., Config]
 class QuickToRetry(Delivery):
     """Pauses shortly after each failed attempt, so that tests see several."""
 
-    _first_pause = _longest_pause = 0.01
+    class _pacing_class(Pacing):  # noqa: N801 - takes its place
+        first_pause = longest_pause = 0.01
 
 
 class SlowToRetry(Delivery):
     """Does not try again by itself within a test."""
 
-    _first_pause = _longest_pause = 3600.0
+    class _pacing_class(Pacing):  # noqa: N801 - takes its place
+        first_pause = longest_pause = 3600.0
 
 
 class QuickToGiveUp(SlowToRetry):
@@ -308,7 +314,8 @@ def test_spans_that_a_hanging_disk_has_no_room_for_are_lost(
     """While the disk hangs, memory is bounded: spans beyond it are lost, and nobody waits long."""
 
     class Impatient(Delivery):
-        _patience_without_room = 0.05
+        class _intake_class(Intake):  # noqa: N801 - takes its place
+            patience_without_room = 0.05
 
     delivery = Impatient(A, store, settings(max_waiting_bytes=1_000_000))
     disk.hold_up(delivery, span(0, size=400_000))
@@ -487,7 +494,7 @@ def test_interval_starts_anew_with_the_next_task(store: Store, settings: Setting
     """After a flush the first span is sent soon again, however long the last task was."""
     delivery = Delivery(A, store, settings(send_interval=0.01))
     # A minute, after so many batches.
-    delivery._batches = 16
+    delivery._pacing._batches = 16
     delivery.submit(span(0))
     threading.Event().wait(0.1)
     assert store.attempts == 0
@@ -509,7 +516,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(delivery_module, "time", clock)
+    for module in (delivery_module, intake_module, pacing_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -622,6 +630,41 @@ def test_spool_is_made_by_the_settings_of_the_day(
     assert spool_files(spools) == []
     assert delivery.flush(LONG)
     assert store.stored == names(3)
+
+
+def test_ends_of_tasks_share_a_request(store: Store, settings: Settings) -> None:
+    """What they have made is sent soon, however long the process has lasted, and together."""
+    delivery = Delivery(A, store, settings(send_interval=0.3))
+    # A minute, after so many batches.
+    delivery._pacing._batches = 16
+    for task in range(5):
+        delivery.submit(span(task, "task"))
+        delivery.send_soon()
+    assert store.attempts == 0
+    store.wait_for(lambda: store.stored == names(5))
+    assert store.attempts == 1
+
+    delivery.submit(span(5))
+    threading.Event().wait(0.5)
+    assert store.attempts == 1
+    delivery.send_soon()
+    store.wait_for(lambda: store.attempts == 2)
+
+
+def test_an_empty_file_is_removed_without_a_flush(
+    store: Store, settings: Settings, spools: Path
+) -> None:
+    """By a process that lives on and has nothing more to send."""
+
+    class Tidy(Delivery):
+        _linger = 0.05
+
+    delivery = Tidy(A, store, settings(send_interval=0.01))
+    delivery.submit(span(0))
+    store.wait_for(lambda: store.stored == ["0"])
+    until(lambda: list(spools.iterdir()) == [])
+    delivery.submit(span(1))
+    store.wait_for(lambda: store.stored == ["0", "1"])
 
 
 def test_flush_of_nothing_does_not_hurry_what_comes_later(store: Store, unhurried: Config) -> None:
@@ -1097,7 +1140,7 @@ def test_spans_beyond_the_room_are_counted_as_lost(
 
     for record in spans(names(6), "task", size=400_000):
         delivery.submit(record)
-        until(lambda: not delivery._incoming)
+        until(lambda: delivery._intake.pending == 0)
 
     assert (delivery.waiting, delivery.lost) == (2, 4)
     assert delivery.counts("task") == Counts(made=6, delivered=0, lost=4)
@@ -1118,7 +1161,7 @@ def test_spool_takes_what_memory_does_not(store: Store, settings: Settings, spoo
     store.hang()
     delivery = Delivery(A, store, settings(max_waiting_bytes=1_000_000))
     delivery.submit_all(spans(names(30), size=200_000))
-    until(lambda: not delivery._incoming)
+    until(lambda: delivery._intake.pending == 0)
 
     assert (delivery.waiting, delivery.lost) == (30, 0)
     assert sum(path.stat().st_size for path in spools.iterdir()) > 30 * 200_000
@@ -1261,7 +1304,7 @@ def test_later_record_replaces_one_that_waits(store: Store, unhurried: Config) -
     """Of an announced span that ends while its announcement waits, only the end is sent."""
     delivery = Delivery(A, store, unhurried)
     delivery.submit(Record("span", "a", b"open"))
-    until(lambda: not delivery._incoming)
+    until(lambda: delivery._intake.pending == 0)
     delivery.submit(Record("span", "a", b"ended", "task"))
 
     assert delivery.flush(LONG)
@@ -1293,7 +1336,7 @@ def test_record_that_is_replaced_on_its_way_is_sent_again(store: Store, settings
     delivery.submit(Record("span", "a", b"open"))
     store.wait_for(lambda: store.attempts == 1)
     delivery.submit(Record("span", "a", b"ended"))
-    until(lambda: not delivery._incoming)
+    until(lambda: delivery._intake.pending == 0)
     store.answer()
 
     assert delivery.flush(LONG)
@@ -1387,7 +1430,7 @@ def test_forked_child_starts_empty(store: Store, settings: Settings, spools: Pat
     delivery = Delivery(A, send, settings(batch_size=1))
     submit_all(delivery, spans(["parent 1", "parent 2"], "task"))
     store.wait_for(lambda: store.attempts == 1)
-    until(lambda: not delivery._incoming)
+    until(lambda: delivery._intake.pending == 0)
     assert delivery.waiting == 2
 
     read_end, write_end = os.pipe()
@@ -1457,7 +1500,7 @@ def test_all_that_waits_is_taken(store: Store, settings: Settings) -> None:
     )
     records = spans(names(100), size=100_000)
     delivery.submit_all(records)
-    until(lambda: not delivery._incoming)
+    until(lambda: delivery._intake.pending == 0)
 
     assert delivery.lost == 0
     assert sorted(delivery.take()) == sorted(records)
@@ -1470,7 +1513,7 @@ def test_batch_on_its_way_may_arrive_though_taken(store: Store, settings: Settin
     delivery = Delivery(A, store, settings(batch_size=2))
     submit_all(delivery, spans(names(4)))
     store.wait_for(lambda: store.attempts == 1)
-    until(lambda: not delivery._incoming)
+    until(lambda: delivery._intake.pending == 0)
 
     assert delivery.take() == spans(names(4))
     assert delivery.waiting == 0

@@ -22,11 +22,12 @@ import pytest
 from opentelemetry import context as otel_context
 
 from mlflow_ctx_autolog.delivery.records import Destination, Record
-from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.exceptions import CtxAutologWarning, StoreError
 from mlflow_ctx_autolog.stores import otlp, tracking_server
 from mlflow_ctx_autolog.stores import sending as sending_module
 from mlflow_ctx_autolog.stores.http import TLS, exchange
 from mlflow_ctx_autolog.stores.sending import needs_mlflow, send
+from mlflow_ctx_autolog.stores.tracking_server import redirect_of
 
 SPAN = Record("span", "a", b"\x0a\x00")
 TRACE = Record("trace", "tr-1", json.dumps({"trace_id": "tr-1"}).encode())
@@ -60,6 +61,9 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
+
+    def do_GET(self) -> None:
+        self.do_POST()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -257,6 +261,15 @@ def test_the_log_in_is_mlflows(
     assert ours["host"] == theirs["host"]
 
 
+def test_the_log_in_may_be_one_that_a_task_has_had(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its variables are no more in the environment as its spans are sent."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "of the process")
+    send(to(server), [SPAN], {"MLFLOW_TRACKING_TOKEN": "of-the-task"})
+    assert server.requests[0][1]["authorization"] == "Bearer of-the-task"
+
+
 def test_a_token_with_a_line_break_is_told_of_and_not_told(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +463,27 @@ def test_a_redirect_is_not_followed_and_its_target_named(server: Server, status:
     assert caught.value.redirect == "https://other.example/base/v1/traces"
     assert not caught.value.refused
     assert len(server.requests) == 1
+
+
+def test_enable_names_where_a_server_sends_to(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the form in which it can be set, and without the log-in."""
+    from mlflow_ctx_autolog.driver import handover
+
+    server.status, server.headers = 301, {"Location": "https://other.example/base/version"}
+    assert redirect_of(server.uri) == "https://other.example/base"
+    uri = server.uri.replace("//", "//bob:planted-secret@")
+    monkeypatch.setattr(handover.store, "current_tracking_uri", lambda: uri)
+    with pytest.warns(CtxAutologWarning, match="sends to https://other.example/base,") as caught:
+        handover.warn_of_old_store()
+    assert "set_tracking_uri('https://other.example/base')" in str(caught[0].message)
+    assert "planted-secret" not in str(caught[0].message)
+
+    server.status, server.headers = 200, {}
+    assert redirect_of(server.uri) is None
+    assert redirect_of("http://127.0.0.1:9") is None
+    assert redirect_of("sqlite:////tmp/x.db") is None
 
 
 @pytest.mark.parametrize(

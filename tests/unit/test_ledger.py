@@ -665,8 +665,7 @@ def test_a_loss_is_that_of_its_trace(book: Ledger, database: Destination) -> Non
     with mlflow.start_span("driver"):
         ctx_autolog.capture()
     delivery = book._deliveries.to(database)
-    with delivery._lock:
-        delivery._lose([Record("span", "0123456789abcdef", b"of another trace")])
+    delivery._lose([Record("span", "0123456789abcdef", b"of another trace")])
 
     assert ctx_autolog.receipt().complete
 
@@ -729,10 +728,10 @@ def test_other_settings_lose_no_span(
     spool, writing, written = delivery._spool, threading.Event(), threading.Event()
     add = spool.add
 
-    def slow(records: Sequence[Record]) -> list[Record]:
+    def slow(records: Sequence[Record], patience: float) -> list[Record] | None:
         writing.set()
         assert written.wait(60)
-        return add(records)
+        return add(records, patience)
 
     monkeypatch.setattr(spool, "add", slow)
     with mlflow.start_span("driver") as root:

@@ -20,6 +20,9 @@ from mlflow.entities.trace_location import TraceLocation
 from mlflow.entities.trace_state import TraceState
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 
+from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery.pacing import Pacing
+from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.stores import tracking_store as store
@@ -382,3 +385,26 @@ def test_records_without_any_address_go_to_mlflows_store(
     assert send_to(None, Destination(None, "0"), records_of(spans)) == database
     _, stored = store.read_trace(database, spans[0].trace_id)
     assert len(stored) == 2
+
+
+def test_a_span_that_the_database_fails_over_keeps_no_other_away(
+    database: Destination, spans: list[Span], spools: Path
+) -> None:
+    """It is set aside, and the others are stored."""
+    with mlflow.start_span("poison") as poison:
+        # Of which MLflow's store cannot make a sum.
+        poison.set_attribute("mlflow.chat.tokenUsage", {"input_tokens": "many"})
+    with pytest.raises(StoreError) as caught:
+        send(database, [store.span_record(poison.to_immutable_span())])
+    assert caught.value.refused or caught.value.failed
+
+    class Quick(Delivery):
+        class _pacing_class(Pacing):  # noqa: N801 - takes its place
+            first_pause = 0.01
+
+    delivery = Quick(database, send, Config(spool_directory=str(spools)))
+    delivery.submit_all([store.span_record(poison.to_immutable_span()), *records_of(spans)])
+    assert delivery.flush(30)
+    assert (delivery.delivered, delivery.set_aside) == (2, 1)
+    _, stored = store.read_trace(database, spans[0].trace_id)
+    assert sorted(span.name for span in stored) == ["away", "driver"]
