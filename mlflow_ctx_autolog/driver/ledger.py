@@ -270,10 +270,9 @@ class Ledger:
             if info.trace_metadata.get(TRACE_KEY) != record.key:
                 # That of a task, whose root stands for a span elsewhere.
                 continue
-            for span in records:
-                if span.kind == "span" and record.key.endswith((root := _decoded(span)).trace_id):
-                    if root.parent_id is None:
-                        self._open_action(root, info)
+            for root in (_decoded(each) for each in records if each.kind == "span"):
+                if root.parent_id is None and root.mlflow_trace_id == record.key:
+                    self._open_action(root, info)
 
     def _open_action(self, root: SpanRecord, info: Any) -> None:
         table = span_table()
