@@ -11,7 +11,8 @@ RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_H
 RUN_TESTS = $(RUN) export JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1;
 
 .PHONY: setup demo test test-slow coverage test-unit matrix oldest lint format \
-	bench bench-quick bench-setup faults coverage-table no-traces-page clean
+	bench bench-quick bench-setup faults coverage-table no-traces-page \
+	settings-page docs clean
 
 setup: .venv/library
 
@@ -95,9 +96,12 @@ faults: setup
 coverage-table: setup
 	$(BIN)/python tests/support/coverage_table.py
 
-# From what the checks of doctor() say of themselves.
+# From what the checks of doctor() say of themselves, and from the definition of the settings.
 no-traces-page: setup
 	@$(BIN)/python tools/no_traces_page.py
+
+settings-page: setup
+	@$(BIN)/python tools/settings_page.py
 
 clean:
 	rm -rf .venv .nox .demo build dist *.egg-info

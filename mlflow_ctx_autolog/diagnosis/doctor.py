@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlflow_ctx_autolog import autolog, tracing
+from mlflow_ctx_autolog.arguments import check_spark, check_url
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.spool import Destination, without_credentials
 from mlflow_ctx_autolog.diagnosis import probe
@@ -130,8 +131,11 @@ def doctor(spark: Any = None, *, model_url: str | None = None) -> Diagnosis:
         A table of findings: print it, show it in a notebook, or read ``failures``.
 
     Raises:
-        ValueError: A ``MLFLOW_CTX_AUTOLOG_*`` variable cannot be read.
+        TypeError: That is no session, or no address.
+        ValueError: That is no address, or a ``MLFLOW_CTX_AUTOLOG_*`` variable cannot be read.
     """
+    check_spark("spark", spark)
+    check_url("model_url", model_url)
     session = spark_api.active_session() if spark is None else spark
     return diagnose(session, model_url=model_url, has_active_span=tracing.has_active_span())
 

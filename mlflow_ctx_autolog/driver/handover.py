@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from mlflow_ctx_autolog import tracing, versions
+from mlflow_ctx_autolog.arguments import check_function, check_number, check_spark, check_type
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
+from mlflow_ctx_autolog.delivery.spool import without_credentials
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.ledger import Ledger
@@ -215,7 +217,11 @@ def describe_transport() -> str:
         UnsupportedStoreError: They cannot.
     """
     uri, reason = transport()
-    way = "with the task to the driver, which stores them" if uri is None else "from the workers"
+    if uri is None:
+        place = without_credentials(store.current_tracking_uri())
+        way = f"with the task to the driver, which stores them in {place}"
+    else:
+        way = f"from the workers to {uri}"
     return f"Spans travel {way}: {reason}."
 
 
@@ -342,6 +348,7 @@ def flush(timeout: float = 30.0) -> bool:
         Whether everything that had finished is stored. What the driver's own code traces is
         MLflow's to flush, with ``mlflow.flush_trace_async_logging()``.
     """
+    check_number("timeout", timeout, "seconds, at least 0")
     deadline = time.monotonic() + timeout
     own = process.flush(timeout)
     return driver.ledger.flush(max(0.0, deadline - time.monotonic())) and own
@@ -361,11 +368,21 @@ def receipt(trace_id: str | None = None, timeout: float | None = None) -> Receip
         timeout: Seconds to wait at most for what is on its way; by default ``flush_timeout``.
 
     Raises:
-        KeyError: The trace was not handed to Spark by this process.
+        ValueError: The trace was not handed to Spark by this process.
+        TypeError: An argument is of the wrong type.
         IncompleteTraceError: With ``strict=True``, the store does not have all spans.
     """
+    takes = "the id of a trace that this process has handed to Spark, or None for the last one"
+    check_type("trace_id", trace_id, (str, type(None)), takes)
     seconds = settings().flush_timeout if timeout is None else timeout
-    found = driver.ledger.receipt(trace_id, seconds)
+    check_number("timeout", seconds, "seconds, at least 0, or None for flush_timeout")
+    try:
+        found = driver.ledger.receipt(trace_id, seconds)
+    except KeyError:
+        raise ValueError(
+            f"trace_id={trace_id!r} is not known here; receipt() takes {takes}. Of any trace in "
+            "the store, report() tells."
+        ) from None
     if settings().strict and not found.complete:
         raise IncompleteTraceError(driver.ledger.explain(found), found)
     return found
@@ -391,9 +408,17 @@ def broadcast(spark: Any = None) -> Any:
         :class:`DriverContext`; on Spark Connect, which has no broadcasts, that text itself.
 
     Raises:
+        TypeError: That is no session.
+        ValueError: None is active.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
+    check_spark("spark", spark)
     session = spark_api.active_session() if spark is None else spark
+    if session is None:
+        raise ValueError(
+            "spark=None stands for the active Spark session, and none is active; start one, or "
+            "pass it. Without Spark, capture().to_json() is a carrier."
+        )
     context = _capture(session, receipts_come_home=False)
     if context.tracking_uri is None:
         raise UnsupportedStoreError(
@@ -417,8 +442,11 @@ def traced(function: F, spark: Any = None) -> F:
         spark: A Spark session; the active one by default.
 
     Raises:
+        TypeError: That is no function, or no session.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
+    check_function("function", function)
+    check_spark("spark", spark)
     # A module that wraps at import is imported on the workers, too.
     if in_spark_task() or spark_api.carries(function) or not tracing.is_on():
         return function
