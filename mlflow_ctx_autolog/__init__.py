@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.config import Config
     from mlflow_ctx_autolog.context import DriverContext
     from mlflow_ctx_autolog.delivery.receipts import Receipt
-    from mlflow_ctx_autolog.diagnosis.doctor import Diagnosis, doctor
+    from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
+    from mlflow_ctx_autolog.diagnosis.doctor import doctor
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
     from mlflow_ctx_autolog.reporting.call_report import CallReport, report
@@ -73,7 +74,7 @@ __all__ = [
 _LAZY = {
     "CallReport": "reporting.call_report",
     "Config": "config",
-    "Diagnosis": "diagnosis.doctor",
+    "Diagnosis": "diagnosis.diagnosis",
     "DriverContext": "context",
     "Handle": "autolog",
     "Receipt": "delivery.receipts",
