@@ -113,7 +113,8 @@ def doctor(
 ) -> int:
     """Find out what makes traces go missing.
 
-    On this host, on the workers and in the store. Run it where the driver would run. It takes less than a minute and spends no token.
+    On this host, on the workers and in the store. Run it where the driver would run. It takes less
+    than a minute and spends no token.
 
     \b
     Examples:

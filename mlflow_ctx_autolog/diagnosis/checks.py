@@ -43,6 +43,7 @@ VARIABLES = (
 SPARK_SETTINGS = (
     "spark.decommission.enabled",
     "spark.dynamicAllocation.enabled",
+    "spark.python.daemon.module",
     "spark.python.worker.reuse",
     "spark.speculation",
     "spark.task.maxFailures",
@@ -279,12 +280,15 @@ def there_is_a_store(subject: Subject) -> Verdict | None:
     "Workers run Python functions",
     where="job",
     advice="Read what Spark says. Most often the workers have another Python than the driver: set "
-    "PYSPARK_PYTHON to the same one on all nodes.",
+    "PYSPARK_PYTHON to the same one on all nodes. Where it is the daemon that does not start, the "
+    "module that spark.python.daemon.module names is not installed there.",
 )
 def workers_answer(subject: Subject) -> Verdict | None:
     """Without it, no job with Python functions runs at all, whether traced or not."""
     if subject.facts.workers_error is not None:
-        return _failed(f"no worker answered: {subject.facts.workers_error}")
+        daemon = (subject.facts.spark or {}).get("spark.python.daemon.module")
+        forked = f" (spark.python.daemon.module={daemon})" if daemon else ""
+        return _failed(f"no worker answered{forked}: {subject.facts.workers_error}")
     if subject.facts.workers is None:
         return Verdict("unknown", "there is no Spark session to ask them by")
     hosts = sorted({str(worker["host"]) for worker in subject.facts.workers})

@@ -138,6 +138,7 @@ class Driver:
                 the driver.
         """
         self._session = session
+        spark_api.tell_daemons_of(session)
         self.executed_plans.watch(session)
         self._functions.add(name or spark_api.name_of(function))
         way_home = spark_api.way_home(session, self.ledger.receive)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlflow_ctx_autolog.driver.daemon_path import tell_daemons
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.worker.spark_task import CONTEXT_PROPERTY
 
@@ -46,6 +47,7 @@ __all__ = [
     "setting",
     "settings_of",
     "started_session",
+    "tell_daemons_of",
     "way_home",
 ]
 
@@ -430,8 +432,9 @@ def _worker_importer() -> Callable[[], Any]:
             raise ImportError(
                 "mlflow-ctx-autolog cannot be imported on the Spark worker "
                 f"{socket.gethostname()} by {sys.executable}: {error}. Install it on every "
-                "node of the cluster (pip install mlflow-ctx-autolog), or call "
-                "mlflow_ctx_autolog.disable() on the driver."
+                "node of the cluster (pip install mlflow-ctx-autolog); or send it along, "
+                "spark-submit --py-files mlflow_ctx_autolog.zip, which is its wheel by another "
+                "name; or call mlflow_ctx_autolog.disable() on the driver."
             ) from error
         return worker
 
@@ -547,6 +550,12 @@ def session_of(receiver: Any) -> Any:
     return getattr(receiver, "__dict__", {}).get("ctx") or active_session()
 
 
+def tell_daemons_of(spark: Any) -> None:
+    """See :func:`~mlflow_ctx_autolog.driver.daemon_path.tell_daemons`."""
+    if (context := _spark_context(spark)) is not None:
+        tell_daemons(context)
+
+
 def application_id(spark: Any) -> str | None:
     """Return Spark's application id; None where the session does not tell."""
     context = _spark_context(spark)
@@ -652,6 +661,7 @@ def run_on_workers(
     from pyspark import cloudpickle
     from pyspark.sql.functions import udf
 
+    tell_daemons_of(spark)
     if tasks is None:
         context = _spark_context(spark)
         at_once = _TASKS_ON_CONNECT if context is None else int(context.defaultParallelism)
