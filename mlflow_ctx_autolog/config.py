@@ -198,7 +198,7 @@ class Config:
             the job on their host so far) and a percentage of the others, joined by ``+``, as
             ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
-            with what tokens, cost, errors and repeats. Needs tqdm.
+            with what tokens, cost, errors and repeats.
 
     Raises:
         ValueError: A value is outside its range; the message names it and the range.
