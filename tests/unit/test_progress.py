@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +30,8 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+    # pytest sets its own anew before the test begins.
+    monkeypatch.setattr(progress_module, "sys", SimpleNamespace(stderr=terminal, modules={}))
     return terminal
 
 
