@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import readme
 
-from mlflow_ctx_autolog.testing import TrackingServer
-
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +101,7 @@ def installed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Row, Envi
 
 @pytest.mark.timeout(900)
 def test_the_install_line_leads_to_a_trace(
-    installed: tuple[Row, Environment], server: TrackingServer, experiment_id: str
+    installed: tuple[Row, Environment], request: pytest.FixtureRequest
 ) -> None:
     """With MLflow's own store where it has one; else enable() says what is missing, and how."""
     row, environment = installed
@@ -114,8 +112,11 @@ def test_the_install_line_leads_to_a_trace(
         told = environment.run("-c", enable)
         assert "no tracking store: the tracking URI is sqlite:" in told.stderr
         assert "pip install mlflow" in told.stderr
-    store = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_ID": experiment_id}
-    run = environment.run("job.py", **({} if row.has_store else store))
+    store = {}
+    if not row.has_store:
+        store["MLFLOW_EXPERIMENT_ID"] = request.getfixturevalue("experiment_id")
+        store["MLFLOW_TRACKING_URI"] = request.getfixturevalue("server").uri
+    run = environment.run("job.py", **store)
 
     assert run.returncode == 0, run.stderr[-5000:]
     assert STORED in run.stdout.splitlines()
