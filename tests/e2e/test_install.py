@@ -69,7 +69,7 @@ class Environment:
             env=kept,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=500,
             check=False,
         )
 
@@ -92,14 +92,14 @@ def installed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Row, Envi
     python = prefix / "bin" / "python"
     install = installer(python)
     if row.alone:
-        subprocess.run([*install, "--no-deps", str(wheel)], check=True, timeout=250)
-        subprocess.run([*install, *row.packages], check=True, timeout=250)
+        subprocess.run([*install, "--no-deps", str(wheel)], check=True, timeout=500)
+        subprocess.run([*install, *row.packages], check=True, timeout=500)
     else:
-        subprocess.run([*install, f"{wheel}{row.extra}", *row.packages], check=True, timeout=250)
+        subprocess.run([*install, f"{wheel}{row.extra}", *row.packages], check=True, timeout=500)
     return row, Environment(python, folder)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_the_install_line_leads_to_a_trace(
     installed: tuple[Row, Environment], request: pytest.FixtureRequest
 ) -> None:
