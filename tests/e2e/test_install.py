@@ -38,7 +38,7 @@ class Row:
 # What a cluster has.
 SPARK = ("pyspark", "pyarrow", "pandas<3")
 # What mlflow-tracing comes without, though the library asks for it.
-BESIDES = ("openai", "click", "requests", "opentelemetry-sdk")
+BESIDES = ("openai", "click", "opentelemetry-sdk")
 ROWS = {
     "local, pyspark 3.5": Row(
         ("pyspark==3.5.*", "pandas<2.3", "numpy<2"), extra="[local]", has_store=True
