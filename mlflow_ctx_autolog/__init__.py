@@ -17,24 +17,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mlflow_ctx_autolog.exceptions import (
-    BudgetExceeded,
-    CarrierError,
-    CtxAutologError,
-    CtxAutologWarning,
-    DiagnosisError,
-    IncompleteTraceError,
-    UnsupportedStoreError,
-    UnsupportedVersionError,
-)
-
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
     from mlflow_ctx_autolog.config import Config
     from mlflow_ctx_autolog.context import DriverContext
     from mlflow_ctx_autolog.delivery.receipts import Receipt
-    from mlflow_ctx_autolog.diagnosis.doctor import Diagnosis, doctor
+    from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
+    from mlflow_ctx_autolog.diagnosis.doctor import doctor
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
+    from mlflow_ctx_autolog.exceptions import (
+        BudgetExceeded,
+        CarrierError,
+        CtxAutologError,
+        CtxAutologWarning,
+        DiagnosisError,
+        IncompleteTraceError,
+        UnsupportedStoreError,
+        UnsupportedVersionError,
+    )
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
     from mlflow_ctx_autolog.reporting.call_report import CallReport, report
     from mlflow_ctx_autolog.worker.runner import attach
@@ -73,12 +73,20 @@ __version__ = "0.1.0"
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow, or time, is therefore imported on first use.
 _LAZY = {
+    "BudgetExceeded": "exceptions",
     "CallReport": "reporting.call_report",
+    "CarrierError": "exceptions",
     "Config": "config",
-    "Diagnosis": "diagnosis.doctor",
+    "CtxAutologError": "exceptions",
+    "CtxAutologWarning": "exceptions",
+    "Diagnosis": "diagnosis.diagnosis",
+    "DiagnosisError": "exceptions",
     "DriverContext": "context",
     "Handle": "autolog",
+    "IncompleteTraceError": "exceptions",
     "Receipt": "delivery.receipts",
+    "UnsupportedStoreError": "exceptions",
+    "UnsupportedVersionError": "exceptions",
     "annotate": "model_calls.annotations",
     "attach": "worker.runner",
     "broadcast": "driver.handover",
@@ -103,4 +111,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # What completion shows; modules that were imported are attributes, too, and nobody's business.
+    return __all__

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from mlflow_ctx_autolog import versions
-from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.arguments import check_type
+from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Propagation, Transport, kinds
 from mlflow_ctx_autolog.diagnosis.checks import Facts, examine
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.handover import (
@@ -19,7 +21,7 @@ from mlflow_ctx_autolog.driver.handover import (
     warn,
     warn_of_old_store,
 )
-from mlflow_ctx_autolog.exceptions import DiagnosisError
+from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
@@ -27,7 +29,7 @@ from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 __all__ = ["Handle", "disable", "enable", "switch_on"]
 
 _logger = logging.getLogger(__name__)
-_lock = threading.Lock()
+_lock = threading.RLock()
 _openai_calls = OpenAICalls(
     only_in_tasks=False,
     propagates_headers=lambda: settings().propagate_headers,
@@ -36,10 +38,28 @@ _openai_calls = OpenAICalls(
 
 
 class Handle:
-    """What :func:`enable` returns. As a context manager, it undoes that call on leaving."""
+    """What :func:`enable` returns. As a context manager, it restores on leaving what was before.
 
-    def __init__(self, before: Config | None) -> None:
+    Shown, it says in a line what is on, where spans go, and why.
+    """
+
+    def __init__(self, before: Config | None, *, in_task: bool = False) -> None:
         self._before = before
+        self._in_task = in_task
+
+    def __repr__(self) -> str:
+        if self._in_task:
+            return "<mlflow-ctx-autolog: in a Spark task, which has its context from the driver>"
+        config = driver.config
+        if config is None:
+            return "<mlflow-ctx-autolog: off>"
+        try:
+            told = describe_transport()
+        except UnsupportedStoreError as error:
+            told = str(error)
+        own = config.differences(Config())
+        settings = "; ".join(f"{name}={value}" for name, (value, _) in own.items())
+        return f"<mlflow-ctx-autolog: on. {told}{settings and f' Settings: {settings}.'}>"
 
     def __enter__(self) -> Handle:
         return self
@@ -50,6 +70,8 @@ class Handle:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._in_task:
+            return
         try:
             # Not instead of an exception that is on its way.
             if kind is None:
@@ -62,40 +84,130 @@ class Handle:
                 switch_on(self._before)
 
 
-def enable(config: Config | None = None, **settings: Any) -> Handle:
+def enable(
+    config: Config | None = None,
+    *,
+    reset: bool = False,
+    flush_timeout: float = UNCHANGED,
+    batch_size: int = UNCHANGED,
+    send_interval: float = UNCHANGED,
+    spool_directory: str | None = UNCHANGED,
+    spool_max_bytes: int = UNCHANGED,
+    max_waiting_bytes: int = UNCHANGED,
+    strict: bool = UNCHANGED,
+    transport: Transport = UNCHANGED,
+    propagation: Propagation = UNCHANGED,
+    capture_content: bool = UNCHANGED,
+    max_content_chars: int | None = UNCHANGED,
+    redact: Callable[[Any], Any] | None = UNCHANGED,
+    propagate_headers: bool = UNCHANGED,
+    join_trace: bool = UNCHANGED,
+    forward_env: Sequence[str] = UNCHANGED,
+    max_calls: int | None = UNCHANGED,
+    max_cost: float | None = UNCHANGED,
+    max_repeats: int | None = UNCHANGED,
+    prices: Mapping[str, Price] = UNCHANGED,
+    max_spans_per_trace: int | None = UNCHANGED,
+    sampling: str | None = UNCHANGED,
+    progress: bool = UNCHANGED,
+) -> Handle:
     """Trace the OpenAI calls of Spark workers under the driver's trace. Call it on the driver.
 
     From then on:
 
     - MLflow's OpenAI autolog is on, on the driver and, while they run a function handed to
       Spark, on the workers.
-    - A function handed to Spark carries the trace context of that moment. Each attempt of a task
-      that runs it is a span below the driver's active span, and each call a span below that.
+    - Each attempt of a task that runs such a function is a span below the driver's, and each call
+      a span below that.
     - At the end of each task, its spans are in the tracking store.
 
     What it finds wrong on the driver, such as tracing that is switched off, is one warning.
-    Calling it again changes the settings and nothing else. It may be used as a context manager
+    Calling it again changes the settings that it names and nothing else, and the log says at INFO
+    what they were; what a budget has counted stays counted. It may be used as a context manager
     that restores what was before. On a worker it does nothing: the context arrives there by
     itself.
 
+    The first call begins with the defaults, which ``MLFLOW_CTX_AUTOLOG_*`` variables can set.
+    Ranges and details of each setting are those of :class:`Config`.
+
     Args:
-        config: All settings at once; by default, those of the environment.
-        **settings: Single settings, by the names of :class:`Config`'s fields; they win.
+        config: All settings at once: it names every one of its fields.
+        reset: Begin with the defaults again, rather than with the settings in force.
+        flush_timeout: Seconds that the end of a task waits at most for its spans to be stored.
+        batch_size: Spans sent in one request at most. 1 to 10,000.
+        send_interval: Seconds that a finished span waits at most for company before it is sent
+            while its task still runs.
+        spool_directory: Where a process keeps, on its own disk, finished spans that are not stored
+            yet; by default a private one among the host's temporary files.
+        spool_max_bytes: Size at most of the file that one process keeps there; 0 for none.
+        max_waiting_bytes: Finished spans that one process keeps in memory at most, where the spool
+            has no room; beyond it, new ones are counted as lost.
+        strict: Raise on the driver, from :func:`~mlflow_ctx_autolog.receipt`,
+            :func:`~mlflow_ctx_autolog.disable` and on leaving ``with enable():``, when the store
+            does not have all spans that were made, and from :func:`~mlflow_ctx_autolog.enable`,
+            when something on the driver is wrong; otherwise this is one warning.
+        transport: How spans reach the store: ``"direct"`` from the workers; ``"driver"``: they come
+            home with the task, and the driver stores them; ``"otlp"``: from the workers to the
+            endpoint that ``OTEL_EXPORTER_OTLP_ENDPOINT`` names; ``"auto"``: as MLflow on the driver
+            does it, directly where the store takes spans from other processes at an address that
+            they can reach, else by way of the driver.
+        propagation: How tasks learn which span their calls belong to: ``"auto"``: by a local
+            property of Spark's (on Spark Connect, a tag of the operation) that names the span
+            active where the action runs, so that plans are the same under each span;
+            ``"broadcast"``: by the broadcast that each function takes along, one for each span, for
+            platforms that hide properties and tags from tasks.
+        capture_content: Whether spans hold prompts, answers and other texts, or only what happened:
+            model, tokens, cost, times, outcome.
+        max_content_chars: Characters at most of each text in them; None for no limit.
+        redact: Returns what may be sent of some content, called with each span's inputs, outputs,
+            and other texts, as dictionaries, lists and texts; None withholds it.
+        propagate_headers: Whether MLflow may send a ``traceparent`` header along with model calls,
+            so that the endpoint can trace them as well.
+        join_trace: Make the span that the variable ``TRACEPARENT`` names, as an orchestrator sets
+            it for what it starts, the parent of what this process traces: of what is traced in the
+            execution context in which :func:`~mlflow_ctx_autolog.enable` is called.
+        forward_env: Names of environment variables of the driver that tasks get as well, with their
+            values at the time a function is handed to Spark, in its broadcast.
+        max_calls: Requests to models that one job, which is one trace of the driver, may make.
+        max_cost: The same in US dollars, of the answers that have come.
+        max_repeats: The same for requests that were made before in the same job.
+        prices: US dollars for a million input and a million output tokens, by model, where MLflow
+            does not know them.
+        max_spans_per_trace: Spans below its tasks that the driver's trace takes, shared out among
+            the hosts of Spark's executors.
+        sampling: Which calls are stored, decided as they end: ``errors``, ``slow`` (the slowest of
+            the job on their host so far) and a percentage of the others, joined by ``+``, as
+            ``"errors+slow+5%"``.
+        progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
+            with what tokens, cost, errors and repeats.
 
     Raises:
-        ValueError: A setting is unknown or out of range.
-        TypeError: A setting is of the wrong type.
-        UnsupportedVersionError: mlflow, openai or pyspark is too old or too new.
+        ValueError: A setting is out of range.
+        TypeError: A setting is of the wrong type, or there is none of that name.
+        UnsupportedVersionError: mlflow, openai or pyspark is missing, too old or too new.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
         DiagnosisError: With ``strict=True``, something on the driver is wrong.
-        ImportError: With ``progress=True``, tqdm is not installed.
     """
+    given = {name: value for name, value in locals().items() if value is not UNCHANGED}
     if in_spark_task():
-        return Handle(None)
-    resolved = Config.from_env(**settings) if config is None else config.updated(settings)
-    versions.check()
-    _check_driver(resolved)
-    return switch_on(resolved)
+        return Handle(None, in_task=True)
+    named = {name: given[name] for name in kinds() if name in given}
+    with _lock:
+        resolved = _resolved(config, reset, named)
+        versions.check(needs_spark=True)
+        _check_driver(resolved)
+        return switch_on(resolved)
+
+
+def _resolved(config: Config | None, reset: bool, named: Mapping[str, Any]) -> Config:
+    """Return what is to be in force, and check all of it."""
+    check_type("reset", reset, bool, "True or False")
+    if config is not None:
+        check_type("config", config, Config, "a Config; single settings are given by keyword")
+        return config.updated(named)
+    if reset or driver.config is None:
+        return Config.from_env(**named)
+    return driver.config.updated(named)
 
 
 def _check_driver(config: Config) -> None:
@@ -121,6 +233,7 @@ def switch_on(resolved: Config) -> Handle:
         driver.config = resolved
         try:
             _logger.info("%s", describe_transport())
+            _log_changes(before, resolved)
             warn_of_old_store()
             driver.check_forwarding()
             driver.progress.switch(resolved.progress)
@@ -137,6 +250,13 @@ def switch_on(resolved: Config) -> Handle:
                 _uninstall()
             raise
     return Handle(before)
+
+
+def _log_changes(before: Config | None, after: Config) -> None:
+    if before is None or not (changes := before.differences(after)):
+        return
+    told = (f"{name} from {old} to {new}" for name, (old, new) in changes.items())
+    _logger.info("Settings changed: %s.", "; ".join(told))
 
 
 def disable() -> None:

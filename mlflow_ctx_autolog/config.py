@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mlflow_ctx_autolog.exceptions import shortened
+from mlflow_ctx_autolog.setting_kinds import (
+    AbsolutePath,
+    Choice,
+    Flag,
+    Function,
+    Kind,
+    Names,
+    Number,
+)
 
 __all__ = [
     "CAPTURE_CONTENT_VARIABLE",
     "ENV_PREFIX",
     "PROPAGATIONS",
     "TRANSPORTS",
+    "UNCHANGED",
     "Config",
     "Price",
+    "Propagation",
     "Sampling",
+    "Transport",
     "checked_prices",
+    "kinds",
 ]
 
 # US dollars for a million input and a million output tokens.
 Price = tuple[float, float]
 
+Transport = Literal["auto", "direct", "driver", "otlp"]
+Propagation = Literal["auto", "broadcast"]
+
 ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
 CAPTURE_CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
-_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
-TRANSPORTS = ("auto", "direct", "driver", "otlp")
-PROPAGATIONS = ("auto", "broadcast")
-# Whole numbers that may be None, and how small each may be.
-_LEAST = {"max_content_chars": 1, "max_calls": 1, "max_repeats": 0, "max_spans_per_trace": 10}
+TRANSPORTS: tuple[str, ...] = get_args(Transport)
+PROPAGATIONS: tuple[str, ...] = get_args(Propagation)
+_KIND = "kind"
+
+
+class _Unchanged:
+    """What a keyword of ``enable()`` is that is not given."""
+
+    def __repr__(self) -> str:
+        return "<unchanged>"
+
+
+UNCHANGED: Any = _Unchanged()
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,46 @@ class Sampling:
                 'percentage from 0% to 100%, joined by +, as "errors+slow+5%"'
             ) from None
         return cls("errors" in terms, "slow" in terms, share)
+
+
+@dataclass(frozen=True)
+class _SamplingTerms:
+    """Which calls are stored, as :class:`Sampling` reads it; None for all."""
+
+    in_variable = "a text"
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}={value!r} is not a text")
+        if value is not None:
+            Sampling.parse(value)
+        return value
+
+    def read(self, text: str) -> Any:
+        return text
+
+    def __str__(self) -> str:
+        return "`errors`, `slow` and a percentage, joined by `+`"
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """Prices by model."""
+
+    in_variable = "JSON"
+
+    def check(self, name: str, value: Any) -> Any:  # noqa: ARG002
+        return checked_prices(value)
+
+    def read(self, text: str) -> Any:
+        return json.loads(text)
+
+    def __str__(self) -> str:
+        return "two numbers, at least 0, for each model; in a variable, as JSON"
+
+
+def _setting(default: Any, kind: Kind) -> Any:
+    return field(default=default, metadata={_KIND: kind})
 
 
 @dataclass(frozen=True)
@@ -134,71 +198,41 @@ class Config:
             the job on their host so far) and a percentage of the others, joined by ``+``, as
             ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
-            with what tokens, cost, errors and repeats. Needs tqdm.
+            with what tokens, cost, errors and repeats.
 
     Raises:
         ValueError: A value is outside its range; the message names it and the range.
         TypeError: A value is of the wrong type.
     """
 
-    flush_timeout: float = 10.0
-    batch_size: int = 200
-    send_interval: float = 1.0
-    spool_directory: str | None = None
-    spool_max_bytes: int = 256 * 1024 * 1024
-    max_waiting_bytes: int = 16 * 1024 * 1024
-    strict: bool = False
-    transport: str = "auto"
-    propagation: str = "auto"
-    capture_content: bool = True
-    max_content_chars: int | None = None
-    redact: Callable[[Any], Any] | None = None
-    propagate_headers: bool = True
-    join_trace: bool = False
-    forward_env: Sequence[str] = ()
-    max_calls: int | None = None
-    max_cost: float | None = None
-    max_repeats: int | None = None
-    prices: Mapping[str, Price] = field(default_factory=dict, hash=False)
-    max_spans_per_trace: int | None = 2000
-    sampling: str | None = None
-    progress: bool = False
+    flush_timeout: float = _setting(10.0, Number(above=0, at_most=3600))
+    batch_size: int = _setting(200, Number(at_least=1, at_most=10_000, whole=True))
+    send_interval: float = _setting(1.0, Number(above=0, at_most=3600))
+    spool_directory: str | None = _setting(None, AbsolutePath())
+    spool_max_bytes: int = _setting(256 * 1024 * 1024, Number(at_least=0, whole=True))
+    max_waiting_bytes: int = _setting(16 * 1024 * 1024, Number(at_least=1_000_000, whole=True))
+    strict: bool = _setting(False, Flag())
+    transport: Transport = _setting("auto", Choice(TRANSPORTS))  # noqa: RUF009
+    propagation: Propagation = _setting("auto", Choice(PROPAGATIONS))  # noqa: RUF009
+    capture_content: bool = _setting(True, Flag())
+    max_content_chars: int | None = _setting(None, Number(at_least=1, whole=True, optional=True))
+    redact: Callable[[Any], Any] | None = _setting(None, Function())  # noqa: RUF009
+    propagate_headers: bool = _setting(True, Flag())
+    join_trace: bool = _setting(False, Flag())
+    forward_env: Sequence[str] = _setting((), Names())
+    max_calls: int | None = _setting(None, Number(at_least=1, whole=True, optional=True))
+    max_cost: float | None = _setting(None, Number(above=0, at_most=1_000_000_000, optional=True))
+    max_repeats: int | None = _setting(None, Number(at_least=0, whole=True, optional=True))
+    prices: Mapping[str, Price] = field(
+        default_factory=dict, hash=False, metadata={_KIND: _Prices()}
+    )
+    max_spans_per_trace: int | None = _setting(2000, Number(at_least=10, whole=True, optional=True))
+    sampling: str | None = _setting(None, _SamplingTerms())
+    progress: bool = _setting(False, Flag())
 
     def __post_init__(self) -> None:
-        _check("flush_timeout", self.flush_timeout, above=0, at_most=3600)
-        _check("batch_size", self.batch_size, at_least=1, at_most=10_000, whole=True)
-        _check("send_interval", self.send_interval, above=0, at_most=3600)
-        _check("spool_max_bytes", self.spool_max_bytes, at_least=0, whole=True)
-        _check("max_waiting_bytes", self.max_waiting_bytes, at_least=1_000_000, whole=True)
-        if self.spool_directory is not None and not isinstance(self.spool_directory, str):
-            raise TypeError(f"spool_directory={self.spool_directory!r} is not a text")
-        if self.spool_directory is not None and not os.path.isabs(self.spool_directory):
-            raise ValueError(
-                f"spool_directory={self.spool_directory!r} is not an absolute path, and a worker "
-                "has another working directory"
-            )
-        flags = ("strict", "capture_content", "propagate_headers", "join_trace", "progress")
-        for name in flags:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r} is not True or False")
-        for name, least in _LEAST.items():
-            if getattr(self, name) is not None:
-                _check(name, getattr(self, name), at_least=least, whole=True)
-        if self.max_cost is not None:
-            _check("max_cost", self.max_cost, above=0, at_most=1e9)
-        if self.sampling is not None:
-            if not isinstance(self.sampling, str):
-                raise TypeError(f"sampling={self.sampling!r} is not a text")
-            Sampling.parse(self.sampling)
-        object.__setattr__(self, "prices", checked_prices(self.prices))
-        if self.redact is not None and not callable(self.redact):
-            raise TypeError(f"redact={self.redact!r} is not a function")
-        # So that two settings objects with the same names are equal, whatever held them.
-        object.__setattr__(self, "forward_env", _names("forward_env", self.forward_env))
-        for name, choices in (("transport", TRANSPORTS), ("propagation", PROPAGATIONS)):
-            if (value := getattr(self, name)) not in choices:
-                known = ", ".join(choices)
-                raise ValueError(f"{name}={value!r} is unknown; it must be one of {known}")
+        for name, kind in kinds().items():
+            object.__setattr__(self, name, kind.check(name, getattr(self, name)))
 
     @property
     def has_budget(self) -> bool:
@@ -233,10 +267,22 @@ class Config:
             _check_known(name, f"setting {name!r}")
         return replace(self, **settings)
 
+    def differences(self, other: Config) -> dict[str, tuple[str, str]]:
+        """Return what it and another object have, by the names of fields in which they differ."""
+        return {
+            name: (_shown(getattr(self, name)), _shown(getattr(other, name)))
+            for name in kinds()
+            if getattr(self, name) != getattr(other, name)
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that JSON can hold as a dictionary: all but ``redact``."""
         names = [field.name for field in fields(self) if field.name != "redact"]
         return {name: getattr(self, name) for name in names}
+
+
+def _shown(value: object) -> str:
+    return shortened(repr(value))
 
 
 def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -246,32 +292,12 @@ def _settings_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         name = variable[len(ENV_PREFIX) :].lower()
         _check_known(name, f"environment variable {variable}")
-        read, kind = _reader(name)
+        kind = kinds()[name]
         try:
-            settings[name] = read(text)
+            settings[name] = kind.read(text)
         except ValueError:
-            raise ValueError(f"{variable}={text!r} is not {kind}") from None
+            raise ValueError(f"{variable}={text!r} is not {kind.in_variable}") from None
     return settings
-
-
-def _reader(name: str) -> tuple[Callable[[str], Any], str]:
-    """Return what reads a field's variable, and what it expects."""
-    default = getattr(Config, name, None)
-    if isinstance(default, bool):
-        return _flag, "true or false"
-    if name == "max_spans_per_trace":
-        return _whole_or_none, "a number, or none"
-    if name in _LEAST:
-        return int, "a number"
-    if name == "max_cost":
-        return float, "a number"
-    if name == "prices":
-        return json.loads, "JSON"
-    if name == "forward_env":
-        return _listed, "a list"
-    if name == "redact":
-        return _no_function, "a function: give it to enable()"
-    return type(default or ""), "a number"
 
 
 def checked_prices(prices: object) -> dict[str, Price]:
@@ -298,27 +324,6 @@ def checked_prices(prices: object) -> dict[str, Price]:
     return checked
 
 
-def _whole_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
-
-
-def _no_function(text: str) -> None:
-    raise ValueError(text)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _names(name: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name}={value!r} is not a list of names")
-    for each in value:
-        if not isinstance(each, str) or not _VARIABLE.fullmatch(each):
-            raise ValueError(f"{name} holds {each!r}, which is not an environment variable's name")
-    return tuple(value)
-
-
 def _opentelemetrys(environ: Mapping[str, str]) -> dict[str, Any]:
     text = environ.get(CAPTURE_CONTENT_VARIABLE)
     if not text:
@@ -332,42 +337,12 @@ def _opentelemetrys(environ: Mapping[str, str]) -> dict[str, Any]:
     return {"capture_content": known[text.lower()]}
 
 
-def _flag(text: str) -> bool:
-    flags = {"true": True, "1": True, "false": False, "0": False}
-    if text.lower() not in flags:
-        raise ValueError(text)
-    return flags[text.lower()]
-
-
 def _check_known(name: str, shown: str) -> None:
-    known = [field.name for field in fields(Config)]
-    if name not in known:
-        raise ValueError(f"unknown {shown}; the settings are: {', '.join(known)}")
+    if name not in kinds():
+        raise ValueError(f"unknown {shown}; the settings are: {', '.join(kinds())}")
 
 
-def _check(
-    name: str,
-    value: float,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    whole: bool = False,
-) -> None:
-    kind = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise TypeError(f"{name}={value!r} is not {kind}")
-    limits = [
-        f"{words} {limit:g}"
-        for words, limit in (("more than", above), ("at least", at_least), ("at most", at_most))
-        if limit is not None
-    ]
-    # Comparisons with nan are false, so nan is outside every range; inf is outside those with an
-    # upper limit, and no field of floats lacks one.
-    inside = (
-        (above is None or value > above)
-        and (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
-    )
-    if not inside:
-        raise ValueError(f"{name}={value!r} is out of range; it must be {' and '.join(limits)}")
+@functools.cache
+def kinds() -> Mapping[str, Kind]:
+    """Return what each setting takes, by its name."""
+    return {each.name: each.metadata[_KIND] for each in fields(Config)}

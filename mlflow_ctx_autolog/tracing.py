@@ -634,6 +634,15 @@ def new_trace(name: str) -> Iterator[str]:
         mlflow_provider.get_context_api().detach(token)
 
 
+def do_not_display(trace_id: str) -> None:
+    """Have MLflow not show a trace below a notebook's cell, as it does with those that end."""
+    # Only where a notebook has imported it.
+    if (display := sys.modules.get("mlflow.tracing.display")) is None:
+        return
+    with suppress(Exception):
+        display.get_display_handler().traces_to_display.pop(trace_id, None)
+
+
 class TakesTraces(Protocol):
     """Who has a say in how traces of the driver are exported."""
 

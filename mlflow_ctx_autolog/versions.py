@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass
 
 from packaging.version import InvalidVersion, Version
@@ -63,8 +64,11 @@ def installed_version(package: str) -> str | None:
     return None if version is None else str(version)
 
 
-def check() -> None:
+def check(*, needs_spark: bool = False) -> None:
     """Check the installed packages.
+
+    Args:
+        needs_spark: Whether pyspark has to be there.
 
     Raises:
         UnsupportedVersionError: One is missing, too old, or too new.
@@ -72,7 +76,14 @@ def check() -> None:
     for supported in SUPPORTED:
         version = installed_version(supported.package)
         if version is None and not supported.required:
-            continue
+            if not needs_spark:
+                continue
+            raise UnsupportedVersionError(
+                f"{supported.package} is not installed for {sys.executable}, and enable() is for "
+                "the driver of a Spark job. On a cluster, run it with the Python that Spark's "
+                "driver runs with; on a machine of your own, "
+                "pip install 'mlflow-ctx-autolog[local]'."
+            )
         if version is None or version not in supported:
             found = "is not installed" if version is None else f"{version} is installed"
             raise UnsupportedVersionError(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog import __version__, tracing, versions
+from mlflow_ctx_autolog.arguments import check_function, check_number, check_spark, check_type
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
@@ -32,8 +33,9 @@ from mlflow_ctx_autolog.exceptions import (
     CtxAutologWarning,
     IncompleteTraceError,
     UnsupportedStoreError,
+    note_budget,
 )
-from mlflow_ctx_autolog.log_ins import without_log_ins
+from mlflow_ctx_autolog.log_ins import without_credentials, without_log_ins
 from mlflow_ctx_autolog.model_calls.fingerprint import new_key
 from mlflow_ctx_autolog.model_calls.flavors import autologs_in_force
 from mlflow_ctx_autolog.stores import otlp
@@ -121,6 +123,8 @@ class Driver:
 
     def _filter(self, span: Any) -> None:
         tracing.filter_open_span(span, ContentPolicy(settings()))
+        # That which ends the span, where it is left by one.
+        note_budget(sys.exc_info()[1])
 
     def submit(self, use: FunctionUse) -> SubmittedFunction | None:
         """Return what Spark gets instead of a function; None where that is the function itself."""
@@ -174,6 +178,7 @@ class Driver:
                 the driver.
         """
         self._session = session
+        spark_api.tell_daemons_of(session)
         self.executed_plans.watch(session)
         self._functions.add(name)
         relay = spark_api.relay_of(session, self.ledger.receive)
@@ -259,7 +264,11 @@ def describe_transport() -> str:
         UnsupportedStoreError: They cannot.
     """
     uri, reason = transport()
-    way = "with the task to the driver, which stores them" if uri is None else "from the workers"
+    if uri is None:
+        place = without_credentials(store.current_tracking_uri())
+        way = f"with the task to the driver, which stores them in {place}"
+    else:
+        way = f"from the workers to {uri}"
     return f"Spans travel {way}: {reason}."
 
 
@@ -400,6 +409,7 @@ def flush(timeout: float = 30.0) -> bool:
         Whether everything that had finished is stored. What the driver's own code traces is
         MLflow's to flush, with ``mlflow.flush_trace_async_logging()``.
     """
+    check_number("timeout", timeout, "seconds, at least 0")
     deadline = time.monotonic() + timeout
     own = process.flush(timeout)
     return driver.ledger.flush(max(0.0, deadline - time.monotonic())) and own
@@ -419,11 +429,21 @@ def receipt(trace_id: str | None = None, timeout: float | None = None) -> Receip
         timeout: Seconds to wait at most for what is on its way; by default ``flush_timeout``.
 
     Raises:
-        KeyError: The trace was not handed to Spark by this process.
+        ValueError: The trace was not handed to Spark by this process.
+        TypeError: An argument is of the wrong type.
         IncompleteTraceError: With ``strict=True``, the store does not have all spans.
     """
+    takes = "the id of a trace that this process has handed to Spark, or None for the last one"
+    check_type("trace_id", trace_id, (str, type(None)), takes)
     seconds = settings().flush_timeout if timeout is None else timeout
-    found = driver.ledger.receipt(trace_id, seconds)
+    check_number("timeout", seconds, "seconds, at least 0, or None for flush_timeout")
+    try:
+        found = driver.ledger.receipt(trace_id, seconds)
+    except KeyError:
+        raise ValueError(
+            f"trace_id={trace_id!r} is not known here; receipt() takes {takes}. Of any trace in "
+            "the store, report() tells."
+        ) from None
     if settings().strict and not found.complete:
         raise IncompleteTraceError(driver.ledger.explain(found), found)
     return found
@@ -449,9 +469,17 @@ def broadcast(spark: Any = None) -> Any:
         :class:`DriverContext`; on Spark Connect, which has no broadcasts, that text itself.
 
     Raises:
+        TypeError: That is no session.
+        ValueError: None is active.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
+    check_spark("spark", spark)
     session = spark_api.active_session() if spark is None else spark
+    if session is None:
+        raise ValueError(
+            "spark=None stands for the active Spark session, and none is active; start one, or "
+            "pass it. Without Spark, capture().to_json() is a carrier."
+        )
     context = _capture(session, receipts_come_home=False)
     if context.tracking_uri is None:
         raise UnsupportedStoreError(
@@ -479,8 +507,11 @@ def traced(function: F, spark: Any = None) -> F:
         The function itself: only what Spark makes of it is another.
 
     Raises:
+        TypeError: That is no function, or no session.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
+    check_function("function", function)
+    check_spark("spark", spark)
     # A module that marks its functions at import is imported on the workers, too.
     if not in_spark_task() and tracing.is_on():
         transport(spark)

@@ -85,7 +85,7 @@ class ActionPropagator:
         try:
             context = _active_spark_context()
             # A context that is being made, or has been stopped, has no JVM's side.
-            if context is not None and context._jsc is not None:
+            if getattr(context, "_jsc", None) is not None:
                 moment = self._moment() if self._is_on else None
                 if getattr(told, "moment", _NOTHING) != moment or told.context is not context:
                     self._tell(context, moment)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlflow_ctx_autolog.driver.daemon_path import tell_daemons
+
 __all__ = [
     "active_session",
     "application_id",
@@ -28,6 +30,7 @@ __all__ = [
     "settings_of",
     "spark_context",
     "started_session",
+    "tell_daemons_of",
 ]
 
 
@@ -82,6 +85,12 @@ def session_of(receiver: Any) -> Any:
     if hasattr(type(receiver), "sparkSession"):
         return receiver.sparkSession
     return getattr(receiver, "__dict__", {}).get("ctx") or active_session()
+
+
+def tell_daemons_of(spark: Any) -> None:
+    """See :func:`~mlflow_ctx_autolog.driver.daemon_path.tell_daemons`."""
+    if (context := spark_context(spark)) is not None:
+        tell_daemons(context)
 
 
 def application_id(spark: Any) -> str | None:
@@ -198,6 +207,7 @@ def run_on_workers(
     from pyspark import cloudpickle
     from pyspark.sql.functions import udf
 
+    tell_daemons_of(spark)
     if tasks is None:
         context = spark_context(spark)
         at_once = _TASKS_ON_CONNECT if context is None else int(context.defaultParallelism)

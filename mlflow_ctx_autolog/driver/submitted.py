@@ -78,8 +78,9 @@ def _loader() -> Callable[..., Any]:
             raise ImportError(
                 "mlflow-ctx-autolog cannot be imported on the Spark worker "
                 f"{socket.gethostname()} by {sys.executable}: {error}. Install it on every "
-                "node of the cluster (pip install mlflow-ctx-autolog), or call "
-                "mlflow_ctx_autolog.disable() on the driver."
+                "node of the cluster (pip install mlflow-ctx-autolog); or send it along, "
+                "spark-submit --py-files mlflow_ctx_autolog.zip, which is its wheel by another "
+                "name; or call mlflow_ctx_autolog.disable() on the driver."
             ) from error
         return load_submitted(function, options, carrier, relay, filters)
 

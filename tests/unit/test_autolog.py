@@ -142,13 +142,68 @@ def test_a_setting_takes_effect_at_once(
         assert (config.flush_timeout, config.batch_size) == (7, 3)
 
 
+def _in_force() -> ctx_autolog.Config:
+    config = driver.driver.config
+    assert config is not None
+    return config
+
+
+def test_a_second_enable_changes_only_what_it_names(
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rest stays; a Config names all, reset=True takes the defaults, and the log tells."""
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_FLUSH_TIMEOUT", "5")
+    ctx_autolog.enable(max_calls=10, batch_size=7)
+    with caplog.at_level(logging.INFO, logger="mlflow_ctx_autolog"):
+        ctx_autolog.enable(sampling="errors+5%", batch_size=8)
+    config = _in_force()
+    assert (config.max_calls, config.sampling) == (10, "errors+5%")
+    assert (config.batch_size, config.flush_timeout) == (8, 5)
+    assert "Settings changed: batch_size from 7 to 8; sampling from None to 'errors+5%'." in (
+        caplog.messages
+    )
+    ctx_autolog.enable(reset=True, batch_size=9)
+    assert _in_force() == ctx_autolog.Config.from_env(batch_size=9)
+    ctx_autolog.enable(max_calls=10)
+    ctx_autolog.enable(ctx_autolog.Config(batch_size=3))
+    assert _in_force() == ctx_autolog.Config(batch_size=3)
+    ctx_autolog.disable()
+    ctx_autolog.enable()
+    assert _in_force() == ctx_autolog.Config.from_env()
+
+
+def test_a_block_keeps_what_it_does_not_name_and_restores_the_rest(experiment_id: str) -> None:
+    """A budget stays in force in a block, and what was changed there is taken back."""
+    ctx_autolog.enable(max_calls=10)
+    before = _in_force()
+    with ctx_autolog.enable(strict=False, batch_size=5):
+        assert (_in_force().max_calls, _in_force().batch_size) == (10, 5)
+        ctx_autolog.enable(max_calls=20)
+    assert _in_force() == before
+
+
+def test_the_handle_says_what_is_on(experiment_id: str, server: TrackingServer) -> None:
+    """In one line: where spans go, why, and which settings are not the defaults."""
+    handle = ctx_autolog.enable(ctx_autolog.Config(max_calls=10))
+    line = repr(handle)
+    assert "\n" not in line
+    assert line.startswith(
+        f"<mlflow-ctx-autolog: on. Spans travel from the workers to {server.uri}: "
+    )
+    assert line.endswith(" Settings: max_calls=10.>")
+    ctx_autolog.enable(transport="driver")
+    assert f"to the driver, which stores them in {server.uri}" in repr(handle)
+    ctx_autolog.disable()
+    assert repr(handle) == "<mlflow-ctx-autolog: off>"
+
+
 def test_nonsense_is_refused_and_changes_nothing(experiment_id: str) -> None:
     """A bad setting raises at enable(), with the value and the range, and nothing is patched."""
     before = _places()
     with pytest.raises(ValueError, match=r"batch_size=-1 .* at least 1"):
         ctx_autolog.enable(batch_size=-1)
-    with pytest.raises(ValueError, match="unknown setting 'colour'"):
-        ctx_autolog.enable(colour="red")
+    with pytest.raises(TypeError, match="colour"):
+        ctx_autolog.enable(colour="red")  # type: ignore[call-arg]
     assert _places() == before
 
 

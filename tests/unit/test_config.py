@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import pickle
 import re
@@ -10,10 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import settings_page
 
+import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import Config
-from mlflow_ctx_autolog.config import CAPTURE_CONTENT_VARIABLE, PROPAGATIONS, TRANSPORTS, Sampling
+from mlflow_ctx_autolog.config import (
+    CAPTURE_CONTENT_VARIABLE,
+    PROPAGATIONS,
+    TRANSPORTS,
+    UNCHANGED,
+    Sampling,
+)
 
+ROOT = Path(__file__).parents[2]
 NAMES = [field.name for field in dataclasses.fields(Config)]
 FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress"]
 OTHERS = [
@@ -102,17 +112,17 @@ def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "value", "limits"),
     [
-        ({"flush_timeout": 0}, "0", "more than 0 and at most 3600"),
-        ({"flush_timeout": -1.5}, "-1.5", "more than 0 and at most 3600"),
-        ({"flush_timeout": 3600.5}, "3600.5", "more than 0 and at most 3600"),
-        ({"flush_timeout": float("inf")}, "inf", "more than 0 and at most 3600"),
-        ({"flush_timeout": float("nan")}, "nan", "more than 0 and at most 3600"),
-        ({"batch_size": 0}, "0", "at least 1 and at most 10000"),
-        ({"batch_size": 10_001}, "10001", "at least 1 and at most 10000"),
-        ({"send_interval": 0.0}, "0.0", "more than 0 and at most 3600"),
-        ({"send_interval": 3601}, "3601", "more than 0 and at most 3600"),
+        ({"flush_timeout": 0}, "0", "more than 0 and at most 3,600"),
+        ({"flush_timeout": -1.5}, "-1.5", "more than 0 and at most 3,600"),
+        ({"flush_timeout": 3600.5}, "3600.5", "more than 0 and at most 3,600"),
+        ({"flush_timeout": float("inf")}, "inf", "more than 0 and at most 3,600"),
+        ({"flush_timeout": float("nan")}, "nan", "more than 0 and at most 3,600"),
+        ({"batch_size": 0}, "0", "at least 1 and at most 10,000"),
+        ({"batch_size": 10_001}, "10001", "at least 1 and at most 10,000"),
+        ({"send_interval": 0.0}, "0.0", "more than 0 and at most 3,600"),
+        ({"send_interval": 3601}, "3601", "more than 0 and at most 3,600"),
         ({"spool_max_bytes": -1}, "-1", "at least 0"),
-        ({"max_waiting_bytes": 999_999}, "999999", "at least 1e+06"),
+        ({"max_waiting_bytes": 999_999}, "999999", "at least 1,000,000"),
         ({"max_content_chars": 0}, "0", "at least 1"),
         ({"max_calls": 0}, "0", "at least 1"),
         ({"max_cost": 0}, "0", "more than 0"),
@@ -391,3 +401,53 @@ def test_settings_as_a_dictionary_make_the_same_settings() -> None:
     without_function = dataclasses.replace(OTHER, redact=None)
     assert Config(**OTHER.to_dict()) == without_function
     assert Config(**json.loads(json.dumps(OTHER.to_dict()))) == without_function
+
+
+def _arguments(docstring: str) -> dict[str, str]:
+    """Return what the section "Args" of a docstring says of each."""
+    section = docstring.partition("Args:\n")[2].partition("\n    Raises:")[0]
+    found = re.findall(r"^        (\w+): (.*(?:\n            .*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def test_enable_takes_every_setting_by_keyword() -> None:
+    """By the same name and of the same type, so that editors and type checkers know them."""
+    parameters = inspect.signature(ctx_autolog.enable).parameters
+    settings = {name: each for name, each in parameters.items() if each.default is UNCHANGED}
+
+    assert list(settings) == NAMES
+    assert {each.kind for each in settings.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    declared = {field.name: field.type for field in dataclasses.fields(Config)}
+    assert {name: each.annotation for name, each in settings.items()} == declared
+
+
+def test_every_setting_is_documented_once() -> None:
+    """enable() says of each what the first sentence of Config's documentation says."""
+    details = _arguments(Config.__doc__ or "")
+    brief = _arguments(ctx_autolog.enable.__doc__ or "")
+
+    assert list(details) == NAMES
+    for name in NAMES:
+        assert details[name].startswith(brief[name]), name
+
+
+def test_the_page_of_settings_is_made_of_them() -> None:
+    """Names, ranges, defaults and texts of docs/settings.md are those of Config."""
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page.page()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "redact"])
+def test_every_setting_can_be_a_variable(name: str) -> None:
+    """What its kind writes into a variable, it reads back."""
+    value = getattr(OTHER, name)
+    text = json.dumps(value) if name == "prices" else value
+    text = ",".join(value) if name == "forward_env" else str(text)
+
+    found = Config.from_env({f"MLFLOW_CTX_AUTOLOG_{name.upper()}": text})
+    assert getattr(found, name) == value
+
+
+def test_differences_are_named_with_both_values() -> None:
+    """Of the settings that differ, and of no others."""
+    differing = Config(max_calls=10, strict=True).differences(Config(max_calls=20, strict=True))
+    assert differing == {"max_calls": ("10", "20")}

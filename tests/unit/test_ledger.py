@@ -517,7 +517,7 @@ def test_a_receipt_of_a_trace_that_spark_never_had(book: Ledger) -> None:
     """Asking for another trace is an error that names it."""
     with mlflow.start_span("driver"):
         ctx_autolog.capture()
-    with pytest.raises(KeyError, match="tr-other"):
+    with pytest.raises(ValueError, match="tr-other"):
         ctx_autolog.receipt("tr-other")
 
 
