@@ -39,6 +39,7 @@ from mlflow_ctx_autolog.tracing import (
     filter_open_span,
     filtered,
     for_collector,
+    forget_usage,
     has_failed,
     headers_of,
     is_client_call,
@@ -48,8 +49,10 @@ from mlflow_ctx_autolog.tracing import (
     snapshot,
     trace_id_of,
     usage_of,
+    was_reused,
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+from mlflow_ctx_autolog.worker.answers import answers_of_parents, take_turn
 from mlflow_ctx_autolog.worker.children import Children, Parent
 from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace, lifted
 from mlflow_ctx_autolog.worker.placement import Place
@@ -194,7 +197,7 @@ class WorkerProcess:
         delivery.submit(trace_record(linked.info(is_over=is_over)))
 
     def _count_answer(self, task: Task, span: Any, usage: Amounts, cost: Amounts) -> None:
-        if not is_client_call(span):
+        if not is_client_call(span) or was_reused(span):
             return
         failed, paid = has_failed(span), 0.0
         if task.budget is not None and not failed:
@@ -212,6 +215,7 @@ class WorkerProcess:
                     "so the content of that span is withheld."
                 )
                 filter_open_span(span, ContentPolicy(task.context.config, withholds=reason))
+        forget_usage(span)
 
     def join(self, parent: Parent) -> None:
         """Take part in the tasks of another process, whose child this one is."""
@@ -232,9 +236,11 @@ class WorkerProcess:
         branch: Branch,
     ) -> None:
         """Have the parent count and deliver a span, so that it is in the task's receipt."""
+        calls, reused = task.take_calls()
         message = {
             "task": task.span_id,
-            "calls": task.take_calls(),
+            "calls": calls,
+            "reused": reused,
             "span": [span.span_id, span.parent_id, usage, cost],
             "branch": [branch.top, branch.above, branch.outer and branch.outer.top],
             "failed": has_failed(span),
@@ -250,6 +256,8 @@ class WorkerProcess:
     def _answer_child(self, work: Work | None, question: dict[str, Any]) -> Any:
         if "span" in question:
             return self._submit_for_child(question)
+        if "request" in question:
+            return take_turn(question)
         if work is None or not work.task.is_open:
             work = current_work()
         if work is None:
@@ -260,7 +268,12 @@ class WorkerProcess:
             traceparent=headers.get("traceparent"),
             tracestate=headers.get("tracestate"),
         )
-        return {"task": work.task.span_id, "context": context.to_json()}
+        answers = work.task.answers
+        return {
+            "task": work.task.span_id,
+            "context": context.to_json(),
+            "answers": None if answers is None else answers.located(),
+        }
 
     def _submit_for_child(self, message: dict[str, Any]) -> bool:
         for task in open_tasks():
@@ -268,6 +281,7 @@ class WorkerProcess:
                 span_id, parent_id, usage, cost = message["span"]
                 payload = base64.b64decode(message["payload"])
                 task.count_call(int(message["calls"]))
+                task.count_reused(int(message["reused"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
                 record = Record("span", span_id, payload, task.span_id)
                 self._store(
@@ -397,17 +411,21 @@ def _parent_of_new_spans() -> Any:
 
 def _ask_parent(parent: Parent) -> Work | None:
     answer = parent.ask({})
-    return None if answer is None else _work_elsewhere(answer["task"], answer["context"])
+    if answer is None:
+        return None
+    return _work_elsewhere(parent, answer["task"], answer["context"], answer.get("answers"))
 
 
 @functools.lru_cache(maxsize=64)
-def _work_elsewhere(span_id: str, text: str) -> Work:
+def _work_elsewhere(parent: Parent, span_id: str, text: str, place: str | None) -> Work:
     context = DriverContext.from_json(text)
     # The user's functions stay with the parent; where spans must go through them, content is
     # withheld here.
     content, _ = content_policy(context)
     task = Task(context, content, elsewhere=span_id, is_open=True, parent=context_of(context))
     task.budget = budget_of(context)
+    if place is not None:
+        task.answers = answers_of_parents(context, place, parent.ask, span_id)
     return Work(task)
 
 

@@ -28,6 +28,7 @@ from mlflow_ctx_autolog.tracing import (
     trace_id_of,
     tracing_problem,
 )
+from mlflow_ctx_autolog.worker.answers import answers_of
 from mlflow_ctx_autolog.worker.placement import open_placement
 from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
 from mlflow_ctx_autolog.worker.spark_task import (
@@ -219,6 +220,9 @@ def _run_once(
     if task is None:
         return function(*args, **kwargs)
     try:
+        if task.answers is not None and args and type(args[0]) is int:
+            # Of an RDD, the partition of itself, whichever it is of the stage.
+            task.answers.locate(args[0])
         result = task.run(function, *(_counted(task, arg) for arg in args), **kwargs)
     except BaseException as error:
         _finish(task, error)
@@ -328,6 +332,7 @@ def _begin(
         way_home=way_home,
         span_processors=span_processors,
         budget=budget_of(context),
+        answers=answers_of(context, name, attributes),
     )
     for other in open_tasks():
         # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
@@ -384,6 +389,8 @@ def _finish(task: Task, error: BaseException | None = None) -> None:
         warn_once(_logger, "end", f"The span of a task could not be ended: {failure!r}")
     finally:
         task.close()
+    if task.answers is not None:
+        task.answers.close()
     try:
         _see_off(task, delivery, error, silence)
     finally:
