@@ -40,9 +40,7 @@ class CallInProgress(Protocol):
         """Names its span: ``trace_id/span_id``."""
 
     def admit(self) -> None:
-        """The client is about to send a request, since no answer is known. What this raises, the
-        call raises.
-        """
+        """The client is about to send a request. What this raises, the call raises."""
 
     def reused(self, paid_by: str) -> None:
         """It gets the answer that another call was given, and nothing is sent.
@@ -188,7 +186,7 @@ def _guarded(default: Any = None) -> Callable[[Callable[..., Any]], Callable[...
                 warn_once(
                     _logger,
                     f"failure of {method.__name__}",
-                    f"Calls may be made and paid for again, since answers cannot be kept: {error!r}",
+                    f"Calls may be made and paid for again, since an answer is not kept: {error!r}",
                 )
                 return default
 
@@ -267,9 +265,8 @@ class _Exchange:
             if kept is not None and not is_async:
                 kept.wait(_PATIENCE)
 
-        recording = Recording(response, _LARGEST, done)
+        recording = self._recordings[question] = Recording(response, _LARGEST, done)
         recorded(response, recording, is_async)
-        self._recordings[question] = recording
 
     @_guarded()
     def end(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ _logger = logging.getLogger(__name__)
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS evaluation (attempt TEXT, function TEXT, number INTEGER, "
-    "is_open INTEGER, token INTEGER PRIMARY KEY)",
+    "ended REAL, id INTEGER PRIMARY KEY)",
     "CREATE INDEX IF NOT EXISTS evaluation_of ON evaluation (attempt, function)",
 )
 # Seconds that the end of a task waits for the disk.
@@ -167,6 +168,7 @@ class TaskAnswers:
         self._lock = threading.Lock()
         self._shelves: dict[str, Shelf] = {}
         self._evaluation: _Evaluation | None = None
+        self._arrived = time.time()
 
     def question(
         self, method: str, url: str, headers: Iterable[tuple[str, str]], body: bytes
@@ -190,6 +192,14 @@ class TaskAnswers:
                 self._shelves[part] = self.store.shelf(job, name, self._expires)
             return self._shelves[part]
 
+    def arrived(self, at: float) -> None:
+        """Say when the function came to this process, before it was given any row.
+
+        Args:
+            at: Seconds since the epoch.
+        """
+        self._arrived = at
+
     def locate(self, partition: int) -> None:
         """Say which partition of its RDD the attempt evaluates, before it asks anything."""
         self.place = replace(self.place, partition=f"rdd-{partition}", attempt="")
@@ -198,7 +208,7 @@ class TaskAnswers:
     def partition(self) -> str:
         """Names the partition, and how many others the attempt has evaluated before it."""
         if self._evaluation is None:
-            self._evaluation = _Evaluation(self.place, self._spool_directory)
+            self._evaluation = _Evaluation(self.place, self._arrived, self._spool_directory)
         return f"{self.place.partition}/{self._evaluation.number}"
 
     def located(self) -> str:
@@ -225,14 +235,14 @@ class _Evaluation:
 
     Spark evaluates several in one attempt where coalesce() has put them together, one after the
     other, and calls all by one number. Where it evaluates one twice, as where the optimiser has
-    duplicated a UDF, it does so at the same time. The processes of the host share what they know,
-    since each evaluation can be in another one.
+    duplicated a UDF, both get their function before one of them has ended. The processes of the
+    host share what they know, since each evaluation can be in another one.
     """
 
-    def __init__(self, place: Place, spool_directory: str | None) -> None:
+    def __init__(self, place: Place, arrived: float, spool_directory: str | None) -> None:
         self.number = 0
         self._account = None
-        self._token = 0
+        self._id: int | None = None
         if not place.attempt:
             return
         application = place.attempt.partition("/")[0]
@@ -241,29 +251,28 @@ class _Evaluation:
         try:
             with self._account.changing() as connection:
                 question = (
-                    "SELECT min(CASE WHEN is_open THEN number END), max(number) FROM evaluation "
-                    "WHERE attempt = ? AND function = ?"
+                    "SELECT max(CASE WHEN coalesce(ended, 1e99) > ? THEN number END), max(number) "
+                    "FROM evaluation WHERE attempt = ? AND function = ?"
                 )
-                current, last = connection.execute(question, arguments).fetchone()
-                if current is not None:
-                    self.number = current
+                same, last = connection.execute(question, (arrived, *arguments)).fetchone()
+                if same is not None:
+                    self.number = same
                 elif last is not None:
                     self.number = last + 1
                 added = connection.execute(
-                    "INSERT INTO evaluation (attempt, function, number, is_open) "
-                    "VALUES (?, ?, ?, 1)",
+                    "INSERT INTO evaluation (attempt, function, number) VALUES (?, ?, ?)",
                     (*arguments, self.number),
                 )
-                self._token = added.lastrowid or 0
+                self._id = added.lastrowid
         except sqlite3.Error as error:
             self._warn(error)
 
     def close(self) -> None:
-        if self._account is not None:
+        if self._account is not None and self._id is not None:
             try:
                 with self._account.changing() as connection:
                     connection.execute(
-                        "UPDATE evaluation SET is_open = 0 WHERE token = ?", (self._token,)
+                        "UPDATE evaluation SET ended = ? WHERE id = ?", (time.time(), self._id)
                     )
             except sqlite3.Error as error:
                 self._warn(error)

@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 import threading
+import time
 import types
 import weakref
 from collections import Counter
@@ -345,6 +346,7 @@ def carrying(
     """
     name = name or name_of(function)
     import_worker = _worker_importer()
+    arrived = _Arrival()
     runner: Callable[..., Any] | None = None
 
     def run_by_worker(function: Callable[..., Any], takes_rows: bool) -> Any:
@@ -358,6 +360,7 @@ def carrying(
                 follows=follows,
                 way_home=way_home,
                 filters=filters,
+                arrived=arrived,
             )
         return runner(function, takes_rows)
 
@@ -371,6 +374,13 @@ def carrying(
     }
     names = {key: getattr(function, key) for key in ("__module__", "__qualname__", "__doc__")}
     return type(function.__name__, (function,), {**names, **methods, _CARRIES: True})
+
+
+class _Arrival:
+    """Becomes the time, in seconds since the epoch, at which it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return time.time, ()
 
 
 def _running(

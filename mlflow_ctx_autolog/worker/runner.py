@@ -135,6 +135,7 @@ def task_runner(
     follows: bool = False,
     way_home: Any = None,
     filters: bytes | None = None,
+    arrived: object = None,
 ) -> Callable[..., Callable[..., Any]]:
     """Return a decorator that runs functions handed to Spark as one task attempt.
 
@@ -156,12 +157,13 @@ def task_runner(
         way_home: A Spark accumulator for spans that cannot be stored from here.
         filters: The user's functions that spans go through, as Spark pickles them: ``redact``,
             and MLflow's span processors.
+        arrived: When the function came to this process, in seconds since the epoch.
 
     Raises:
         CarrierError: When called, if the carrier cannot be read and ``required`` is true.
     """
     begin = functools.partial(
-        _begin_or_warn, carrier, name, required, repeated, follows, way_home, filters
+        _begin_or_warn, carrier, name, required, repeated, follows, way_home, filters, arrived
     )
     if repeated:
         return functools.partial(_repeated, _SharedTask(begin))
@@ -182,6 +184,7 @@ def _begin_or_warn(
     follows: bool,
     way_home: Any,
     filters: bytes | None,
+    arrived: object,
 ) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
     if repeated and not in_spark_task():
@@ -192,7 +195,10 @@ def _begin_or_warn(
         context = read_carrier((context_of_query() if follows else None) or carrier)
         if repeated:
             on_task_end(_finish_open_tasks)
-        return _begin(context, name, way_home, filters)
+        task = _begin(context, name, way_home, filters)
+        if task.answers is not None and isinstance(arrived, float):
+            task.answers.arrived(arrived)
+        return task
     except CarrierError as error:
         if required:
             raise
