@@ -173,7 +173,7 @@ class _Examination:
     def _ask_workers(self, question: dict[str, Any]) -> None:
         facts, session = self._facts, self._session
         facts.spark = spark_api.settings_of(session, SPARK_SETTINGS)
-        facts.has_accumulators = spark_api.has_accumulators(session)
+        facts.has_accumulators = spark_api.spark_context(session) is not None
         question["model_url"] = self._model_url
         question["default_model_url"] = _OPENAI
         try:
@@ -223,8 +223,12 @@ class _Examination:
         problem = None
         with tracing.new_trace(_NAME) as trace_id:
             try:
-                function = driver.carrying(
-                    probe.call_stand_in, self._session, required=True, repeated=True
+                function = driver.submitted(
+                    probe.call_stand_in,
+                    self._session,
+                    name=probe.call_stand_in.__name__,
+                    required=True,
+                    repeated=True,
                 )
                 spark_api.run_on_workers(self._session, function, "", tasks=1)
             except Exception as error:
