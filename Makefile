@@ -10,19 +10,26 @@ RUN = JAVA_HOME="$$(cat .venv/java-home)"; [ -z "$$JAVA_HOME" ] || export JAVA_H
 # Tests start many a Spark for seconds, for which Java's better compiler costs more than it saves.
 RUN_TESTS = $(RUN) export JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1;
 
-.PHONY: setup demo test test-slow coverage test-unit matrix oldest lint format \
+.PHONY: setup lock demo test test-slow coverage test-unit matrix oldest lint format \
 	bench bench-quick bench-setup faults coverage-table no-traces-page \
 	settings-page docs clean
 
 setup: .venv/library
 
-# Everything but the library itself; made again when the requirements change.
-.venv/dependencies: setup.cfg pyproject.toml tools/java.py
+# uv, where it is there, takes a third of the time.
+ifneq ($(shell command -v uv),)
+INSTALL = uv pip install --quiet --python $(BIN)/python
+else
+INSTALL = $(BIN)/pip install --quiet
+endif
+
+# Everything but the library itself, in the versions of dev.lock; made again when they change.
+.venv/dependencies: setup.cfg pyproject.toml dev.lock tools/java.py
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and \
 		"Python 3.10 to 3.13 is needed, this is " + sys.version + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet --group dev --group demo '.[spark]'
+	$(INSTALL) --constraint dev.lock --group dev --group demo '.[spark]'
 	$(BIN)/python tools/java.py > .venv/java-home
 	touch $@
 
@@ -33,6 +40,12 @@ setup: .venv/library
 	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	rm -rf build
 	touch $@
+
+# The newest releases that fit, for the next year.
+lock:
+	uv pip compile setup.cfg --extra local --extra otlp --group dev --group demo --group bench \
+		--universal --python-version 3.10 --no-annotate --no-header --upgrade \
+		--output-file dev.lock --quiet
 
 demo: setup
 	@$(RUN) $(BIN)/python demo/run.py $(DOCUMENTS)
@@ -86,7 +99,7 @@ bench-quick: bench-setup
 	@$(RUN) $(BIN)/python benchmarks/bench.py --quick
 
 bench-setup: setup
-	$(BIN)/pip install --quiet --group bench
+	$(INSTALL) --constraint dev.lock --group bench
 
 # Takes half an hour.
 faults: setup
@@ -99,6 +112,10 @@ coverage-table: setup
 # From what the checks of doctor() say of themselves, and from the definition of the settings.
 no-traces-page: setup
 	@$(BIN)/python tools/no_traces_page.py
+
+# The site, in site. Anything that is amiss, such as a link to nowhere, is an error.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 settings-page: setup
 	@$(BIN)/python tools/settings_page.py

@@ -93,6 +93,7 @@ ROWS = {
 }
 
 NEEDED = (
+    "click",
     "packaging",
     "pandas<3",
     "pyarrow>=11",

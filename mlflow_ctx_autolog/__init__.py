@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.config import Config
     from mlflow_ctx_autolog.context import DriverContext
     from mlflow_ctx_autolog.delivery.receipts import Receipt
-    from mlflow_ctx_autolog.diagnosis.doctor import Diagnosis, doctor
+    from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
+    from mlflow_ctx_autolog.diagnosis.doctor import doctor
     from mlflow_ctx_autolog.driver.answers import forget_answers
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
@@ -72,13 +73,15 @@ __all__ = [
     "traced",
 ]
 
+__version__ = "0.1.0"
+
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow, or time, is therefore imported on first use.
 _LAZY = {
     "Answers": "answers.settings",
     "CallReport": "reporting.call_report",
     "Config": "config",
-    "Diagnosis": "diagnosis.doctor",
+    "Diagnosis": "diagnosis.diagnosis",
     "DriverContext": "context",
     "Handle": "autolog",
     "Receipt": "delivery.receipts",

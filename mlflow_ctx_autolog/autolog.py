@@ -12,7 +12,7 @@ from typing import Any
 from mlflow_ctx_autolog import versions
 from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.arguments import check_type
-from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Transport, kinds
+from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Propagation, Transport, kinds
 from mlflow_ctx_autolog.diagnosis.checks import Facts, examine
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.answers import check_answers
@@ -23,7 +23,6 @@ from mlflow_ctx_autolog.driver.handover import (
     warn,
     warn_of_old_store,
 )
-from mlflow_ctx_autolog.driver.spark import Handovers
 from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.worker import process
@@ -38,7 +37,6 @@ _openai_calls = OpenAICalls(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,
 )
-_handovers = Handovers(driver.carry, driver.follow)
 
 
 class Handle:
@@ -100,6 +98,7 @@ def enable(
     max_waiting_bytes: int = UNCHANGED,
     strict: bool = UNCHANGED,
     transport: Transport = UNCHANGED,
+    propagation: Propagation = UNCHANGED,
     capture_content: bool = UNCHANGED,
     max_content_chars: int | None = UNCHANGED,
     redact: Callable[[Any], Any] | None = UNCHANGED,
@@ -157,6 +156,11 @@ def enable(
             endpoint that ``OTEL_EXPORTER_OTLP_ENDPOINT`` names; ``"auto"``: as MLflow on the driver
             does it, directly where the store takes spans from other processes at an address that
             they can reach, else by way of the driver.
+        propagation: How tasks learn which span their calls belong to: ``"auto"``: by a local
+            property of Spark's (on Spark Connect, a tag of the operation) that names the span
+            active where the action runs, so that plans are the same under each span;
+            ``"broadcast"``: by the broadcast that each function takes along, one for each span, for
+            platforms that hide properties and tags from tasks.
         capture_content: Whether spans hold prompts, answers and other texts, or only what happened:
             model, tokens, cost, times, outcome.
         max_content_chars: Characters at most of each text in them; None for no limit.
@@ -238,7 +242,7 @@ def switch_on(resolved: Config) -> Handle:
     with _lock:
         before = driver.config
         if before is None:
-            driver.warned_of_no_span = driver.warned_of_network = False
+            driver.warned_of_network = False
             driver.enabled_at = time.monotonic()
         driver.config = resolved
         try:
@@ -253,7 +257,7 @@ def switch_on(resolved: Config) -> Handle:
             else:
                 driver.joined_trace.leave()
             _openai_calls.install()
-            _handovers.install()
+            driver.install()
         except BaseException:
             driver.config = before
             if before is None:
@@ -298,6 +302,6 @@ def _uninstall() -> None:
     driver.joined_trace.leave()
     driver.endings.uninstall()
     driver.executed_plans.unwatch()
-    _handovers.uninstall()
+    driver.uninstall()
     _openai_calls.uninstall()
     process.remove()

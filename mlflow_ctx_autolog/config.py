@@ -30,10 +30,12 @@ from mlflow_ctx_autolog.setting_kinds import (
 __all__ = [
     "CAPTURE_CONTENT_VARIABLE",
     "ENV_PREFIX",
+    "PROPAGATIONS",
     "TRANSPORTS",
     "UNCHANGED",
     "Config",
     "Price",
+    "Propagation",
     "Sampling",
     "Transport",
     "checked_prices",
@@ -44,10 +46,12 @@ __all__ = [
 Price = tuple[float, float]
 
 Transport = Literal["auto", "direct", "driver", "otlp"]
+Propagation = Literal["auto", "broadcast"]
 
 ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
 CAPTURE_CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 TRANSPORTS: tuple[str, ...] = get_args(Transport)
+PROPAGATIONS: tuple[str, ...] = get_args(Propagation)
 _KIND = "kind"
 
 
@@ -164,6 +168,11 @@ class Config:
             endpoint that ``OTEL_EXPORTER_OTLP_ENDPOINT`` names; ``"auto"``: as MLflow on the driver
             does it, directly where the store takes spans from other processes at an address that
             they can reach, else by way of the driver.
+        propagation: How tasks learn which span their calls belong to: ``"auto"``: by a local
+            property of Spark's (on Spark Connect, a tag of the operation) that names the span
+            active where the action runs, so that plans are the same under each span;
+            ``"broadcast"``: by the broadcast that each function takes along, one for each span,
+            for platforms that hide properties and tags from tasks.
         capture_content: Whether spans hold prompts, answers and other texts, or only what happened:
             model, tokens, cost, times, outcome. Where neither this nor its variable is set, that of
             OpenTelemetry, ``OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT``, is heeded.
@@ -220,6 +229,7 @@ class Config:
     max_waiting_bytes: int = _setting(16 * 1024 * 1024, Number(at_least=1_000_000, whole=True))
     strict: bool = _setting(False, Flag())
     transport: Transport = _setting("auto", Choice(TRANSPORTS))  # noqa: RUF009
+    propagation: Propagation = _setting("auto", Choice(PROPAGATIONS))  # noqa: RUF009
     capture_content: bool = _setting(True, Flag())
     max_content_chars: int | None = _setting(None, Number(at_least=1, whole=True, optional=True))
     redact: Callable[[Any], Any] | None = _setting(None, Function())  # noqa: RUF009

@@ -18,8 +18,8 @@ __all__ = [
     "UnsupportedStoreError",
     "UnsupportedVersionError",
     "shortened",
-    "users_traceback",
     "warn_once",
+    "without_own_frames",
 ]
 
 _warned: set[tuple[str, str]] = set()
@@ -40,12 +40,31 @@ def warn_once(logger: logging.Logger, subject: str, message: str) -> None:
     logger.warning("%s", message)
 
 
-def users_traceback(error: BaseException) -> TracebackType | None:
-    """Return an error's traceback from the user's code on, without the frames that led there."""
-    traceback = error.__traceback__
+def without_own_frames(error: BaseException) -> None:
+    """Take the frames of this library out of the tracebacks of an error, and of all it holds."""
+    seen: set[int] = set()
+    found: list[BaseException | None] = [error]
+    while found:
+        each = found.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        found += [each.__cause__, each.__context__]
+        # Of a group, which Python has from 3.11 on.
+        found += [one for one in getattr(each, "exceptions", ()) if isinstance(one, BaseException)]
+        traceback = _of_others(each.__traceback__)
+        if traceback is not None:
+            each.__traceback__ = traceback
+        while traceback is not None:
+            traceback.tb_next = _of_others(traceback.tb_next)
+            traceback = traceback.tb_next
+
+
+def _of_others(traceback: TracebackType | None) -> TracebackType | None:
+    """Return a traceback from the first frame on that is not this library's."""
     while traceback is not None and _is_ours(traceback):
         traceback = traceback.tb_next
-    return traceback or error.__traceback__
+    return traceback
 
 
 def _is_ours(traceback: TracebackType) -> bool:

@@ -42,7 +42,7 @@ class Task:
         context: What came from the driver.
         content: Which content of its spans may leave this process.
         attempt_id: Spark's id of the task attempt; None outside Spark.
-        way_home: A Spark accumulator for the task's receipt, and for spans that cannot be stored
+        relay: A Spark accumulator for the task's receipt, and for spans that cannot be stored
             from here; None where there is none.
         span_processors: What the driver's MLflow has each span go through before it ends.
         span: The task's span, an ``mlflow.entities.Span``.
@@ -71,7 +71,7 @@ class Task:
     context: DriverContext
     content: ContentPolicy
     attempt_id: int | None = None
-    way_home: Any = None
+    relay: Any = None
     span_processors: Sequence[Callable[[Any], None]] = ()
     span: Any = None
     parent: Any = None

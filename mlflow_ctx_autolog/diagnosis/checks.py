@@ -43,6 +43,7 @@ VARIABLES = (
 SPARK_SETTINGS = (
     "spark.decommission.enabled",
     "spark.dynamicAllocation.enabled",
+    "spark.python.daemon.module",
     "spark.python.worker.reuse",
     "spark.speculation",
     "spark.task.maxFailures",
@@ -256,15 +257,38 @@ _UNKNOWN = Verdict("unknown", "could not be found out")
 
 
 @check(
+    "MLflow has a tracking store",
+    where="driver",
+    advice="For a store on this machine install the whole of MLflow, pip install mlflow (or "
+    "'mlflow-ctx-autolog[local]'); else name a server: mlflow.set_tracking_uri, or "
+    "MLFLOW_TRACKING_URI.",
+    at_enable="fail",
+    explains=("calls", "tasks"),
+)
+def there_is_a_store(subject: Subject) -> Verdict | None:
+    """MLflow's default is a database file, and mlflow-skinny has no such store, nor any other.
+
+    Spans are then made and stored nowhere, on the driver neither.
+    """
+    if "no_store" not in subject.process:
+        return None
+    problem = subject.process["no_store"]
+    return _passed("it has") if problem is None else _failed(f"no tracking store: {problem}")
+
+
+@check(
     "Workers run Python functions",
     where="job",
     advice="Read what Spark says. Most often the workers have another Python than the driver: set "
-    "PYSPARK_PYTHON to the same one on all nodes.",
+    "PYSPARK_PYTHON to the same one on all nodes. Where it is the daemon that does not start, the "
+    "module that spark.python.daemon.module names is not installed there.",
 )
 def workers_answer(subject: Subject) -> Verdict | None:
     """Without it, no job with Python functions runs at all, whether traced or not."""
     if subject.facts.workers_error is not None:
-        return _failed(f"no worker answered: {subject.facts.workers_error}")
+        daemon = (subject.facts.spark or {}).get("spark.python.daemon.module")
+        forked = f" (spark.python.daemon.module={daemon})" if daemon else ""
+        return _failed(f"no worker answered{forked}: {subject.facts.workers_error}")
     if subject.facts.workers is None:
         return Verdict("unknown", "there is no Spark session to ask them by")
     hosts = sorted({str(worker["host"]) for worker in subject.facts.workers})
@@ -578,6 +602,8 @@ def experiment_is_writable(subject: Subject) -> Verdict | None:
 
 def _step(subject: Subject, step: str, well: str) -> Verdict | None:
     """Return the verdict on one step of a process's way to the store."""
+    if subject.facts.driver.get("no_store") is not None:
+        return None
     if "store" not in subject.process:
         if subject.process is not subject.facts.driver and subject.facts.transport == "driver":
             return _passed("not needed: spans come home with the task")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
-import textwrap
 import time
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mlflow_ctx_autolog import autolog, tracing
@@ -24,94 +21,19 @@ from mlflow_ctx_autolog.diagnosis.checks import (
     VARIABLES,
     Facts,
     Finding,
-    Level,
     examine,
 )
+from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.handover import driver, settings, transport
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.versions import SUPPORTED
 
-__all__ = ["Diagnosis", "diagnose", "doctor"]
+__all__ = ["diagnose", "doctor"]
 
 _NAME = "mlflow-ctx-autolog doctor"
 _OPENAI = "https://api.openai.com/v1"
-_MARKS: dict[Level, str] = {"pass": "pass", "warn": "WARN", "fail": "FAIL", "unknown": "?"}
-_WORDS: dict[Level, str] = {
-    "fail": "failed",
-    "warn": "to be looked at",
-    "pass": "passed",
-    "unknown": "could not be found out",
-}
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What :func:`doctor` has found. Prints as a table, and is one in a notebook.
-
-    Args:
-        findings: One for each check and place.
-        seconds: How long it took.
-    """
-
-    findings: tuple[Finding, ...]
-    seconds: float
-
-    @property
-    def failures(self) -> list[Finding]:
-        """Findings by which traces will be missing."""
-        return [finding for finding in self.findings if finding.level == "fail"]
-
-    @property
-    def warnings(self) -> list[Finding]:
-        """Findings by which they may be, or which cost something."""
-        return [finding for finding in self.findings if finding.level == "warn"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: ``findings``, each with its fields, and ``seconds``."""
-        return {
-            "findings": [asdict(finding) for finding in self.findings],
-            "seconds": round(self.seconds, 3),
-        }
-
-    def summary(self) -> str:
-        """Return how many checks came out how, in one line."""
-        counts = Counter(finding.level for finding in self.findings)
-        parts = [f"{counts[level]} {word}" for level, word in _WORDS.items() if counts[level]]
-        return f"{', '.join(parts)}, in {self.seconds:.0f} s"
-
-    def __str__(self) -> str:
-        lines = []
-        for finding in self.findings:
-            head = f"{_MARKS[finding.level]:<4}  {finding.where:<7}  "
-            lines.append(f"{head}{finding.title}: {finding.found}")
-            if finding.advice:
-                lines += textwrap.wrap(
-                    f"-> {finding.advice}",
-                    width=100,
-                    initial_indent=" " * len(head),
-                    subsequent_indent=" " * (len(head) + 3),
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-        return "\n".join([*lines, self.summary()])
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (_MARKS[each.level], each.where, each.title, each.found, each.advice)
-            for each in self.findings
-        ]
-        head = _html_row(("", "where", "what has to be so", "found", "what to do"), "th")
-        body = "".join(_html_row(row, "td") for row in rows)
-        return f"<table>{head}{body}</table><p>{html.escape(self.summary())}</p>"
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    inner = "".join(
-        f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>' for cell in cells
-    )
-    return f"<tr>{inner}</tr>"
 
 
 def doctor(spark: Any = None, *, model_url: str | None = None) -> Diagnosis:
@@ -251,7 +173,7 @@ class _Examination:
     def _ask_workers(self, question: dict[str, Any]) -> None:
         facts, session = self._facts, self._session
         facts.spark = spark_api.settings_of(session, SPARK_SETTINGS)
-        facts.has_accumulators = spark_api.has_accumulators(session)
+        facts.has_accumulators = spark_api.spark_context(session) is not None
         question["model_url"] = self._model_url
         question["default_model_url"] = _OPENAI
         try:
@@ -301,8 +223,12 @@ class _Examination:
         problem = None
         with tracing.new_trace(_NAME) as trace_id:
             try:
-                function = driver.carrying(
-                    probe.call_stand_in, self._session, required=True, repeated=True
+                function = driver.submitted(
+                    probe.call_stand_in,
+                    self._session,
+                    name=probe.call_stand_in.__name__,
+                    required=True,
+                    repeated=True,
                 )
                 spark_api.run_on_workers(self._session, function, "", tasks=1)
             except Exception as error:
@@ -313,6 +239,7 @@ class _Examination:
         finally:
             driver.ledger.forget(trace_id)
             self._delete(trace_id)
+            tracing.do_not_display(trace_id)
         tasks = {span.span_id for span in spans if tracing.is_task(span)}
         if problem is not None or any(span.parent_id in tasks for span in spans):
             return problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -99,7 +100,8 @@ def _facts_by_the_library(
         workspace: The server's workspace that the experiment is in.
 
     Returns:
-        ``tracing`` and, if there is one, ``spool``: what is wrong with them, None if nothing is;
+        ``tracing``, ``no_store`` and, if there is one, ``spool``: what is wrong with them, None
+        if nothing is;
         ``sampling_ratio``;
         ``layers``: modules of others on the OpenAI client's calls; ``store``: see
         :func:`mlflow_ctx_autolog.stores.tracking_store.access`; ``span_id``: of the span that was
@@ -112,6 +114,7 @@ def _facts_by_the_library(
 
     facts: dict[str, Any] = {
         "tracing": tracing_problem(),
+        "no_store": _missing_store(),
         "sampling_ratio": sampling_ratio(),
         "layers": layers_on_calls(),
     }
@@ -129,6 +132,20 @@ def _facts_by_the_library(
         facts["store"] = access(tracking_uri, experiment_id, records, workspace)
         facts["span_id"] = None if span is None else span.span_id
     return facts
+
+
+def _missing_store() -> str | None:
+    """Return why MLflow cannot open the store that it is configured for; None where it can."""
+    from mlflow_ctx_autolog.stores.tracking_store import current_tracking_uri, exports_to_collector
+
+    uri = current_tracking_uri()
+    kind = re.match("(sqlite|postgresql|mysql|mssql)[+:]", uri)
+    # What these take is asked for by name, since importing it takes seconds.
+    needed = ("sqlalchemy", "alembic", "sqlparse")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if kind is None or not missing or exports_to_collector():
+        return None
+    return f"the tracking URI is {uri}, and this MLflow has no store of its own for {kind[1]}"
 
 
 def tell_time(_: str) -> str:

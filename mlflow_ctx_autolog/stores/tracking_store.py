@@ -602,6 +602,7 @@ def find_traces(
     experiment_id: str | None,
     start: int | None,
     end: int | None,
+    jobs: int | None = None,
 ) -> list[str]:
     """Return the ids of the traces of a run, or of an experiment, the latest first.
 
@@ -611,6 +612,7 @@ def find_traces(
         experiment_id: The experiment, if not a run.
         start: Milliseconds since the epoch at which the first may have begun.
         end: The same for the last.
+        jobs: How many at most of those that functions were handed to Spark in; None for all.
 
     Raises:
         StoreError: The store does not answer, or has no such run or experiment.
@@ -630,7 +632,7 @@ def find_traces(
         else:
             mlflow_client.get_experiment(experiment_id)
         token: str | None = None
-        while len(found) < _TRACES_FOUND:
+        while len(found) < (jobs or _TRACES_FOUND):
             page = client.search_traces(
                 experiment_ids=[str(experiment_id)],
                 filter_string=" AND ".join(conditions) or None,
@@ -641,12 +643,14 @@ def find_traces(
             )
             # A linked trace stands for the one that it is linked to.
             found += [
-                str(trace.info.trace_metadata.get(TRACE_KEY, trace.info.trace_id)) for trace in page
+                str(trace.info.trace_metadata.get(TRACE_KEY, trace.info.trace_id))
+                for trace in page
+                if jobs is None or TRACE_KEY in trace.info.trace_metadata
             ]
             token = page.token
             if not token:
                 break
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))[:jobs]
 
 
 def log_text(text: str, name: str) -> None:

@@ -21,15 +21,19 @@ from mlflow_ctx_autolog.worker.spark_task import application_id
 __all__ = ["answers_of", "answers_of_parents", "take_turn"]
 
 
-def answers_of(context: DriverContext, name: str, facts: Mapping[str, Any]) -> TaskAnswers | None:
+def answers_of(
+    context: DriverContext, name: str, function: str, facts: Mapping[str, Any]
+) -> TaskAnswers | None:
     """Return the answers that a task attempt may be given again; None where none are kept.
 
     Args:
         context: What came from the driver.
         name: The name of the function.
+        function: What names it whenever it is the same, in one process of the driver.
         facts: What :func:`~mlflow_ctx_autolog.worker.spark_task.task_attributes` returned.
     """
-    if context.config.reuse_answers is None:
+    answers = context.config.reuse_answers
+    if not isinstance(answers, Answers):
         return None
     job = job_of(trace_id_of(context), context.application_id or application_id(), facts)
     place = None
@@ -38,21 +42,12 @@ def answers_of(context: DriverContext, name: str, facts: Mapping[str, Any]) -> T
         application = context.application_id or job
         place = Place(
             job,
-            _function_of(context, name),
+            # What another process pickles, another day, is no more the same.
+            name if answers.scope == "always" else function,
             None if partition is None else str(partition),
             f"{application}/{facts.get('spark.task.attempt_id')}",
         )
     return _open_answers(context, place)
-
-
-def _function_of(context: DriverContext, name: str) -> str:
-    """Return what names a function whenever it is the same.
-
-    In its job; where its answers are kept always, in each.
-    """
-    answers = context.config.reuse_answers
-    is_always = isinstance(answers, Answers) and answers.scope == "always"
-    return name if is_always else f"{name}/{context.handover_id}"
 
 
 def _open_answers(

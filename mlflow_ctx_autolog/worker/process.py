@@ -392,7 +392,8 @@ def budget_of(context: DriverContext) -> Budget | None:
     return open_budget(
         context.config,
         job=trace_id_of(context) or str(context.session_id),
-        handover=str(context.handover_id),
+        # What the driver knew is so for all tasks of an action.
+        handover=str(sorted(context.spent.items())),
         known=context.spent,
         price_of=lambda model: prices.get(model) or list_price(model),
     )

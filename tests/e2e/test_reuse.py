@@ -426,16 +426,19 @@ def test_a_directory_that_workers_cannot_use(
 def test_functions_of_one_job_share_nothing(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
-    """A function that is used for two DataFrames asks for the rows of each."""
-    prompt = "Invent a clause."
+    """Functions of one name that are not the same ask each for itself; one that is, once."""
+    url, prompt = endpoint.base_url, "Invent a clause."
+    functions_ = [
+        extractor(url, prompt=lambda _: prompt),
+        extractor(url, prompt=lambda _: prompt, after=lambda _: None),
+    ]
     with ctx_autolog.enable(reuse_answers=True), mlflow.start_span("job"):
-        function = extractor(endpoint.base_url, prompt=lambda _: prompt)
         rows = [
-            text
-            for _ in range(2)
-            for text in texts(spark.range(0, 4, 1, 2).mapInPandas(function, SCHEMA).collect())
+            texts(spark.range(0, 4, 1, 2).mapInPandas(function, SCHEMA).collect())
+            for function in [*functions_, *functions_]
         ]
-    assert len(set(rows)) == paid(endpoint) == 8
+    assert rows[:2] == rows[2:]
+    assert len({*rows[0], *rows[1]}) == paid(endpoint) == 8
 
 
 def test_udf_row_by_row(spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str) -> None:

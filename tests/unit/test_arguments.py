@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "attach number": (
         lambda: ctx_autolog.attach(3).__enter__(),
         ctx_autolog.CarrierError,
-        "3",
+        "read from 'int'",
     ),
     "receipt of no trace": (
         lambda: ctx_autolog.receipt("nope"),

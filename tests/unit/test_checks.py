@@ -24,6 +24,7 @@ def process(**changed: Any) -> dict[str, Any]:
         "variables": {},
         "credentials": [],
         "tracing": None,
+        "no_store": None,
         "sampling_ratio": 1.0,
         "layers": [],
         "spool": None,

@@ -1,14 +1,24 @@
-"""The command ``mlflow-ctx-autolog recover``."""
+"""The command ``mlflow-ctx-autolog``: its help, and ``recover``."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from mlflow_ctx_autolog.cli import main
-from mlflow_ctx_autolog.delivery.spool import Destination, Record, SpoolFile
+from mlflow_ctx_autolog.cli import commands, main
+from mlflow_ctx_autolog.delivery.spool import (
+    Destination,
+    Record,
+    SpoolFile,
+    default_directory,
+)
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.stores import tracking_store as store_module
 
@@ -94,7 +104,7 @@ def test_path_that_does_not_exist(
 ) -> None:
     """A misspelt path is a failure."""
     assert main(["recover", str(tmp_path / "missing")]) == 2
-    assert f"{tmp_path / 'missing'} does not exist" in capsys.readouterr().out
+    assert f"{tmp_path / 'missing'} does not exist" in capsys.readouterr().err
 
 
 def test_store_that_is_down_leaves_the_records(
@@ -138,10 +148,104 @@ def test_file_that_cannot_be_read(
     assert "3 stored" in printed
 
 
-def test_command_without_a_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """Which spools are meant has to be said."""
-    with pytest.raises(SystemExit) as caught:
-        main(["recover"])
+def test_without_a_directory_the_spools_of_this_host_are_found(
+    store: Store, spools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in the directory of the settings, and those among the temporary files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left_behind(spools)
+    left_behind(default_directory())
 
-    assert caught.value.code == 2
-    assert "path" in capsys.readouterr().err
+    assert main(["recover"]) == 0
+    assert store.received == [(DESTINATION, SPANS)] * 2
+
+
+def test_spools_in_a_folder_below_are_found(store: Store, tmp_path: Path) -> None:
+    """As those of users are in the directory for temporary files."""
+    left_behind(tmp_path / "mlflow-ctx-autolog-0")
+
+    assert main(["recover", str(tmp_path)]) == 0
+    assert store.received == [(DESTINATION, SPANS)]
+
+
+def test_recovery_can_be_read_by_programs(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one object for each spool."""
+    path = left_behind(tmp_path)
+
+    assert main(["recover", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == [{"file": str(path), "problem": None, "stored": 3, "left": 0}]
+
+
+def test_versions_can_be_read_by_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """As one object for each package."""
+    assert main(["versions", "--json"]) == 0
+    told = {each["package"]: each for each in json.loads(capsys.readouterr().out)}
+    assert set(told) == {"python", "mlflow", "openai", "pyspark"}
+    assert told["openai"]["verdict"] == "supported"
+
+
+@pytest.mark.parametrize("name", sorted(commands.commands))
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what it does, its exit status, and, where it takes arguments, examples."""
+    assert main([name, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Exit status: 2 where" in text
+    assert "--json" in text
+    assert name == "versions" or f"mlflow-ctx-autolog {name}" in text
+
+
+def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """With examples, what its exit status means, and how to have words completed."""
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "mlflow-ctx-autolog report last" in text
+    assert "Exit status: 0 where all is well, 2 where" in text
+    assert "_MLFLOW_CTX_AUTOLOG_COMPLETE=bash_source" in text
+
+
+def test_words_are_completed() -> None:
+    """By the shell that asks for it, and without waiting for MLflow to be imported."""
+    command = Path(sys.executable).with_name("mlflow-ctx-autolog")
+    asked = {
+        "_MLFLOW_CTX_AUTOLOG_COMPLETE": "bash_complete",
+        "COMP_WORDS": "mlflow-ctx-autolog re",
+        "COMP_CWORD": "1",
+    }
+    answer = subprocess.run(
+        [command], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60
+    )
+    assert answer.stdout.split() == ["plain,recover", "plain,report"]
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    """Where the command is not on the path."""
+    told = subprocess.run(
+        [sys.executable, "-m", "mlflow_ctx_autolog", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert told.stdout.strip() == version("mlflow-ctx-autolog")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["report"], "Name traces, or last, or --run-id"),
+        (["report", "last", "--run-id", "1"], "Name traces, or last, or --run-id"),
+        (["report", "last", "--prices", "{"], "neither JSON"),
+        (["report", "last", "--prices", "/no/such/file"], "nor a file of it"),
+        (["doctor", "--master", "local", "--remote", "sc://host"], "cannot be given together"),
+        (["recver"], "No such command 'recver'"),
+    ],
+)
+def test_a_wrong_command_is_refused(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 2, and what is wrong about it."""
+    assert main(arguments) == 2
+    assert reason in capsys.readouterr().err

@@ -25,7 +25,15 @@ from mlflow_ctx_autolog.config import (
 ROOT = Path(__file__).parents[2]
 NAMES = [field.name for field in dataclasses.fields(Config)]
 FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress"]
-OTHERS = ["spool_directory", "transport", "redact", "forward_env", "prices", "sampling"]
+OTHERS = [
+    "spool_directory",
+    "transport",
+    "propagation",
+    "redact",
+    "forward_env",
+    "prices",
+    "sampling",
+]
 NUMBERS = [name for name in NAMES if name not in (*FLAGS, *OTHERS)]
 # None of its settings is the default.
 OTHER = Config(
@@ -37,6 +45,7 @@ OTHER = Config(
     max_waiting_bytes=2_000_000,
     strict=True,
     transport="driver",
+    propagation="broadcast",
     capture_content=False,
     max_content_chars=100,
     redact=repr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import importlib
+import importlib.util
 import json
 import socket
 import sqlite3
@@ -25,7 +26,7 @@ from mlflow.tracing.client import TracingClient
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import cli
 from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.diagnosis.checks import Finding
+from mlflow_ctx_autolog.diagnosis.checks import Finding, Level
 from mlflow_ctx_autolog.driver import spark
 from mlflow_ctx_autolog.model_calls.openai_calls import _CALLS
 from mlflow_ctx_autolog.stores.tracking_store import PROBE_TAG
@@ -382,18 +383,83 @@ def test_no_secret_is_shown(store: Destination, monkeypatch: pytest.MonkeyPatch)
     assert "that-is-secret" not in shown
 
 
-def test_the_diagnosis_is_a_table(store: Destination) -> None:
-    """It prints a line for each finding, and in a notebook escapes what it shows."""
+def test_the_diagnosis_says_first_what_counts(store: Destination) -> None:
+    """Then what is not right, and the rest in a line; in a notebook it escapes what it shows."""
     advice = "do <b>this</b>"
-    finding = Finding("name", "A & B", "driver", "fail", "<script>", advice)
-    diagnosis = ctx_autolog.Diagnosis((finding,), 1.4)
+    diagnosis = ctx_autolog.Diagnosis(
+        (
+            Finding("well", "All is well", "driver", "pass", "it is", ""),
+            Finding("odd", "C", "workers", "warn", "odd", "look"),
+            Finding("name", "A & B", "driver", "fail", "<script>", advice),
+            Finding("other", "D", "job", "unknown", "could not be found out", ""),
+        ),
+        1.44,
+    )
 
     assert str(diagnosis).splitlines() == [
+        "Traces will be missing: 1 thing is wrong.",
         "FAIL  driver   A & B: <script>",
         f"{' ' * 15}-> {advice}",
-        "1 failed, in 1 s",
+        "WARN  workers  C: odd",
+        f"{' ' * 15}-> look",
+        "1 check passed, 1 could not be made (D), in 1.4 s.",
     ]
+    assert "\x1b" not in repr(diagnosis)
+    assert diagnosis.to_text(colour=True).startswith("\x1b[31mTraces will be missing")
     page = diagnosis._repr_html_()
     assert html.escape(advice) in page
     assert "<script>" not in page
-    assert json.loads(json.dumps(diagnosis.to_dict()))["findings"][0]["level"] == "fail"
+    told = json.loads(json.dumps(diagnosis.to_dict()))
+    assert told["findings"][2]["level"] == "fail"
+    assert told["verdict"] == "Traces will be missing: 1 thing is wrong."
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "odd", "verdict"),
+    [
+        ("pass", 0, "A call made in a Spark task arrived under the driver's trace."),
+        (
+            "pass",
+            2,
+            "A call made in a Spark task arrived under the driver's trace; 2 things are to be "
+            "looked at.",
+        ),
+        (
+            "unknown",
+            0,
+            "Nothing is known to be wrong, and whether a call arrives was not tried, since X.",
+        ),
+    ],
+)
+def test_the_verdict_claims_no_more_than_was_seen(
+    round_trip: Level, odd: int, verdict: str
+) -> None:
+    """Only where a call has arrived does it say so."""
+    found = "not tried, since X" if round_trip == "unknown" else "read back"
+    findings = [Finding("round_trip", "it arrives", "job", round_trip, found, "")]
+    findings += [Finding("odd", "C", "workers", "warn", "odd", "look")] * odd
+
+    assert ctx_autolog.Diagnosis(tuple(findings), 1.0).verdict() == verdict
+
+
+def test_no_store_at_all_is_found_first(
+    store: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where MLflow lacks what its default store takes, doctor() and enable() say it, and how."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "sqlalchemy" else find_spec(name, *more),
+    )
+    diagnosis = ctx_autolog.doctor()
+    first = diagnosis.failures[0]
+
+    assert causes(diagnosis) == {"there_is_a_store": "fail", "span_is_active": "warn"}
+    assert (
+        "MLflow has a tracking store: no tracking store: the tracking URI is sqlite:"
+        in (str(diagnosis).splitlines()[1])
+    )
+    assert "pip install mlflow" in first.advice
+    with pytest.warns(ctx_autolog.CtxAutologWarning, match=r"no tracking store: .* no store of"):
+        ctx_autolog.enable()

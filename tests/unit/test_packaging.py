@@ -54,6 +54,8 @@ def test_type_hints_are_shipped() -> None:
 def test_runtime_requirements_are_few() -> None:
     """Installing the library brings along these packages and no others, PySpark least of all."""
     assert names_for(extra="") == {
+        # Which mlflow-skinny brings, too.
+        "click",
         "mlflow-skinny",
         "openai",
         "opentelemetry-api",
@@ -70,6 +72,12 @@ def test_pyspark_comes_with_the_extra() -> None:
     assert names_for(extra="spark") - names_for(extra="") == {"pyspark", "pyarrow"}
 
 
+def test_all_that_a_machine_of_ones_own_takes_comes_with_the_extra() -> None:
+    """The extra `local` brings Spark and the whole of MLflow, whose default store is a file."""
+    added = names_for(extra="local") - names_for(extra="")
+    assert added == {"mlflow", "pyspark", "pyarrow"}
+
+
 def test_an_exporter_comes_with_the_extra() -> None:
     """The extra `otlp` brings what encodes spans for a collector, and MLflow's way there."""
     added = names_for(extra="otlp") - names_for(extra="")
@@ -81,6 +89,11 @@ def test_public_name_resolves(name: str) -> None:
     """Every name that the library announces exists, is documented, and is listed by dir()."""
     assert getattr(mlflow_ctx_autolog, name).__doc__
     assert name in dir(mlflow_ctx_autolog)
+
+
+def test_completion_shows_public_names_only() -> None:
+    """Not the modules, of which there are many, and none of which is meant for users."""
+    assert dir(mlflow_ctx_autolog) == sorted(mlflow_ctx_autolog.__all__)
 
 
 def test_public_names_are_sorted_and_unique() -> None:

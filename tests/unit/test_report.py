@@ -254,4 +254,14 @@ def test_command(database: Destination, capsys: pytest.CaptureFixture[str], tmp_
     assert json.loads(capsys.readouterr().out)["calls"] == 1
     assert main(["report", "tr-0"]) == 2
     assert "tr-0" in capsys.readouterr().err
+    assert main(["report", "last"]) == 2
+    assert "has no trace of a Spark job" in capsys.readouterr().err
+    ctx_autolog.enable()
+    with mlflow.start_span("job") as job:
+        ctx_autolog.capture()
+    mlflow.flush_trace_async_logging()
+    ctx_autolog.disable()
+    prices = ["--prices", '{"gpt-x": [2.5, 10]}']
+    assert main(["report", "last", "--json", *prices]) == 0
+    assert json.loads(capsys.readouterr().out)["trace_ids"] == [job.trace_id]
     assert ctx_autolog.report is report_function

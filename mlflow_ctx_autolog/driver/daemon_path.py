@@ -1,0 +1,38 @@
+"""Where Python daemons find this library that is sent along with a job, ``--py-files``.
+
+Such files lie beside an executor when its daemon starts, but only workers look for modules there.
+With ``spark.python.daemon.module=mlflow_ctx_autolog.daemon`` the daemon could not start, and the
+job would fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import PurePosixPath
+from typing import Any
+
+__all__ = ["tell_daemons"]
+
+_logger = logging.getLogger(__name__)
+_MODULE = "mlflow_ctx_autolog.daemon"
+_PATH = "PYTHONPATH"
+
+
+def tell_daemons(context: Any) -> None:
+    """Have the daemons that run later functions of a SparkContext look beside themselves.
+
+    Nothing where the daemon is another one, or the library is not among the job's files.
+
+    Args:
+        context: A SparkContext, whose ``environment`` Spark sets for Python processes.
+    """
+    if context.getConf().get("spark.python.daemon.module", None) != _MODULE:
+        return
+    sent = [*context.getConf().get("spark.submit.pyFiles", "").split(",")]
+    sent += getattr(context, "_python_includes", [])
+    names = [PurePosixPath(path).name for path in sent]
+    ours = [name for name in names if name.startswith("mlflow_ctx_autolog")]
+    known = context.environment.get(_PATH, "").split(":")
+    if missing := [name for name in dict.fromkeys(ours) if name not in known]:
+        context.environment[_PATH] = ":".join(filter(None, (*known, *missing)))
+        _logger.info("Python daemons look for this library in %s, too.", ", ".join(missing))
