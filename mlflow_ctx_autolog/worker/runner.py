@@ -174,7 +174,7 @@ class Submission:
 
 
 def _action() -> ActionContext:
-    """Return what the driver says of the running task's action; if nothing, that there is no span."""
+    """Return what the driver says of the task's action; if nothing, that no span is active."""
     text = action_text()
     try:
         return ActionContext() if text is None else ActionContext.from_text(text)

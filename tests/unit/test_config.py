@@ -33,6 +33,8 @@ OTHERS = [
     "forward_env",
     "prices",
     "sampling",
+    "reuse_answers",
+    "answers_key",
 ]
 NUMBERS = [name for name in NAMES if name not in (*FLAGS, *OTHERS)]
 # None of its settings is the default.
@@ -59,6 +61,9 @@ OTHER = Config(
     max_spans_per_trace=50,
     sampling="errors+5%",
     progress=True,
+    reuse_answers="/answers",
+    answers_key="$ANSWERS_KEY",
+    max_answer_bytes=1,
 )
 
 
