@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sqlite3
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -203,8 +202,9 @@ def report(
 
 
 def _last_trace(tracking_uri: str | None, experiment_id: str | None) -> str:
-    from mlflow_ctx_autolog.delivery.spool import without_credentials
-    from mlflow_ctx_autolog.stores.tracking_store import current_tracking_uri, find_traces
+    from mlflow_ctx_autolog.log_ins import without_credentials
+    from mlflow_ctx_autolog.stores.reading import find_traces
+    from mlflow_ctx_autolog.stores.tracking_store import current_tracking_uri
     from mlflow_ctx_autolog.tracing import current_experiment_id
 
     experiment_id = experiment_id or current_experiment_id()
@@ -262,7 +262,8 @@ def recover(path: Path | None, tracking_uri: str | None, as_json: bool) -> int:
     from mlflow_ctx_autolog.driver.ledger import write_stored_totals
     from mlflow_ctx_autolog.exceptions import StoreError
     from mlflow_ctx_autolog.stores.otlp import is_collector
-    from mlflow_ctx_autolog.stores.tracking_store import send_to, spans_of
+    from mlflow_ctx_autolog.stores.sending import send_to
+    from mlflow_ctx_autolog.stores.tracking_store import spans_of
 
     status = 0
     told: list[dict[str, Any]] = []
@@ -291,7 +292,7 @@ def recover(path: Path | None, tracking_uri: str | None, as_json: bool) -> int:
             line = f"{each}: left alone, since the process that writes it is alive"
             tell(line, file=str(each), is_in_use=True)
             continue
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             tell(f"{each}: cannot be read: {error}", file=str(each), problem=str(error))
             status = 2
             continue
@@ -319,7 +320,7 @@ def recover(path: Path | None, tracking_uri: str | None, as_json: bool) -> int:
 def _spool_directories() -> list[Path]:
     """Return where processes of this user keep their spools on this host."""
     from mlflow_ctx_autolog.config import Config
-    from mlflow_ctx_autolog.delivery.spool import default_directory
+    from mlflow_ctx_autolog.delivery.directory import default_directory
 
     named = Config.from_env().spool_directory
     return [*([] if named is None else [Path(named)]), default_directory()]
@@ -327,7 +328,8 @@ def _spool_directories() -> list[Path]:
 
 def _spools_below(path: Path) -> list[Path]:
     """Return the spools of a directory, and of the folders in it; or the one that it is."""
-    from mlflow_ctx_autolog.delivery.spool import default_directory, spool_files
+    from mlflow_ctx_autolog.delivery.directory import default_directory
+    from mlflow_ctx_autolog.delivery.segments import spool_files
 
     if path == default_directory():
         # Among files of everybody, and looked at more closely.

@@ -113,6 +113,7 @@ class Redirect:
         self.name = name
         self._receiver = receiver
         self._active = False
+        self._original: Any = None
         self._layer: _Redirected | None = None
         self._was_inherited = False
 
@@ -127,9 +128,9 @@ class Redirect:
         Raises:
             UnsupportedVersionError: There is no such method.
         """
-        if self._layer is None or vars(self.owner).get(self.name) is not self._layer:
-            original = _static(self.owner, self.name)
-            self._layer = _Redirected(original, self)
+        if not self._is_on_top():
+            self._original = _static(self.owner, self.name)
+            self._layer = _Redirected(self._original, self)
             self._was_inherited = self.name not in vars(self.owner)
             setattr(self.owner, self.name, self._layer)
         self._active = True
@@ -137,13 +138,14 @@ class Redirect:
     def revert(self) -> None:
         """Redirect no more, and leave nothing unless somebody else's lies on top. Idempotent."""
         self._active = False
-        layer = self._layer
-        if layer is None or vars(self.owner).get(self.name) is not layer:
-            return
-        if self._was_inherited:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, layer.original)
+        if self._is_on_top():
+            if self._was_inherited:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self._original)
+
+    def _is_on_top(self) -> bool:
+        return self._layer is not None and vars(self.owner).get(self.name) is self._layer
 
     def receiver(self, instance: Any) -> Any:
         """Return what a method that is looked up on ``instance`` is to run on."""

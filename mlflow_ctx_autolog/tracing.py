@@ -47,18 +47,12 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from mlflow_ctx_autolog.answers.attributes import REUSED_FROM, SAVED_USAGE
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext, is_traceparent
 from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
-try:
-    from mlflow.entities import Link
-except ImportError:
-    # Of a release whose spans have no links.
-    Link = None
 try:
     from mlflow.utils import workspace_context
 except ImportError:
@@ -87,7 +81,6 @@ __all__ = [
     "filtered",
     "flush_exports",
     "for_collector",
-    "forget_usage",
     "has_active_span",
     "has_failed",
     "is_client_call",
@@ -103,7 +96,6 @@ __all__ = [
     "parent_activated",
     "priced",
     "record_no_totals",
-    "record_reuse",
     "record_totals",
     "record_usage",
     "sampling_ratio",
@@ -115,7 +107,6 @@ __all__ = [
     "trace_id_of",
     "tracing_problem",
     "usage_of",
-    "was_reused",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -291,38 +282,6 @@ def record_usage(span: LiveSpan, usage: Any) -> None:
     names = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
     counts = {name: getattr(usage, name, getattr(usage, other, 0)) for name, other in names.items()}
     span.set_attribute(_USAGE_OF_SPAN, {**counts, "total_tokens": usage.total_tokens})
-
-
-def record_reuse(span: LiveSpan, paid_by: str) -> None:
-    """Say in the span of a call that it was given another call's answer.
-
-    Args:
-        span: Its span.
-        paid_by: The other's trace and span, ``trace_id/span_id``; "" where that has none.
-    """
-    if isinstance(span, NoOpSpan):
-        return
-    span.set_attribute(REUSED_FROM, paid_by)
-    trace_id, _, span_id = paid_by.rpartition("/")
-    if trace_id and Link is not None and hasattr(span, "add_link"):
-        span.add_link(Link(trace_id, span_id))
-
-
-def was_reused(span: Span) -> bool:
-    """Whether a call was given another call's answer."""
-    return span.get_attribute(REUSED_FROM) is not None
-
-
-def forget_usage(span: LiveSpan) -> None:
-    """Leave no tokens in the span of a call that was paid for before, but say what they were."""
-    if isinstance(span, NoOpSpan) or not was_reused(span):
-        return
-    attributes = span._span._attributes
-    if (usage := attributes.get(_USAGE_OF_SPAN)) is not None:
-        attributes[SAVED_USAGE] = usage
-    for name in (_USAGE_OF_SPAN, _COST_OF_SPAN):
-        if name in attributes:
-            del attributes[name]
 
 
 def cost_of(span: Span) -> Amounts:

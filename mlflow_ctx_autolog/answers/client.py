@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from anyio import to_thread
-
 from mlflow_ctx_autolog.answers.entry import Entry
 from mlflow_ctx_autolog.answers.replay import Recording, is_readable, recorded, replayed
 from mlflow_ctx_autolog.answers.task_answers import Question, TaskAnswers
@@ -36,8 +34,8 @@ class CallInProgress(Protocol):
         """The answers of its task; None where it is to be made in any case."""
 
     @property
-    def span(self) -> str:
-        """Names its span: ``trace_id/span_id``."""
+    def name(self) -> str:
+        """What its span is called among all: ``trace_id/span_id``; "" where it has none."""
 
     def admit(self) -> None:
         """The client is about to send a request. What this raises, the call raises."""
@@ -46,7 +44,7 @@ class CallInProgress(Protocol):
         """It gets the answer that another call was given, and nothing is sent.
 
         Args:
-            paid_by: That call's :attr:`span`.
+            paid_by: That call's :attr:`name`.
         """
 
 
@@ -152,6 +150,9 @@ class ReusedAnswers:
         question = exchange.ask(request)
         entry = None
         if question is not None and exchange.waits:
+            # Here, where the client has imported it, and workers without one need not.
+            from anyio import to_thread
+
             entry = await to_thread.run_sync(exchange.find, question, request)
         elif question is not None:
             entry = exchange.find(question, request)
@@ -257,7 +258,7 @@ class _Exchange:
         """Keep an answer, when it has come whole."""
         if response.status_code != 200:
             return
-        url, paid_by = str(request.url), self._call.span
+        url, paid_by = str(request.url), self._call.name
 
         def done(recording: Recording) -> None:
             kept = question.keep(recording.size, lambda: recording.entry(url, paid_by))

@@ -8,9 +8,9 @@ import heapq
 import json
 import logging
 import os
-import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from mlflow_ctx_autolog.answers.entry import Entry, cipher
 from mlflow_ctx_autolog.answers.request import request_digest
 from mlflow_ctx_autolog.answers.settings import Answers, AnswersKey
 from mlflow_ctx_autolog.answers.store import AnswerStore, Shelf
-from mlflow_ctx_autolog.delivery.host_account import open_account
-from mlflow_ctx_autolog.delivery.spool import default_directory, directory_problem
+from mlflow_ctx_autolog.delivery.directory import default_directory, directory_problem
+from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import warn_once
 
 __all__ = [
@@ -38,11 +38,12 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS evaluation (attempt TEXT, function TEXT, number INTEGER, "
-    "ended REAL, id INTEGER PRIMARY KEY)",
-    "CREATE INDEX IF NOT EXISTS evaluation_of ON evaluation (attempt, function)",
-)
+# Task attempts whose evaluations a host remembers, of each application: those that run, and more.
+_REMEMBERED = 4096
+# Seconds to wait at most for another process that looks.
+_ACCOUNT_PATIENCE = 1.0
+# When one ended that has not.
+_NOT_ENDED = 1e99
 # Seconds that the end of a task waits for the disk.
 _PATIENCE = 2.0
 
@@ -209,7 +210,7 @@ class TaskAnswers:
         """Names the partition, and how many others the attempt has evaluated before it."""
         if self._evaluation is None:
             self._evaluation = _Evaluation(self.place, self._arrived, self._spool_directory)
-        return f"{self.place.partition}/{self._evaluation.number}"
+        return f"{self.place.partition}/{self._evaluation.name}"
 
     def located(self) -> str:
         """Return what a child process needs to ask on behalf of this attempt."""
@@ -230,6 +231,34 @@ class TaskAnswers:
             )
 
 
+class _Evaluations:
+    """The partitions that the task attempts of a host have evaluated lately: what they share."""
+
+    def __init__(self) -> None:
+        # By attempt and function, and by the evaluation's id: its number, and when it ended.
+        self._of: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
+
+    def enter(self, event: Event) -> None:
+        attempt, function, evaluation, number, ended = event
+        found = self._of.setdefault((str(attempt), str(function)), {})
+        found[str(evaluation)] = (int(number), float(ended))
+        if len(self._of) > _REMEMBERED:
+            del self._of[next(iter(self._of))]
+
+    def events(self) -> list[Event]:
+        return [
+            [*key, evaluation, *facts]
+            for key, found in self._of.items()
+            for evaluation, facts in found.items()
+        ]
+
+    def number(self, attempt: str, function: str, arrived: float) -> int:
+        """Return the number of an evaluation whose function has come at that time."""
+        found = self._of.get((attempt, function), {}).values()
+        same = [number for number, ended in found if ended > arrived]
+        return max(same, default=max((number + 1 for number, _ in found), default=0))
+
+
 class _Evaluation:
     """Which of the partitions that a task attempt evaluates this one is.
 
@@ -241,47 +270,39 @@ class _Evaluation:
 
     def __init__(self, place: Place, arrived: float, spool_directory: str | None) -> None:
         self.number = 0
-        self._account = None
-        self._id: int | None = None
+        self._account: HostAccount[_Evaluations] | None = None
+        self._event: Event = [place.attempt, place.function, uuid.uuid4().hex]
+        self.name = "0"
         if not place.attempt:
             return
         application = place.attempt.partition("/")[0]
-        self._account = open_account(spool_directory, application, "evaluations", _TABLES, 1.0)
-        arguments = (place.attempt, place.function)
+        self._account = open_account(
+            spool_directory, application, "evaluations", _Evaluations, _ACCOUNT_PATIENCE
+        )
         try:
-            with self._account.changing() as connection:
-                question = (
-                    "SELECT max(CASE WHEN coalesce(ended, 1e99) > ? THEN number END), max(number) "
-                    "FROM evaluation WHERE attempt = ? AND function = ?"
-                )
-                same, last = connection.execute(question, (arrived, *arguments)).fetchone()
-                if same is not None:
-                    self.number = same
-                elif last is not None:
-                    self.number = last + 1
-                added = connection.execute(
-                    "INSERT INTO evaluation (attempt, function, number) VALUES (?, ?, ?)",
-                    (*arguments, self.number),
-                )
-                self._id = added.lastrowid
-        except sqlite3.Error as error:
+            if not self._account.is_shared:
+                raise OSError("the processes of this host share no file")
+            with self._account.changing() as (known, tell):
+                self.number = known.number(place.attempt, place.function, arrived)
+                tell(*self._event, self.number, _NOT_ENDED)
+        except OSError as error:
+            # Rather than give two partitions one answer.
+            self.name, self._account = uuid.uuid4().hex, None
             self._warn(error)
+        else:
+            self.name = str(self.number)
 
     def close(self) -> None:
-        if self._account is not None and self._id is not None:
+        if self._account is not None:
             try:
-                with self._account.changing() as connection:
-                    connection.execute(
-                        "UPDATE evaluation SET ended = ? WHERE id = ?", (time.time(), self._id)
-                    )
-            except sqlite3.Error as error:
+                with self._account.changing() as (_, tell):
+                    tell(*self._event, self.number, time.time())
+            except OSError as error:
                 self._warn(error)
 
     @staticmethod
-    def _warn(error: sqlite3.Error) -> None:
-        warn_once(
-            _logger, "evaluation", f"Partitions of one task may be given equal answers: {error}"
-        )
+    def _warn(error: OSError) -> None:
+        warn_once(_logger, "evaluation", f"Calls of a task may be made and paid for again: {error}")
 
 
 def open_task_answers(

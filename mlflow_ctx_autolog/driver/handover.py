@@ -18,7 +18,6 @@ from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
-from mlflow_ctx_autolog.delivery.spool import without_credentials
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.carriers import Carriers
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
@@ -34,6 +33,7 @@ from mlflow_ctx_autolog.exceptions import (
     IncompleteTraceError,
     UnsupportedStoreError,
 )
+from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.model_calls.fingerprint import new_key
 from mlflow_ctx_autolog.model_calls.flavors import autologs_in_force
 from mlflow_ctx_autolog.stores import otlp

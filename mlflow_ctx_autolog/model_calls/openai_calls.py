@@ -17,8 +17,6 @@ from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
 from mlflow.utils.autologging_utils import safety
 
-from mlflow_ctx_autolog.answers.client import ReusedAnswers
-from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
 from mlflow_ctx_autolog.model_calls.annotations import (
     ANNOTATION,
@@ -31,7 +29,7 @@ from mlflow_ctx_autolog.model_calls.flavors import Autolog
 from mlflow_ctx_autolog.model_calls.openai_client import OpenAIClient
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.task import Task, current_task
-from mlflow_ctx_autolog.tracing import record_reuse, record_usage
+from mlflow_ctx_autolog.tracing import record_usage
 
 __all__ = ["OpenAICalls", "autolog_is_on", "layers_on_calls"]
 
@@ -77,7 +75,7 @@ class OpenAICalls:
             Patch(_autolog_module, "set_span_chat_attributes", self._set_chat_attributes),
             *_remembering(),
         ]
-        self._client = OpenAIClient(self, ReusedAnswers(self._current_request))
+        self._client = OpenAIClient(self)
         self._propagates_headers = propagates_headers
         # Older releases of MLflow send none.
         if hasattr(_autolog_module, "_inject_tracing_headers"):
@@ -118,16 +116,16 @@ class OpenAICalls:
                 self._client.close(answer)
 
     def sends(self) -> None:
-        request = self._current_request()
-        if request is None:
-            return
-        request.sends = True
-        if request.answers is None:
-            request.admit()
-
-    def _current_request(self) -> _Request | None:
         request = self._sending.get()
-        return None if request is None or request.is_over else request
+        if request is None or request.is_over:
+            return
+        try:
+            request.admit()
+        except BudgetExceeded:
+            span = self._calling.get()
+            if span is not None:
+                span.set_attribute(NOT_SENT, True)
+            raise
 
     def resends(self) -> None:
         span = self._calling.get()
@@ -159,7 +157,7 @@ class OpenAICalls:
             task.count_call()
         asked = _fingerprint(key, kwargs)
         request = None
-        if task is not None and (task.budget or task.answers or task.context.config.progress):
+        if task is not None and (task.budget is not None or task.context.config.progress):
             request = _Request(task, kwargs.get("inputs"), asked.get(FINGERPRINT))
         self._sending.set(request)
         if kwargs.get("span_type") in _UNKNOWN_TYPES:
@@ -171,7 +169,7 @@ class OpenAICalls:
         }
         span = original(*args, **kwargs)
         if request is not None:
-            request.live_span = span
+            request.span = span
         if isinstance(span, NoOpSpan):
             self._calling.set(None)
         else:
@@ -250,17 +248,10 @@ def _is_of_parse(inputs: Any) -> bool:
 
 
 class _Request:
-    """What a task's call asks of a model, and the span of the call.
-
-    Attributes:
-        sends: Whether the client is about to send it, for the first time or again.
-        answers: The answers of the task; None where it must be made in any case.
-    """
+    """What a task's call asks of a model, and the span of the call."""
 
     def __init__(self, task: Task, inputs: Any, fingerprint: str | None) -> None:
-        self.live_span: Any = None
-        self.sends = False
-        self.answers: TaskAnswers | None = task.answers
+        self.span: Any = None
         self._task = task
         self._model = str((inputs or {}).get("model"))
         self._fingerprint = fingerprint
@@ -269,44 +260,17 @@ class _Request:
     @property
     def is_over(self) -> bool:
         """Whether the client sends something else by now."""
-        if isinstance(self.live_span, NoOpSpan):
+        if isinstance(self.span, NoOpSpan):
             # Whose end nobody tells.
             return self._was_sent
-        return self.live_span is None or self.live_span.end_time_ns is not None
-
-    @property
-    def span(self) -> str:
-        """Names its span: ``trace_id/span_id``; "" where it has none."""
-        span = self.live_span
-        return "" if isinstance(span, NoOpSpan) else f"{span.trace_id}/{span.span_id}"
-
-    def reused(self, paid_by: str) -> None:
-        """It gets the answer that another call was given, and nothing is sent."""
-        self.sends = False
-        if not self._was_sent:
-            self._task.count_call(-1)
-            self._was_sent = True
-        self._task.count_reused()
-        record_reuse(self.live_span, paid_by)
+        return self.span is None or self.span.end_time_ns is not None
 
     def admit(self) -> None:
-        """Enter the request with its task, before it is sent, once each time.
+        """Enter the request with its task, before it is sent.
 
         Raises:
             BudgetExceeded: It may not be sent.
         """
-        if not self.sends:
-            # A redirect, or the same with a renewed log-in.
-            return
-        self.sends = False
-        try:
-            self._admit()
-        except BudgetExceeded:
-            if not isinstance(self.live_span, NoOpSpan):
-                self.live_span.set_attribute(NOT_SENT, True)
-            raise
-
-    def _admit(self) -> None:
         if self._task.budget is not None:
             try:
                 self._task.budget.admit(self._model, self._fingerprint)

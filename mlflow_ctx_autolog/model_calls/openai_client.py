@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.exceptions import UnsupportedVersionError
 from mlflow_ctx_autolog.patching import Patch
 
@@ -57,15 +56,10 @@ class OpenAIClient:
 
     A client that keeps these things elsewhere than the releases known so far is not watched, with
     one warning: its calls are traced all the same.
-
-    Args:
-        observer: Is told of each call.
-        answers: Knows which requests need not be sent, since they were answered before.
     """
 
-    def __init__(self, observer: CallObserver, answers: ReusedAnswers) -> None:
+    def __init__(self, observer: CallObserver) -> None:
         self._observer = observer
-        self._answers = answers
         self._readers: WeakKeyDictionary[Any, AnswerReader] = WeakKeyDictionary()
         self._dropped: deque[AnswerReader] = deque()
         self._patches: list[Patch] = []
@@ -91,7 +85,6 @@ class OpenAIClient:
         """Idempotent."""
         for patch in self._patches:
             patch.revert()
-        self._answers.uninstall()
 
     def follow(self, result: Any, reader: AnswerReader) -> bool:
         """Tell ``reader`` how the answer is read; return False if it is all there already."""
@@ -149,7 +142,7 @@ class OpenAIClient:
     def _request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             self._observer.sends()
-            return self._answers.request(original, *args, **kwargs)
+            return original(*args, **kwargs)
         except BaseException as error:
             self._interrupted(error)
             raise
@@ -157,7 +150,7 @@ class OpenAIClient:
     async def _async_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             self._observer.sends()
-            return await self._answers.async_request(original, *args, **kwargs)
+            return await original(*args, **kwargs)
         except BaseException as error:
             self._interrupted(error)
             raise

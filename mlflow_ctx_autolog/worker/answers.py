@@ -14,8 +14,7 @@ from mlflow_ctx_autolog.answers.task_answers import (
     open_task_answers,
 )
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.task import open_tasks
-from mlflow_ctx_autolog.tracing import trace_id_of
+from mlflow_ctx_autolog.task import driver_trace_id, open_tasks
 from mlflow_ctx_autolog.worker.spark_task import application_id
 
 __all__ = ["answers_of", "answers_of_parents", "take_turn"]
@@ -35,7 +34,7 @@ def answers_of(
     answers = context.config.reuse_answers
     if not isinstance(answers, Answers):
         return None
-    job = job_of(trace_id_of(context), context.application_id or application_id(), facts)
+    job = job_of(driver_trace_id(context), context.application_id or application_id(), facts)
     place = None
     if job is not None:
         partition = facts.get("spark.partition.id")

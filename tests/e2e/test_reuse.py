@@ -25,7 +25,7 @@ from repeats import filtered_udf, first_attempt
 from workload import SCHEMA, ask, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.answers.attributes import REUSED_FROM
+from mlflow_ctx_autolog.spans.attributes import REUSED_FROM
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, Request
 
 # Workers cannot import the tests' modules.

@@ -24,7 +24,7 @@ class ProgressingCall:
     """A call of a task, as the recorder of spans knows it."""
 
     answers: TaskAnswers | None
-    span: str = "tr-0a/0b"
+    name: str = "tr-0a/0b"
     sent: int = 0
     reused_from: list[str] = field(default_factory=list)
     refusal: Exception | None = None

@@ -123,7 +123,7 @@ def test_answer_is_as_it_was(
     assert type(reused) is type(paid)
     assert dumped(reused) == dumped(paid)
     assert (first.sent, first.reused_from) == (1, [])
-    assert (second.sent, second.reused_from) == (0, [first.span])
+    assert (second.sent, second.reused_from) == (0, [first.name])
     assert len(endpoint.requests) == 1
 
 
@@ -177,7 +177,7 @@ def test_async_answer_is_as_it_was(
 
 def test_response_says_that_it_was_given_before(attempts: Attempts, client: openai.OpenAI) -> None:
     """A raw response has one header more than the first, and the same id of the request."""
-    attempts.begin().span = "tr-0123/4567"
+    attempts.begin().name = "tr-0123/4567"
     paid = client.chat.completions.with_raw_response.create(**CHAT)
     attempts.begin()
     reused = client.chat.completions.with_raw_response.create(**CHAT)

@@ -17,6 +17,7 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import Config
 from mlflow_ctx_autolog.config import (
     CAPTURE_CONTENT_VARIABLE,
+    PROPAGATIONS,
     TRANSPORTS,
     UNCHANGED,
     Sampling,
@@ -103,6 +104,7 @@ def test_other_settings_are_all_other() -> None:
         {"sampling": "slow + 0%"},
         {"sampling": "100%"},
         *({"transport": transport} for transport in TRANSPORTS),
+        *({"propagation": propagation} for propagation in PROPAGATIONS),
     ],
 )
 def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:
