@@ -185,9 +185,9 @@ def enable(
             ``"errors+slow+5%"``.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
-        reuse_answers: Whether Spark's re-execution of calls gets the answers that were paid for:
-            True, an absolute path that all workers see, ``"same request"``, or an
-            :class:`~mlflow_ctx_autolog.Answers`.
+        reuse_answers: Where calls that Spark has made again get the answers that were paid for:
+            True among the workers of each host, or in a directory that all workers see, by its
+            absolute path.
         answers_key: With what these answers are encrypted on the disk.
         max_answer_bytes: Size of all answers at most, in bytes, the oldest making room.
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 from mlflow_ctx_autolog.answers.settings import (
     Answers,
-    AnswersKey,
     AnswersKeySetting,
     AnswersSetting,
 )
@@ -206,14 +205,14 @@ class Config:
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats. Needs tqdm.
 
-        reuse_answers: Whether Spark's re-execution of calls gets the answers that were paid for:
-            True among the workers of each host, or an absolute path of a directory that all workers
-            see. ``"same request"`` gives one answer to all equal requests, also of other rows. An
-            :class:`~mlflow_ctx_autolog.Answers` says more. See ``docs/pay-once.md``.
-        answers_key: With what these answers are encrypted on the disk: a key as
-            ``cryptography.fernet.Fernet.generate_key()`` returns it, which then travels in Spark's
-            broadcast; or ``"$NAME"`` for one that workers have in an environment variable, as where
-            it is given in a variable itself. Needs cryptography.
+        reuse_answers: Where calls that Spark has made again get the answers that were paid for:
+            True among the workers of each host, or in a directory that all workers see, by its
+            absolute path. ``"same request"`` gives one answer to all equal requests, also of other
+            rows. An :class:`~mlflow_ctx_autolog.Answers` says more. See ``docs/pay-once.md``.
+        answers_key: With what these answers are encrypted on the disk. A key, as
+            ``cryptography.fernet.Fernet.generate_key()`` returns it, travels in Spark's broadcast;
+            ``"$NAME"`` names one that workers have in an environment variable, as they must have
+            one that is given in a variable itself. Needs cryptography.
         max_answer_bytes: Size of all answers at most, in bytes, the oldest making room.
 
     Raises:
@@ -246,7 +245,7 @@ class Config:
     sampling: str | None = _setting(None, _SamplingTerms())
     progress: bool = _setting(False, Flag())
     reuse_answers: Answers | str | bool | None = _setting(None, AnswersSetting())  # noqa: RUF009
-    answers_key: AnswersKey | str | None = _setting(None, AnswersKeySetting())  # noqa: RUF009
+    answers_key: str | None = _setting(None, AnswersKeySetting())
     max_answer_bytes: int = _setting(1024 * 1024 * 1024, Number(at_least=1, whole=True))
 
     def __post_init__(self) -> None:

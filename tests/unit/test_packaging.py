@@ -62,8 +62,6 @@ def test_runtime_requirements_are_few() -> None:
         "opentelemetry-sdk",
         "packaging",
         "pandas",
-        # Which all packages of MLflow's bring, too.
-        "requests",
     }
 
 
