@@ -294,8 +294,13 @@ def _environment() -> dict[str, str]:
 
 
 def _warn_of_network(session: Any) -> None:
-    """Warn, once, where ``forward_env`` lets variables travel that others could read."""
-    if session is None or not settings().forward_env or driver.warned_of_network:
+    """Warn, once, where settings let something secret travel that others could read."""
+    sends = []
+    if settings().forward_env:
+        sends.append(f"forward_env sends {', '.join(settings().forward_env)} to the workers")
+    if not (settings().answers_key or "$").startswith("$"):
+        sends.append("answers_key is sent to the workers")
+    if session is None or not sends or driver.warned_of_network:
         return
     is_private = spark_api.is_private_network(session)
     if not is_private:
@@ -304,9 +309,9 @@ def _warn_of_network(session: Any) -> None:
         if is_private is None:
             state = "it cannot be told whether Spark's network encryption is on"
         warn(
-            f"forward_env sends {', '.join(settings().forward_env)} to the workers, and {state}: "
+            f"{', '.join(sends)}, and {state}: "
             "others on the network could read them. Set spark.authenticate and "
-            "spark.network.crypto.enabled, or configure the log-in on the workers."
+            "spark.network.crypto.enabled, or configure on the workers what they need."
         )
 
 
