@@ -208,6 +208,8 @@ class TaskAnswers:
     @property
     def partition(self) -> str:
         """Names the partition, and how many others the attempt has evaluated before it."""
+        if not self.place.attempt:
+            return str(self.place.partition)
         if self._evaluation is None:
             self._evaluation = _Evaluation(self.place, self._arrived, self._spool_directory)
         return f"{self.place.partition}/{self._evaluation.name}"
@@ -272,9 +274,6 @@ class _Evaluation:
         self.number = 0
         self._account: HostAccount[_Evaluations] | None = None
         self._event: Event = [place.attempt, place.function, uuid.uuid4().hex]
-        self.name = "0"
-        if not place.attempt:
-            return
         application = place.attempt.partition("/")[0]
         self._account = open_account(
             spool_directory, application, "evaluations", _Evaluations, _ACCOUNT_PATIENCE

@@ -26,8 +26,15 @@ from mlflow_ctx_autolog.answers.entry import (
     decode,
     encode,
 )
+from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.answers.store import AnswerStore, Shelf
-from mlflow_ctx_autolog.answers.task_answers import CountedTurns, Place, _Evaluation
+from mlflow_ctx_autolog.answers.task_answers import (
+    CountedTurns,
+    Place,
+    Question,
+    TaskAnswers,
+    _Evaluation,
+)
 
 ENTRY = Entry((("content-type", "text/plain"), ("x", "ü")), (b"one\n", b"", b"two"), "tr-1/2")
 NAME = f"{'a' * 32}.0"
@@ -450,6 +457,33 @@ def test_partitions_of_one_attempt(tmp_path: Path) -> None:
     assert (second.number, third.number) == (1, 2)
     assert evaluation(time.time(), Place("job", "function", "0", "app/2")).number == 0
     assert evaluation(time.time(), Place("job", "other", "0", "app/1")).number == 0
+
+
+def test_a_child_process_asks_as_its_parent(kept: AnswerStore, tmp_path: Path) -> None:
+    """What a child has kept, its parent finds, and the other way round."""
+    place = Place("job", "function", "0", "app/1")
+    parent = TaskAnswers(kept, place, Answers(), b"key", None, str(tmp_path / "spools"))
+    located = Place.from_json(parent.located())
+    child = TaskAnswers(kept, located, Answers(), b"key", parent.turns)
+    digest = "a" * 32
+
+    Question(child, digest, 0).keep(10, lambda: ENTRY)
+    Question(parent, digest, 1).keep(10, lambda: ENTRY)
+    assert kept.flush(10)
+    assert Question(parent, digest, 0).find() == Question(child, digest, 1).find() == ENTRY
+
+
+def test_partitions_are_not_mixed_up_where_processes_share_nothing(
+    kept: AnswerStore, tmp_path: Path
+) -> None:
+    """Without a file that says what else an attempt has evaluated, nothing is given again."""
+    (tmp_path / "file").touch()
+    place = Place("job", "function", "0", "app/1")
+    found = {
+        TaskAnswers(kept, place, Answers(), b"key", None, str(tmp_path / "file")).partition
+        for _ in range(3)
+    }
+    assert len(found) == 3
 
 
 def test_what_waits_for_a_slow_disk_is_bounded(
