@@ -14,7 +14,7 @@ from mlflow_ctx_autolog.answers.task_answers import (
     open_task_answers,
 )
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.task import driver_trace_id, open_tasks
+from mlflow_ctx_autolog.task import driver_span, open_tasks
 from mlflow_ctx_autolog.worker.spark_task import application_id
 
 __all__ = ["answers_of", "answers_of_parents", "take_turn"]
@@ -34,7 +34,11 @@ def answers_of(
     answers = context.config.reuse_answers
     if not isinstance(answers, Answers):
         return None
-    job = job_of(driver_trace_id(context), context.application_id or application_id(), facts)
+    # Of an action without a span, the application is the job: another action may ask the same.
+    span = None if context.action is not None else driver_span(context)
+    job = job_of(
+        None if span is None else span.trace_id, context.application_id or application_id(), facts
+    )
     place = None
     if job is not None:
         partition = facts.get("spark.partition.id")
