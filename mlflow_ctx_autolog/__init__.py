@@ -17,17 +17,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mlflow_ctx_autolog.exceptions import (
-    BudgetExceeded,
-    CarrierError,
-    CtxAutologError,
-    CtxAutologWarning,
-    DiagnosisError,
-    IncompleteTraceError,
-    UnsupportedStoreError,
-    UnsupportedVersionError,
-)
-
 if TYPE_CHECKING:
     from mlflow_ctx_autolog.answers.settings import Answers
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
@@ -38,6 +27,16 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.diagnosis.doctor import doctor
     from mlflow_ctx_autolog.driver.answers import forget_answers
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
+    from mlflow_ctx_autolog.exceptions import (
+        BudgetExceeded,
+        CarrierError,
+        CtxAutologError,
+        CtxAutologWarning,
+        DiagnosisError,
+        IncompleteTraceError,
+        UnsupportedStoreError,
+        UnsupportedVersionError,
+    )
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
     from mlflow_ctx_autolog.reporting.call_report import CallReport, report
     from mlflow_ctx_autolog.worker.runner import attach
@@ -79,12 +78,20 @@ __version__ = "0.1.0"
 # MLflow, or time, is therefore imported on first use.
 _LAZY = {
     "Answers": "answers.settings",
+    "BudgetExceeded": "exceptions",
     "CallReport": "reporting.call_report",
+    "CarrierError": "exceptions",
     "Config": "config",
+    "CtxAutologError": "exceptions",
+    "CtxAutologWarning": "exceptions",
     "Diagnosis": "diagnosis.diagnosis",
+    "DiagnosisError": "exceptions",
     "DriverContext": "context",
     "Handle": "autolog",
+    "IncompleteTraceError": "exceptions",
     "Receipt": "delivery.receipts",
+    "UnsupportedStoreError": "exceptions",
+    "UnsupportedVersionError": "exceptions",
     "annotate": "model_calls.annotations",
     "attach": "worker.runner",
     "broadcast": "driver.handover",

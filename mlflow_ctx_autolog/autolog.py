@@ -194,12 +194,10 @@ def enable(
     Raises:
         ValueError: A setting is out of range.
         TypeError: A setting is of the wrong type, or there is none of that name.
-        UnsupportedVersionError: mlflow or openai is missing, or one of them or pyspark is too old
-            or too new.
+        UnsupportedVersionError: mlflow, openai or pyspark is missing, too old or too new.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
         DiagnosisError: With ``strict=True``, something on the driver is wrong.
-        ImportError: pyspark is not installed; with ``progress=True``, tqdm is not; with
-            ``answers_key``, cryptography is not.
+        ImportError: With ``answers_key``, cryptography is not installed.
     """
     given = {name: value for name, value in locals().items() if value is not UNCHANGED}
     if in_spark_task():

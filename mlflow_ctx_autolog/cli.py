@@ -333,8 +333,8 @@ def _spools_below(path: Path) -> list[Path]:
 
     if path == default_directory():
         # Among files of everybody, and looked at more closely.
-        return spool_files()
+        return spool_files(refused=True)
     if not path.is_dir():
         return [path] if path.exists() else []
     folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.is_symlink())
-    return [file for folder in (path, *folders) for file in spool_files(folder)]
+    return [file for folder in (path, *folders) for file in spool_files(folder, refused=True)]

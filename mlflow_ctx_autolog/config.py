@@ -203,7 +203,7 @@ class Config:
             the job on their host so far) and a percentage of the others, joined by ``+``, as
             ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
-            with what tokens, cost, errors and repeats. Needs tqdm.
+            with what tokens, cost, errors and repeats.
 
         reuse_answers: Where calls that Spark has made again get the answers that were paid for:
             True among the workers of each host, or in a directory that all workers see, by its

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = [
     "StoreError",
     "UnsupportedStoreError",
     "UnsupportedVersionError",
+    "note_budget",
     "shortened",
     "warn_once",
     "without_own_frames",
@@ -144,6 +147,24 @@ class BudgetExceeded(CtxAutologError):  # noqa: N818 - what it is, rather than w
     def __init__(self, message: str, spent: Any = None) -> None:
         super().__init__(message)
         self.spent = dict(spent or {})
+
+
+def note_budget(error: BaseException | None) -> None:
+    """Have an exception of Spark's say at its end, in one line, that a budget is spent.
+
+    Which its message says too, among many lines of Java's.
+
+    Args:
+        error: What is on its way on the driver; any other than that stays as it is.
+    """
+    add_note = getattr(error, "add_note", None)  # New in Python 3.11.
+    if add_note is None or type(error).__module__.partition(".")[0] != "pyspark":
+        return
+    with suppress(Exception):
+        found = re.search(rf"{BudgetExceeded.__name__}: (\S.*)", str(error))
+        note = found and f"{BudgetExceeded.__name__}: {found[1]}"
+        if note and note not in getattr(error, "__notes__", ()):
+            add_note(note)
 
 
 class IncompleteTraceError(CtxAutologError):

@@ -20,10 +20,10 @@ print(ctx_autolog.doctor(spark))
 or, where the driver would run, `mlflow-ctx-autolog doctor --master URL` (or `--remote URL`, for
 Spark Connect). It looks at the driver, at real workers of your cluster and at the tracking store,
 makes one call to a stand-in for a model in a real task, and reads it back from the store. It takes
-less than a minute, spends no token, shows no secret, and deletes its traces. Each line passes,
-warns or fails, or says `?` where it could not be found out, and says what to do. The command's exit
-status is 2 where something fails, and with `--strict` 1 where something warns; `--json` is for
-programs.
+less than a minute, spends no token, shows no secret, and deletes its traces. It says first whether
+a call arrived, then what fails and what to look at, with what to do, and in a line what passed and
+what could not be found out. In a notebook it is a table. The command's exit status is 2 where
+something fails, and with `--strict` 1 where something warns; `--json` is for programs.
 
 `enable()` asks by itself what costs nothing on the driver (marked * below) and warns of it; with
 `strict=True` it raises. After a job, a warning on the driver tells of tasks whose calls left no

@@ -224,6 +224,7 @@ class _Examination:
     def _call_and_look(self) -> str | None:
         problem = None
         with tracing.new_trace(_NAME) as trace_id:
+            driver.progress.ignore(trace_id)
             try:
                 function = driver.submitted(
                     probe.call_stand_in,

@@ -33,6 +33,7 @@ from mlflow_ctx_autolog.exceptions import (
     CtxAutologWarning,
     IncompleteTraceError,
     UnsupportedStoreError,
+    note_budget,
 )
 from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.model_calls.fingerprint import new_key
@@ -118,6 +119,8 @@ class Driver:
 
     def _filter(self, span: Any) -> None:
         tracing.filter_open_span(span, ContentPolicy(settings()))
+        # That which ends the span, where it is left by one.
+        note_budget(sys.exc_info()[1])
 
     def submit(self, use: FunctionUse) -> SubmittedFunction | None:
         """Return what Spark gets instead of a function; None where that is the function itself."""

@@ -2,69 +2,197 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
-from typing import Any
+import time
+from collections import OrderedDict
+from typing import Any, Protocol
 
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 
 __all__ = ["Progress"]
 
+_logger = logging.getLogger(__name__)
 
-class Progress:
-    """Shows what the tasks have told that have ended, at most once a second.
+# Seconds between two looks of a line, and jobs whose numbers are kept.
+_INTERVAL = 1.0
+_JOBS = 100
 
-    In a terminal or a notebook; where standard error is neither, nothing.
+
+class _Screen(Protocol):
+    """Where the line of one job stands."""
+
+    def show(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Terminal:
+    """The last line of a terminal."""
+
+    def show(self, line: str) -> None:
+        sys.stderr.write(f"\r\x1b[2K{line}")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        sys.stderr.write("\n")
+        sys.stderr.flush()
+
+
+class _Cell:
+    """Below the cell of a notebook that is running as the line is first shown.
+
+    An output of its own, which a saved notebook keeps as it was shown last.
     """
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._lock = threading.Lock()
+        self._handle: Any = None
+
+    def show(self, line: str) -> None:
+        from IPython.display import display
+
+        shown = {"text/plain": line}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+    def close(self) -> None:
+        """Stay as it is."""
+
+
+class _Job:
+    """The numbers of one job, and the line that shows them."""
+
+    def __init__(self, screen: _Screen) -> None:
+        self._screen = screen
+        self._tasks: set[str] = set()
+        self._requests: set[str] = set()
+        self._calls = self._tokens = self._errors = self._repeats = 0
+        self._cost = 0.0
+        self._shown = -_INTERVAL
+        self._line: str | None = None
+
+    def add(self, receipt: TaskReceipt) -> None:
+        """Take what a task has come to, once."""
+        if receipt.task_span_id in self._tasks:
+            return
+        self._tasks.add(receipt.task_span_id)
+        distinct = len(self._requests)
+        self._requests.update(receipt.requests)
+        self._calls += receipt.calls
+        self._tokens += int(receipt.usage.get("total_tokens", 0))
+        self._cost += receipt.spent or receipt.cost.get("total_cost", 0.0)
+        self._errors += receipt.errors
+        self._repeats += len(receipt.requests) - (len(self._requests) - distinct)
+
+    def draw(self, *, at_once: bool = False) -> float:
+        """Show it, unless it was shown just now; return seconds until it may be, 0 where it is."""
+        remaining = self._shown + _INTERVAL - time.monotonic()
+        if remaining > 0 and not at_once:
+            return remaining
+        if (line := str(self)) != self._line:
+            self._screen.show(line)
+        self._shown, self._line = time.monotonic(), line
+        return 0.0
+
+    def close(self) -> None:
+        """Show it for the last time."""
+        self.draw(at_once=True)
+        self._screen.close()
+
+    def __str__(self) -> str:
+        parts = [f"{self._calls:,} calls", f"{self._tokens:,} tokens"]
+        if self._cost:
+            # Where nobody has said what they cost, a nought would be wrong.
+            parts.append(f"${self._cost:,.4f}")
+        parts += [f"{self._errors:,} errors", f"{self._repeats:,} repeats"]
+        return f"model calls: {', '.join(parts)}"
+
+
+class Progress:
+    """Shows what the tasks of a job have told that have ended, at most once a second.
+
+    In a terminal or a notebook; where standard error is neither, nothing, and nothing is kept. The
+    numbers are those of one job, which is one trace.
+    """
+
+    def __init__(self) -> None:
+        self._is_on = False
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()
+        self._open: str | None = None
+        self._ignored: set[str] = set()
+        self._timer: threading.Timer | None = None
+        self._lock = threading.RLock()
 
     def switch(self, on: bool) -> None:
-        """Begin anew, or end.
-
-        Raises:
-            ImportError: tqdm is not installed.
-        """
+        """Begin, go on, or end."""
         with self._lock:
-            if self._bar is not None:
-                self._bar.close()
-            self._bar = _new_bar() if on else None
-            self._tasks: set[str] = set()
-            self._requests: set[str] = set()
-            self._totals = {"tokens": 0, "cost": 0.0, "errors": 0, "repeats": 0}
+            self._is_on = on
+            if not on:
+                self._close()
+                self._jobs.clear()
+                self._ignored.clear()
+
+    def ignore(self, trace_id: str) -> None:
+        """Leave out a trace that is no job of the user's."""
+        with self._lock:
+            self._ignored.add(trace_id)
 
     def add(self, receipt: TaskReceipt) -> None:
         """Take what a task has come to. Never raises."""
+        try:
+            with self._lock:
+                self._add(receipt)
+        except Exception as error:
+            _logger.debug("Progress could not be shown: %r", error)
+
+    def finish(self, trace_id: str) -> None:
+        """Show a job's line for the last time, before something else is shown of it."""
         with self._lock:
-            if self._bar is None or receipt.task_span_id in self._tasks:
+            if self._open == trace_id:
+                self._close()
+
+    def _add(self, receipt: TaskReceipt) -> None:
+        if not self._is_on or receipt.trace_id in self._ignored:
+            return
+        job = self._jobs.get(receipt.trace_id)
+        if job is None:
+            if (screen := _screen()) is None:
                 return
-            self._tasks.add(receipt.task_span_id)
-            distinct = len(self._requests)
-            self._requests.update(receipt.requests)
-            totals = self._totals
-            totals["tokens"] += int(receipt.usage.get("total_tokens", 0))
-            totals["cost"] += receipt.spent or receipt.cost.get("total_cost", 0.0)
-            totals["errors"] += receipt.errors
-            totals["repeats"] += len(receipt.requests) - (len(self._requests) - distinct)
-            shown = {**totals, "tokens": f"{totals['tokens']:,}", "cost": f"${totals['cost']:,.4f}"}
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(receipt.calls)
+            job = self._jobs[receipt.trace_id] = _Job(screen)
+            while len(self._jobs) > _JOBS:
+                self._jobs.popitem(last=False)
+        if self._open != receipt.trace_id:
+            self._close()
+            self._open = receipt.trace_id
+        job.add(receipt)
+        self._draw()
+
+    def _draw(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            job = None if self._open is None else self._jobs.get(self._open)
+            if job is not None and (remaining := job.draw()):
+                self._timer = threading.Timer(remaining, self._draw)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _close(self) -> None:
+        job = None if self._open is None else self._jobs.get(self._open)
+        self._open = None
+        if job is not None:
+            job.close()
 
 
-def _new_bar() -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "progress=True needs tqdm: pip install 'mlflow-ctx-autolog[progress]'"
-        ) from error
-    # Where it shows nothing unless that is a terminal, as the library would have it in a notebook.
-    disable = False if _in_notebook() else None
-    return tqdm(
-        desc="model calls", unit=" calls", mininterval=1.0, maxinterval=1.0, disable=disable
-    )
+def _screen() -> _Screen | None:
+    """Return where to show a line; None where nobody would see it."""
+    if _in_notebook():
+        return _Cell()
+    return _Terminal() if sys.stderr.isatty() else None
 
 
 def _in_notebook() -> bool:

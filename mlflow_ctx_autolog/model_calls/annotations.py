@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import re
+import threading
+import weakref
+from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
     "ANNOTATION",
@@ -14,7 +18,9 @@ __all__ = [
     "annotate",
     "current_annotations",
     "last_call",
+    "note_annotations",
     "set_last_call",
+    "with_annotations",
 ]
 
 # Attributes of a call's span begin with this; the user's key follows.
@@ -40,6 +46,10 @@ class SpanIds(NamedTuple):
 
 _annotations: contextvars.ContextVar[dict[str, Value]] = contextvars.ContextVar(
     "ctx_autolog_annotations"
+)
+# What threads begin with, which have a context of their own.
+_of_threads: weakref.WeakKeyDictionary[threading.Thread, dict[str, Value]] = (
+    weakref.WeakKeyDictionary()
 )
 _last_call: contextvars.ContextVar[SpanIds | None] = contextvars.ContextVar(
     "ctx_autolog_last_call", default=None
@@ -69,9 +79,9 @@ def annotate(**keys: Value | None) -> Annotations:
     """Put keys of your own on the model calls that follow, as ``annotation.KEY`` on their spans.
 
     They hold in this execution context: from here on in this task attempt, until they are set
-    again; in ``with annotate(doc_id=7):`` until it is left. Other tasks do not see them. A thread
-    sees them where it is given the context (``asyncio.to_thread``, ``contextvars.copy_context``),
-    as a plain thread pool does not: call it in the function that the pool runs.
+    again; in ``with annotate(doc_id=7):`` until it is left. Other tasks do not see them. In a task,
+    a thread that is started under them has them, and so has what is handed to a pool of threads;
+    what either of them sets is its own.
 
     Args:
         **keys: Texts of at most 1000 characters, numbers, or true and false; they are stored
@@ -108,7 +118,29 @@ def annotate(**keys: Value | None) -> Annotations:
 
 def current_annotations() -> dict[str, Value]:
     """Return the keys that a call made here and now gets."""
-    return _annotations.get({})
+    own = _annotations.get(None)
+    return _of_threads.get(threading.current_thread(), {}) if own is None else own
+
+
+def note_annotations(thread: threading.Thread) -> None:
+    """Have a thread that is about to be started begin with the keys of this moment."""
+    if found := current_annotations():
+        _of_threads[thread] = found
+
+
+def with_annotations(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs with the keys of this moment, in another thread."""
+    return functools.partial(_run_with, current_annotations(), function)
+
+
+def _run_with(
+    annotations: dict[str, Value], function: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    token = _annotations.set(annotations)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _annotations.reset(token)
 
 
 def last_call() -> SpanIds | None:

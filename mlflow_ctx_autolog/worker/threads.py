@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from mlflow_ctx_autolog.model_calls.annotations import note_annotations, with_annotations
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.task import Work, note_starter
 
@@ -18,8 +19,9 @@ class ThreadHandovers:
     """Has work that is handed to another thread belong to what hands it over.
 
     A thread belongs to the work that starts it, an item of a pool to the work that submits it.
-    Nothing else travels: the user's own context variables are no concern of ours. Of the thread
-    only that is noted, so that it looks and runs as ever.
+    The keys of :func:`~mlflow_ctx_autolog.annotate` go along, and nothing else: the user's own
+    context variables are no concern of ours. Of the thread only that is noted, so that it looks and
+    runs as ever.
 
     Args:
         work: Returns the work that is being done here and now; None outside tasks.
@@ -45,6 +47,7 @@ class ThreadHandovers:
     def _start(self, original: Callable[..., Any], thread: threading.Thread) -> Any:
         if (work := self._work()) is not None:
             note_starter(thread, work)
+            note_annotations(thread)
         return original(thread)
 
     def _submit(
@@ -57,5 +60,5 @@ class ThreadHandovers:
         **kwargs: Any,
     ) -> Any:
         if (work := self._work()) is not None:
-            function = functools.partial(work.run, function)
+            function = functools.partial(work.run, with_annotations(function))
         return original(pool, function, *args, **kwargs)

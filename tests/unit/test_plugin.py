@@ -102,6 +102,24 @@ print(sorted({"mlflow", "openai", "pyspark", "opentelemetry"} & set(sys.modules)
     assert run_python(tmp_path, "-c", code).splitlines() == ["False False", "None", "[]"]
 
 
+def test_importing_mlflow_is_hardly_slower_for_the_plugin(tmp_path: Path) -> None:
+    """By 5 ms of processor time at most, and for no module of ours but the plugin itself."""
+    code = """
+import sys, time, typing
+began = time.process_time()
+from mlflow_ctx_autolog import plugin
+plugin.SparkRunContextProvider().in_context(), plugin.DriverExperimentProvider().in_context()
+took = time.process_time() - began
+print(took, *sorted(name for name in sys.modules if name.startswith("mlflow_ctx_autolog")))
+"""
+    told = [run_python(tmp_path, "-c", code).split() for _ in range(5)]
+
+    assert {tuple(names) for _, *names in told} == {
+        ("mlflow_ctx_autolog", "mlflow_ctx_autolog.plugin")
+    }
+    assert min(float(seconds) for seconds, *_ in told) < 0.005
+
+
 def test_mlflow_can_be_imported_without_a_warning(tmp_path: Path) -> None:
     """Importing MLflow loads the plugin without a warning."""
     code = """

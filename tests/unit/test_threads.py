@@ -12,6 +12,7 @@ import pytest
 
 from mlflow_ctx_autolog import DriverContext
 from mlflow_ctx_autolog.content import ContentPolicy
+from mlflow_ctx_autolog.model_calls.annotations import annotate, current_annotations
 from mlflow_ctx_autolog.task import Task, Work, current_work
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
@@ -149,3 +150,27 @@ def test_outside_tasks_nothing_is_patched() -> None:
     patches.uninstall()
 
     assert (vars(threading.Thread)["start"], vars(ThreadPoolExecutor)["submit"]) == before
+
+
+def test_keys_on_calls_go_along(task: Task, handovers: list[str]) -> None:
+    """With threads and what pools are handed; what these set stays theirs."""
+    handovers.append("span")
+    found: list[Any] = []
+
+    def look() -> None:
+        found.append(current_annotations())
+        annotate(step="inside")
+
+    with ThreadPoolExecutor(1) as pool, annotate(doc_id=7):
+        # Whose thread is started here, under these keys.
+        pool.submit(look).result()
+        with annotate(doc_id=8):
+            pool.submit(look).result()
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+        assert current_annotations() == {"doc_id": 7}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look).result()
+
+    assert found == [{"doc_id": 7}, {"doc_id": 8}, {"doc_id": 8}, {}]
