@@ -18,12 +18,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlflow_ctx_autolog.answers.settings import Answers
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
     from mlflow_ctx_autolog.config import Config
     from mlflow_ctx_autolog.context import DriverContext
     from mlflow_ctx_autolog.delivery.receipts import Receipt
     from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
     from mlflow_ctx_autolog.diagnosis.doctor import doctor
+    from mlflow_ctx_autolog.driver.answers import forget_answers
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.exceptions import (
         BudgetExceeded,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.worker.runner import attach
 
 __all__ = [
+    "Answers",
     "BudgetExceeded",
     "CallReport",
     "CarrierError",
@@ -62,6 +65,7 @@ __all__ = [
     "doctor",
     "enable",
     "flush",
+    "forget_answers",
     "last_call",
     "receipt",
     "report",
@@ -73,6 +77,7 @@ __version__ = "0.1.0"
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow, or time, is therefore imported on first use.
 _LAZY = {
+    "Answers": "answers.settings",
     "BudgetExceeded": "exceptions",
     "CallReport": "reporting.call_report",
     "CarrierError": "exceptions",
@@ -95,6 +100,7 @@ _LAZY = {
     "doctor": "diagnosis.doctor",
     "enable": "autolog",
     "flush": "driver.handover",
+    "forget_answers": "driver.answers",
     "last_call": "model_calls.annotations",
     "receipt": "driver.handover",
     "report": "reporting.call_report",

@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Any
 
 from mlflow_ctx_autolog import versions
+from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.arguments import check_type
 from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Propagation, Transport, kinds
 from mlflow_ctx_autolog.diagnosis.checks import Facts, examine
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
+from mlflow_ctx_autolog.driver.answers import check_answers
 from mlflow_ctx_autolog.driver.handover import (
     describe_transport,
     driver,
@@ -110,6 +112,9 @@ def enable(
     max_spans_per_trace: int | None = UNCHANGED,
     sampling: str | None = UNCHANGED,
     progress: bool = UNCHANGED,
+    reuse_answers: Answers | str | bool | None = UNCHANGED,
+    answers_key: str | None = UNCHANGED,
+    max_answer_bytes: int = UNCHANGED,
 ) -> Handle:
     """Trace the OpenAI calls of Spark workers under the driver's trace. Call it on the driver.
 
@@ -180,6 +185,11 @@ def enable(
             ``"errors+slow+5%"``.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
+        reuse_answers: Where calls that Spark has made again get the answers that were paid for:
+            True among the workers of each host, or in a directory that all workers see, by its
+            absolute path.
+        answers_key: With what these answers are encrypted on the disk.
+        max_answer_bytes: Size of all answers at most, in bytes, the oldest making room.
 
     Raises:
         ValueError: A setting is out of range.
@@ -187,6 +197,7 @@ def enable(
         UnsupportedVersionError: mlflow, openai or pyspark is missing, too old or too new.
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
         DiagnosisError: With ``strict=True``, something on the driver is wrong.
+        ImportError: With ``answers_key``, cryptography is not installed.
     """
     given = {name: value for name, value in locals().items() if value is not UNCHANGED}
     if in_spark_task():
@@ -195,6 +206,7 @@ def enable(
     with _lock:
         resolved = _resolved(config, reset, named)
         versions.check(needs_spark=True)
+        check_answers(resolved.reuse_answers, resolved.answers_key)
         _check_driver(resolved)
         return switch_on(resolved)
 

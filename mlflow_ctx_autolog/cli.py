@@ -244,7 +244,7 @@ def recover(path: Path | None, tracking_uri: str | None, as_json: bool) -> int:
 
     PATH is a spool file, or a directory of them or of folders with them; by default the spools of
     this user on this host: those of MLFLOW_CTX_AUTOLOG_SPOOL_DIRECTORY, and of the temporary files.
-    Run it as the user of the workers.
+    Run it as the user of the workers. Answers kept beside them whose time is over are removed.
 
     \b
     Examples:
@@ -256,6 +256,7 @@ def recover(path: Path | None, tracking_uri: str | None, as_json: bool) -> int:
     if path is not None and not path.exists():
         return _fail(f"{path} does not exist")
     # Imports MLflow.
+    from mlflow_ctx_autolog.answers.directory import default_root, sweep
     from mlflow_ctx_autolog.delivery.recovery import recover as recover_spool
     from mlflow_ctx_autolog.delivery.spool import Destination, Record
     from mlflow_ctx_autolog.driver.ledger import write_stored_totals
@@ -301,6 +302,9 @@ def recover(path: Path | None, tracking_uri: str | None, as_json: bool) -> int:
             status = 2
         counts = {"stored": found.stored, "left": found.left}
         tell(line, file=str(each), problem=found.problem, **counts)
+    for place in places:
+        # Answers whose time is over, and which no task has come by to remove.
+        sweep(default_root(place), None)
     for used, trace_id in sorted(traces, key=str):
         try:
             write_stored_totals(used, trace_id)

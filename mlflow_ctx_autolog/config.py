@@ -10,6 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from mlflow_ctx_autolog.answers.settings import (
+    Answers,
+    AnswersKeySetting,
+    AnswersSetting,
+)
 from mlflow_ctx_autolog.exceptions import shortened
 from mlflow_ctx_autolog.setting_kinds import (
     AbsolutePath,
@@ -200,6 +205,16 @@ class Config:
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
 
+        reuse_answers: Where calls that Spark has made again get the answers that were paid for:
+            True among the workers of each host, or in a directory that all workers see, by its
+            absolute path. ``"same request"`` gives one answer to all equal requests, also of other
+            rows. An :class:`~mlflow_ctx_autolog.Answers` says more. See ``docs/pay-once.md``.
+        answers_key: With what these answers are encrypted on the disk. A key, as
+            ``cryptography.fernet.Fernet.generate_key()`` returns it, travels in Spark's broadcast;
+            ``"$NAME"`` names one that workers have in an environment variable, as they must have
+            one that is given in a variable itself. Needs cryptography.
+        max_answer_bytes: Size of all answers at most, in bytes, the oldest making room.
+
     Raises:
         ValueError: A value is outside its range; the message names it and the range.
         TypeError: A value is of the wrong type.
@@ -229,6 +244,9 @@ class Config:
     max_spans_per_trace: int | None = _setting(2000, Number(at_least=10, whole=True, optional=True))
     sampling: str | None = _setting(None, _SamplingTerms())
     progress: bool = _setting(False, Flag())
+    reuse_answers: Answers | str | bool | None = _setting(None, AnswersSetting())  # noqa: RUF009
+    answers_key: str | None = _setting(None, AnswersKeySetting())
+    max_answer_bytes: int = _setting(1024 * 1024 * 1024, Number(at_least=1, whole=True))
 
     def __post_init__(self) -> None:
         for name, kind in kinds().items():
@@ -278,7 +296,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that JSON can hold as a dictionary: all but ``redact``."""
         names = [field.name for field in fields(self) if field.name != "redact"]
-        return {name: getattr(self, name) for name in names}
+        document = {name: getattr(self, name) for name in names}
+        if isinstance(self.reuse_answers, Answers):
+            document["reuse_answers"] = self.reuse_answers.to_dict()
+        return document
 
 
 def _shown(value: object) -> str:

@@ -12,10 +12,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.model_calls.budget import Budget
+from mlflow_ctx_autolog.spans.attributes import REUSED_CALLS
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext
 from mlflow_ctx_autolog.usage import Amounts, Tally
 
@@ -67,6 +69,8 @@ class Task:
         sampled_out: Spans so far that are counted, and stored nowhere.
         calls: Model calls made so far.
         errors: Of these, those that have failed.
+        answers: Answers that its calls may be given again; None where none are kept.
+        reused: Calls so far that were given one.
         spent: US dollars that those which have ended have cost, as far as the budget knows.
         requests: Fingerprints of the calls, where the driver is to know.
         rows_in: Rows that the function has taken from Spark so far.
@@ -92,6 +96,8 @@ class Task:
     sampled_out: int = 0
     calls: int = 0
     errors: int = 0
+    answers: TaskAnswers | None = None
+    reused: int = 0
     spent: float = 0.0
     requests: list[str] = field(default_factory=list)
     rows_in: int = 0
@@ -175,11 +181,14 @@ class Task:
 
     def counts(self) -> dict[str, int]:
         """Return the counts so far as attributes of the task's span."""
-        return {
+        counts = {
             "llm.calls": self.calls,
             "spark.rows.in": self.rows_in,
             "spark.rows.out": self.rows_out,
         }
+        if self.reused:
+            counts[REUSED_CALLS] = self.reused
+        return counts
 
     def count_span(
         self, span_id: str, parent_id: str | None, usage: Amounts, cost: Amounts
@@ -207,17 +216,22 @@ class Task:
         with self._lock:
             self.calls += number
 
+    def count_reused(self, number: int = 1) -> None:
+        """Count model calls that were given an answer again, from any thread."""
+        with self._lock:
+            self.reused += number
+
     def count_answer(self, failed: bool, cost: float) -> None:
         """Count a model call that has ended, from any thread."""
         with self._lock:
             self.errors += failed
             self.spent += cost
 
-    def take_calls(self) -> int:
-        """Return how many calls were counted, for somebody else to count."""
+    def take_calls(self) -> tuple[int, int]:
+        """Return how many calls, and reused ones, were counted, for somebody else to count."""
         with self._lock:
-            calls, self.calls = self.calls, 0
-        return calls
+            counted, self.calls, self.reused = (self.calls, self.reused), 0, 0
+        return counted
 
 
 class Work(NamedTuple):

@@ -76,6 +76,11 @@ class HostAccount(Generic[S]):
         # The file's first line, which is another one when it was written anew.
         self._head = b""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes of the host are told."""
+        return self._file is not None
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[tuple[S, Callable[..., None]]]:
         """Look and tell with nobody in between; nothing is told where the block raises.

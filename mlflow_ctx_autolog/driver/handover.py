@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -197,6 +198,8 @@ class Driver:
             "on_driver": on_driver,
             "version": __version__,
         }
+        if settings().reuse_answers is not None:
+            options["function"] = _identity(function) or name
         context_of_spark = spark_api.spark_context(session) if has_broadcasts else None
         return SubmittedFunction(
             function,
@@ -247,6 +250,15 @@ class Driver:
             _logger.info("Spark does not say what jobs have run: %r", error)
             return None
         return None if facts is None else json.dumps(facts, separators=(",", ":"))
+
+
+def _identity(function: Callable[..., Any]) -> str | None:
+    """Return what names a function whenever it is the same: by what it is pickled to."""
+    try:
+        return hashlib.blake2b(spark_api.pickled(function), digest_size=16).hexdigest()
+    except Exception:
+        # Which is for Spark to say.
+        return None
 
 
 def settings() -> Config:
@@ -314,8 +326,13 @@ def _environment() -> dict[str, str]:
 
 
 def _warn_of_network(session: Any) -> None:
-    """Warn, once, where ``forward_env`` lets variables travel that others could read."""
-    if session is None or not settings().forward_env or driver.warned_of_network:
+    """Warn, once, where settings let something secret travel that others could read."""
+    sends = []
+    if settings().forward_env:
+        sends.append(f"forward_env sends {', '.join(settings().forward_env)} to the workers")
+    if not (settings().answers_key or "$").startswith("$"):
+        sends.append("answers_key is sent to the workers")
+    if session is None or not sends or driver.warned_of_network:
         return
     is_private = spark_api.is_private_network(session)
     if not is_private:
@@ -324,9 +341,9 @@ def _warn_of_network(session: Any) -> None:
         if is_private is None:
             state = "it cannot be told whether Spark's network encryption is on"
         warn(
-            f"forward_env sends {', '.join(settings().forward_env)} to the workers, and {state}: "
+            f"{', '.join(sends)}, and {state}: "
             "others on the network could read them. Set spark.authenticate and "
-            "spark.network.crypto.enabled, or configure the log-in on the workers."
+            "spark.network.crypto.enabled, or configure on the workers what they need."
         )
 
 

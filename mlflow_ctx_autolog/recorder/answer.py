@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlflow_ctx_autolog.spans.attributes import MODEL, USAGE, USAGE_UNKNOWN
+from mlflow_ctx_autolog.spans.attributes import MODEL, REUSED_USAGE, USAGE, USAGE_UNKNOWN
 from mlflow_ctx_autolog.spans.usage import usage_of_answer
 from mlflow_ctx_autolog.spans.values import dump
 
-__all__ = ["answer_attributes", "document_of", "error_in", "outputs_of"]
+__all__ = ["answer_attributes", "as_reused", "document_of", "error_in", "outputs_of"]
 
 
 def document_of(result: Any) -> Any:
@@ -49,6 +49,14 @@ def answer_attributes(arguments: Mapping[str, Any], document: Any) -> dict[str, 
     elif error_in(document) is None:
         attributes[USAGE_UNKNOWN] = True
     return attributes
+
+
+def as_reused(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an answer says where it was given again: tokens are told, but not used."""
+    found = {name: value for name, value in attributes.items() if name != USAGE_UNKNOWN}
+    if (usage := found.pop(USAGE, None)) is not None:
+        found[REUSED_USAGE] = usage
+    return found
 
 
 def error_in(document: Any) -> tuple[str, str] | None:

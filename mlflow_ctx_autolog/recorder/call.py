@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
 from mlflow_ctx_autolog.recorder.answer import (
     answer_attributes,
+    as_reused,
     document_of,
     error_in,
     outputs_of,
@@ -25,11 +27,19 @@ from mlflow_ctx_autolog.spans.attributes import (
     NOT_SENT,
     OUTPUTS,
     RESEND_COUNT,
+    REUSED_FROM,
     STREAM_OUTCOME,
     TIME_TO_FIRST_CHUNK,
 )
 from mlflow_ctx_autolog.spans.quality import quality_attributes
-from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanEvent, SpanRecord
+from mlflow_ctx_autolog.spans.record import (
+    MLFLOW_PREFIX,
+    OpenSpan,
+    SpanContext,
+    SpanEvent,
+    SpanLink,
+    SpanRecord,
+)
 from mlflow_ctx_autolog.spans.values import dump
 
 __all__ = ["Call", "CallOwner", "StreamedAnswer"]
@@ -57,6 +67,17 @@ class CallOwner(Protocol):
 
     def started(self, span: OpenSpan) -> None:
         """Its span has started."""
+
+    @property
+    def answers(self) -> TaskAnswers | None:
+        """Answers that its calls may be given again; None where none are kept."""
+
+    def reused(self, *, was_sent: bool) -> None:
+        """A call is given an answer again.
+
+        Args:
+            was_sent: Whether it was sent before, in vain.
+        """
 
     def admit(self, model: str, fingerprint: str | None, *, is_first: bool) -> None:
         """A request is about to be sent.
@@ -97,18 +118,54 @@ class Call:
         self.api = api
         self.arguments = arguments
         self.span = span
+        self.answers = owner.answers
+        self._is_due = False
+        self._is_reused = False
         self._fingerprint = fingerprint
         self._was_sent = False
         self._resent = 0
         # What the server has answered, as it was before the client parsed it.
         self._document: Any = None
 
+    @property
+    def name(self) -> str:
+        """What its span is called among all: ``trace_id/span_id``; "" where it has none."""
+        span = self.span
+        return "" if span is None else f"{span.mlflow_trace_id}/{span.context.span_id}"
+
     def sends(self) -> None:
-        """A request is about to be sent.
+        """A request is about to be sent, unless it was answered before.
 
         Raises:
             BudgetExceeded: It may not be.
         """
+        self._is_due = True
+        if self.answers is None:
+            self.admit()
+
+    def reused(self, paid_by: str) -> None:
+        """It is given the answer that another call was given, and nothing is sent."""
+        self._is_due = False
+        self._is_reused = True
+        self.owner.reused(was_sent=self._was_sent)
+        self._was_sent = True
+        if self.span is not None:
+            self.span.update({REUSED_FROM: paid_by})
+            trace_id, _, span_id = paid_by.rpartition("/")
+            if trace_id:
+                link = SpanLink(trace_id.removeprefix(MLFLOW_PREFIX), span_id)
+                self.span.add_link(link)
+
+    def admit(self) -> None:
+        """A request is about to be sent. Does nothing for one that is part of the same.
+
+        Raises:
+            BudgetExceeded: It may not be.
+        """
+        if not self._is_due:
+            # A redirect, or once more with a renewed log-in.
+            return
+        self._is_due = False
         is_first = not self._was_sent
         try:
             model = str(self.arguments.get("model"))
@@ -181,7 +238,8 @@ class Call:
         try:
             if document is not None or was_answered:
                 span.update_json(tools_attribute(self.arguments))
-                span.update(answer_attributes(self.arguments, document))
+                attributes = answer_attributes(self.arguments, document)
+                span.update(as_reused(attributes) if self._is_reused else attributes)
                 span.update(
                     quality_attributes(
                         self.arguments,

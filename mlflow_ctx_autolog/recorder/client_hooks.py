@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.exceptions import UnsupportedVersionError
 from mlflow_ctx_autolog.imports import when_imported
 from mlflow_ctx_autolog.patching import Patch
@@ -64,10 +65,15 @@ class OpenAIClientHooks:
 
     A client that keeps these things elsewhere than the releases known so far is not watched, with
     one warning: its calls are recorded all the same.
+
+    Args:
+        observer: Is told of each call.
+        answers: Knows which requests need not be sent, since they were answered before.
     """
 
-    def __init__(self, observer: CallObserver) -> None:
+    def __init__(self, observer: CallObserver, answers: ReusedAnswers) -> None:
         self._observer = observer
+        self._answers = answers
         self._readers: WeakKeyDictionary[Any, AnswerReader] = WeakKeyDictionary()
         self._dropped: deque[AnswerReader] = deque()
         self._patches: list[Patch] = []
@@ -108,6 +114,7 @@ class OpenAIClientHooks:
         self._is_installed = False
         for patch in self._patches:
             patch.revert()
+        self._answers.uninstall()
 
     def follow(self, result: Any, reader: AnswerReader) -> bool:
         """Tell ``reader`` how the answer is read; return False if it is all there already."""
@@ -170,11 +177,11 @@ class OpenAIClientHooks:
 
     def _request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._observer.sends()
-        return original(*args, **kwargs)
+        return self._answers.request(original, *args, **kwargs)
 
     async def _async_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._observer.sends()
-        return await original(*args, **kwargs)
+        return await self._answers.async_request(original, *args, **kwargs)
 
     def _process_data(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         response = kwargs.get("response")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.imports import when_imported
 from mlflow_ctx_autolog.model_calls.annotations import current_annotations, set_last_call
 from mlflow_ctx_autolog.patching import Patch
@@ -85,7 +86,7 @@ class OpenAIRecorder:
 
     def __init__(self, owner: Callable[[], CallOwner | None]) -> None:
         self._owner = owner
-        self._hooks = OpenAIClientHooks(self)
+        self._hooks = OpenAIClientHooks(self, ReusedAnswers(lambda: self._calling.get()))
         self._patches: dict[tuple[type, str], Patch] = {}
         self._is_installed = False
         self._is_waiting = False

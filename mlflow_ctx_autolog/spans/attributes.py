@@ -34,6 +34,12 @@ NOT_SENT = "llm.request.not_sent"
 STREAM_OUTCOME = "llm.stream.outcome"
 USAGE_UNKNOWN = "llm.usage.unknown"
 REJECTED = "llm.answer.rejected"
+# Of a call that was given an answer again: the call that has paid for it, "trace_id/span_id", and
+# the tokens that it would have cost.
+REUSED_FROM = "llm.reused_from"
+REUSED_USAGE = "llm.reused.usage"
+# Of a task: how many of its calls were, which "llm.calls" does not count.
+REUSED_CALLS = "llm.calls.reused"
 
 # Log levels of spans as MLflow has them: what users see, and what went wrong.
 DEBUG, INFO, ERROR = 10, 20, 40

@@ -19,6 +19,7 @@ from mlflow_ctx_autolog.spans.attributes import DEBUG
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
 from mlflow_ctx_autolog.task import Task, driver_span, driver_trace_id, open_tasks
 from mlflow_ctx_autolog.worker.action_trace import root_of
+from mlflow_ctx_autolog.worker.answers import answers_of
 from mlflow_ctx_autolog.worker.placement import open_placement
 from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
 from mlflow_ctx_autolog.worker.spark_task import task_attributes
@@ -42,7 +43,11 @@ _SHARE_OF_TASK, _PATIENCE = 0.05, 1.0
 
 
 def begin(
-    context: DriverContext, name: str, relay: Any = None, filters: bytes | None = None
+    context: DriverContext,
+    name: str,
+    relay: Any = None,
+    filters: bytes | None = None,
+    function: str | None = None,
 ) -> Task:
     """Begin a task attempt: its span is open, and what runs in it is recorded.
 
@@ -51,6 +56,7 @@ def begin(
         name: The name of its span.
         relay: A Spark accumulator for its receipt and spans; None where there is none.
         filters: The user's functions that spans go through, as Spark pickles them.
+        function: What names the function whenever it is the same; by default its name.
     """
     worker = worker_process()
     attributes = task_attributes()
@@ -62,6 +68,7 @@ def begin(
         relay=relay,
         span_processors=span_processors,
         budget=budget_of(context),
+        answers=answers_of(context, name, function or name, attributes),
     )
     for other in open_tasks():
         # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
@@ -125,6 +132,8 @@ def finish(task: Task, error: BaseException | None = None) -> None:
         warn_once(_logger, "end", f"The span of a task could not be ended: {failure!r}")
     finally:
         task.close()
+    if task.answers is not None:
+        task.answers.close()
     try:
         _see_off(task, delivery, error, silence)
     finally:

@@ -34,6 +34,7 @@ from mlflow_ctx_autolog.task import (
     open_tasks,
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+from mlflow_ctx_autolog.worker.answers import answers_of_parents, take_turn
 from mlflow_ctx_autolog.worker.children import Children, Parent
 from mlflow_ctx_autolog.worker.mlflow_loading import MLflowInWorker
 from mlflow_ctx_autolog.worker.open_spans import Branch, OpenSpans
@@ -151,9 +152,11 @@ class WorkerProcess:
         cost: Amounts,
     ) -> None:
         """Have the parent count and deliver a span, so that it is in the task's receipt."""
+        calls, reused = task.take_calls()
         message = {
             "task": task.span_id,
-            "calls": task.take_calls(),
+            "calls": calls,
+            "reused": reused,
             "span": [span.span_id, span.parent_id, usage, cost],
             "branch": [branch.top, branch.above, branch.outer and branch.outer.top],
             "failed": span.has_failed,
@@ -169,6 +172,8 @@ class WorkerProcess:
     def _answer_child(self, work: Work | None, question: dict[str, Any]) -> Any:
         if "span" in question:
             return self._submit_for_child(question)
+        if "request" in question:
+            return take_turn(question)
         if work is None or not work.task.is_open:
             work = current_work()
         if work is None:
@@ -180,7 +185,12 @@ class WorkerProcess:
             traceparent=headers.get("traceparent"),
             tracestate=headers.get("tracestate"),
         )
-        return {"task": work.task.span_id, "context": context.to_json()}
+        answers = work.task.answers
+        return {
+            "task": work.task.span_id,
+            "context": context.to_json(),
+            "answers": None if answers is None else answers.located(),
+        }
 
     def _submit_for_child(self, message: dict[str, Any]) -> bool:
         for task in open_tasks():
@@ -188,6 +198,7 @@ class WorkerProcess:
                 span_id, parent_id, usage, cost = message["span"]
                 payload = base64.b64decode(message["payload"])
                 task.count_call(int(message["calls"]))
+                task.count_reused(int(message["reused"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
                 self.router.store(
                     task,
@@ -310,17 +321,21 @@ def budget_of(context: DriverContext) -> Budget | None:
 
 def _ask_parent(parent: Parent) -> Work | None:
     answer = parent.ask({})
-    return None if answer is None else _work_elsewhere(answer["task"], answer["context"])
+    if answer is None:
+        return None
+    return _work_elsewhere(parent, answer["task"], answer["context"], answer.get("answers"))
 
 
 @functools.lru_cache(maxsize=64)
-def _work_elsewhere(span_id: str, text: str) -> Work:
+def _work_elsewhere(parent: Parent, span_id: str, text: str, place: str | None) -> Work:
     context = DriverContext.from_json(text)
     # The user's functions stay with the parent; where spans must go through them, content is
     # withheld here.
     content, _ = content_policy(context)
     task = Task(context, content, elsewhere=span_id, is_open=True, parent=driver_span(context))
     task.budget = budget_of(context)
+    if place is not None:
+        task.answers = answers_of_parents(context, place, parent.ask, span_id)
     return Work(task)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.delivery.sender import Deliveries
-from mlflow_ctx_autolog.spans.attributes import COST, USAGE
+from mlflow_ctx_autolog.spans.attributes import COST, REUSED_FROM, USAGE
 from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanRecord
 from mlflow_ctx_autolog.spans.trace_info import trace_document
@@ -228,6 +228,9 @@ class TraceRouter:
 
 
 def _count_answer(task: Task, span: SpanRecord, usage: Amounts, cost: Amounts) -> None:
+    if span.get(REUSED_FROM) is not None:
+        # It was paid for, and counted, before.
+        return
     paid = 0.0
     if task.budget is not None and (usage or not span.has_failed):
         # What was asked, whatever the answer says of it: so was the request admitted.

@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlflow_ctx_autolog import __version__
@@ -127,6 +128,8 @@ class Submission:
             where there is none.
         filters: The user's functions that spans go through, as Spark pickles them: ``redact``,
             and MLflow's span processors.
+        function: What names the function whenever it is the same; "" for its name.
+        arrived: When it came to this process, in seconds since the epoch.
     """
 
     name: str
@@ -135,6 +138,8 @@ class Submission:
     repeated: bool = True
     relay: Any = None
     filters: bytes | None = None
+    function: str = ""
+    arrived: float = field(default_factory=time.time)
 
     def context(self) -> DriverContext:
         """Return what the calls of the running task belong to.
@@ -221,6 +226,7 @@ def load_submitted(
         bool(options.get("repeated", True)),
         relay,
         filters,
+        str(options.get("function") or ""),
     )
     if options.get("on_driver"):
         return _AttachedFunction(function, submission)
@@ -242,7 +248,16 @@ def _begin_or_warn(submission: Submission) -> Task | None:
         context = submission.context()
         if submission.repeated:
             on_task_end(_finish_open_tasks)
-        return attempt.begin(context, submission.name, submission.relay, submission.filters)
+        task = attempt.begin(
+            context,
+            submission.name,
+            submission.relay,
+            submission.filters,
+            submission.function or submission.name,
+        )
+        if task.answers is not None:
+            task.answers.arrived(submission.arrived)
+        return task
     except CarrierError as error:
         if submission.required:
             raise
@@ -342,6 +357,9 @@ def _run_once(
     if task is None:
         return function(*args, **kwargs)
     try:
+        if task.answers is not None and args and type(args[0]) is int:
+            # Of an RDD, the partition of itself, whichever it is of the stage.
+            task.answers.locate(args[0])
         result = task.run(function, *(_counted(task, arg) for arg in args), **kwargs)
     except BaseException as error:
         attempt.finish(task, error)

@@ -17,6 +17,7 @@ __all__ = [
     "ACTION_PROPERTY",
     "action_scope",
     "action_text",
+    "application_id",
     "hide_own_frames",
     "in_spark_task",
     "is_batch",
@@ -36,6 +37,8 @@ _ROOT_EXECUTION = "spark.sql.execution.root.id"
 _QUERY, _BATCH = "sql.streaming.queryId", "streaming.sql.batchId"
 _CALL_SITE = "callSite.short"
 _JOB_TAGS = "spark.job.tags"
+_APPLICATION = "spark.app.id"
+_QUERY, _BATCH = "sql.streaming.queryId", "streaming.sql.batchId"
 
 
 def in_spark_task() -> bool:
@@ -98,7 +101,8 @@ def task_attributes() -> dict[str, Any]:
     (0 for the first), ``spark.task.attempt_id`` (unique in the application),
     ``spark.sql.execution.id``, that of the action as ``spark.sql.execution.root_id`` where one
     execution has started another, ``spark.call_site`` (the action's line on the driver),
-    ``spark.job.group`` and, on Spark Connect, ``spark.connect.operation.id``.
+    ``spark.job.group``, of a stream ``spark.streaming.batch`` (the query's id and the number of
+    its micro-batch) and, on Spark Connect, ``spark.connect.operation.id``.
     """
     attributes: dict[str, Any] = {"host.name": socket.gethostname(), "process.pid": os.getpid()}
     context = _task_context()
@@ -116,10 +120,22 @@ def task_attributes() -> dict[str, Any]:
         "spark.sql.execution.root_id": context.getLocalProperty(_ROOT_EXECUTION),
         "spark.call_site": call_site,
         "spark.job.group": context.getLocalProperty(_JOB_GROUP),
+        "spark.streaming.batch": _micro_batch(context),
         "spark.connect.operation.id": operation,
     }
     attributes.update({name: value for name, value in facts.items() if value is not None})
     return attributes
+
+
+def _micro_batch(context: Any) -> str | None:
+    query, batch = context.getLocalProperty(_QUERY), context.getLocalProperty(_BATCH)
+    return None if batch is None else f"{query}/{batch}"
+
+
+def application_id() -> str | None:
+    """Return Spark's id of the application whose task is running, where Spark says so."""
+    context = _task_context()
+    return None if context is None else context.getLocalProperty(_APPLICATION)
 
 
 def _operation(job_tags: str) -> str | None:

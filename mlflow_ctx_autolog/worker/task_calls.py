@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
+from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
 from mlflow_ctx_autolog.recorder.openai_calls import OpenAIRecorder
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
@@ -88,6 +89,15 @@ class _CallsOfTask:
 
     def started(self, span: OpenSpan) -> None:
         self._recording.started(self._task, span)
+
+    @property
+    def answers(self) -> TaskAnswers | None:
+        return self._task.answers
+
+    def reused(self, *, was_sent: bool) -> None:
+        if not was_sent:
+            self._task.count_call(-1)
+        self._task.count_reused()
 
     def admit(self, model: str, fingerprint: str | None, *, is_first: bool) -> None:
         task = self._task

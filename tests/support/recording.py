@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
 
 
@@ -16,6 +17,8 @@ class Keeper:
         self.sent: list[tuple[str, str | None, bool]] = []
         self.spans: list[SpanRecord] = []
         self.refusal: Exception | None = None
+        self.answers: TaskAnswers | None = None
+        self.reuses: list[bool] = []
         self.above = SpanContext("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
 
     def parent(self) -> SpanContext | None:
@@ -31,6 +34,9 @@ class Keeper:
         self.sent.append((model, fingerprint, is_first))
         if self.refusal is not None:
             raise self.refusal
+
+    def reused(self, *, was_sent: bool) -> None:
+        self.reuses.append(was_sent)
 
     def ended(self, span: SpanRecord) -> None:
         self.spans.append(span)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_nothing_to_recover(
     assert main(["recover", str(tmp_path)]) == 0
     assert "nothing is left" in capsys.readouterr().out
     assert store.received == []
+
+
+def test_answers_whose_time_is_over_are_removed(store: Store, tmp_path: Path) -> None:
+    """Those of a job that has long been over, and no others."""
+    for job, seen in (("0" * 32, 0), ("1" * 32, time.time())):
+        folder = tmp_path / "answers" / f"answers-{job}"
+        (folder / ("2" * 32)).mkdir(parents=True)
+        (folder / ("2" * 32) / f"{'3' * 32}.0").touch()
+        (folder / "job").write_text("3600.0")
+        os.utime(folder / "job", (seen, seen))
+
+    assert main(["recover", str(tmp_path)]) == 0
+    assert [path.name for path in (tmp_path / "answers").iterdir()] == [f"answers-{'1' * 32}"]
 
 
 def test_path_that_does_not_exist(

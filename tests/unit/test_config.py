@@ -34,6 +34,8 @@ OTHERS = [
     "forward_env",
     "prices",
     "sampling",
+    "reuse_answers",
+    "answers_key",
 ]
 NUMBERS = [name for name in NAMES if name not in (*FLAGS, *OTHERS)]
 # None of its settings is the default.
@@ -60,6 +62,9 @@ OTHER = Config(
     max_spans_per_trace=50,
     sampling="errors+5%",
     progress=True,
+    reuse_answers="/answers",
+    answers_key="$ANSWERS_KEY",
+    max_answer_bytes=1,
 )
 
 
@@ -436,11 +441,12 @@ def test_the_page_of_settings_is_made_of_them() -> None:
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page.page()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "redact"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("redact", "answers_key")])
 def test_every_setting_can_be_a_variable(name: str) -> None:
     """What its kind writes into a variable, it reads back."""
     value = getattr(OTHER, name)
     text = json.dumps(value) if name == "prices" else value
+    text = value.path if name == "reuse_answers" else text
     text = ",".join(value) if name == "forward_env" else str(text)
 
     found = Config.from_env({f"MLFLOW_CTX_AUTOLOG_{name.upper()}": text})
