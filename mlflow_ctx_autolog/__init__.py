@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.diagnosis.doctor import Diagnosis, doctor
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
-    from mlflow_ctx_autolog.reporting.call_report import CallReport, report
+    from mlflow_ctx_autolog.reporting.call_report import CallReport
+    from mlflow_ctx_autolog.reporting.reading import report
     from mlflow_ctx_autolog.worker.runner import attach
 
 __all__ = [
@@ -87,7 +88,7 @@ _LAZY = {
     "flush": "driver.handover",
     "last_call": "model_calls.annotations",
     "receipt": "driver.handover",
-    "report": "reporting.call_report",
+    "report": "reporting.reading",
     "traced": "driver.handover",
 }
 

@@ -67,7 +67,7 @@ def _report(
     trace_ids: list[str], tracking_uri: str | None, html: Path | None, as_json: bool
 ) -> int:
     from mlflow_ctx_autolog.exceptions import StoreError
-    from mlflow_ctx_autolog.reporting.call_report import report
+    from mlflow_ctx_autolog.reporting.reading import report
 
     try:
         found = report(trace_ids, tracking_uri=tracking_uri)

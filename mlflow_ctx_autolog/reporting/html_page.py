@@ -180,7 +180,7 @@ def _timeline(graphs: Any, calls: Sequence[Row], tasks: Sequence[Row], names: An
                 texts += [_label(call), _label(call), ""]
         figure.add_trace(
             graphs.Scattergl(
-                name="first of its kind" if not key else names.get(key, key),
+                name="useful" if not key else names.get(key, key),
                 x=xs,
                 y=ys,
                 mode="lines",
@@ -257,7 +257,7 @@ def _concurrency(graphs: Any, summary: Row) -> Any:
 
 
 def _by_cause(graphs: Any, summary: Row) -> Any:
-    rows = [("needed", "", summary["useful"])]
+    rows = [("useful", "", summary["useful"])]
     rows += [(cause["name"], key, cause) for key, cause in summary["causes"].items()]
     unit = "cost" if summary["made"]["cost"] else "tokens"
     figure = graphs.Figure(
@@ -266,7 +266,7 @@ def _by_cause(graphs: Any, summary: Row) -> Any:
             y=[_wrapped(name) for name, _, _ in rows],
             x=[sums[unit] or 0 for _, _, sums in rows],
             marker={"color": [_COLOURS.get(key, "#999999") for _, key, _ in rows]},
-            text=[f"{sums['requests']:,} calls, {sums['money']}" for *_, sums in rows],
+            text=[f"{sums['requests']:,} requests, {sums['money']}" for *_, sums in rows],
             textposition="auto",
         )
     )
@@ -299,7 +299,7 @@ def _heaviest(graphs: Any, calls: Sequence[Row], names: Any) -> Any:
     figure = graphs.Figure(
         [
             graphs.Bar(
-                name="first of its kind" if not key else names.get(key, key),
+                name="useful" if not key else names.get(key, key),
                 x=heaviest,
                 y=[parts[key].get(place, 0) for place in heaviest],
                 marker={"color": _COLOURS.get(key, "#999999")},

@@ -513,8 +513,20 @@ def read_stored_trace(
                 raise StoreError(f"there is no trace {trace_id} in {tracking_uri}") from error
             if not error.unsupported:
                 raise
-    info, spans = read_trace(destination, trace_id)
+    try:
+        info, spans = read_trace(destination, trace_id)
+    except StoreError as error:
+        if not _says_missing(error):
+            raise
+        raise StoreError(f"there is no trace {trace_id} in {tracking_uri}") from error
     return _stored_trace(info, (span.to_dict() for span in spans), wanted)
+
+
+def _says_missing(error: StoreError) -> bool:
+    """Whether MLflow found no such trace, by its code or, where it has none, by its words."""
+    cause = error.__cause__
+    code = getattr(cause, "error_code", None)
+    return code == _MISSING or (isinstance(cause, MlflowException) and "not found" in str(cause))
 
 
 def _stored_trace(
