@@ -165,8 +165,10 @@ class CallReport:
         return {key: Sums.of(calls) for key, calls in found.items()}
 
     def latency(self) -> dict[str, float]:
-        """Return p50, p95 and p99 of the seconds that calls took; empty if none has ended."""
-        return percentiles([each.call.seconds for each in self.calls])
+        """Return p50, p95 and p99 of the seconds that requests took; empty if none has ended."""
+        return percentiles(
+            each.call.seconds for each in self.calls if each.call.reused_from is None
+        )
 
     def time_to_first_token(self) -> dict[str, float]:
         """Return the same for the first piece of streams; empty where there are none."""
@@ -242,18 +244,19 @@ class CallReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the report says, without single calls other than the heaviest, for JSON."""
-        made = self.made
+        # Each goes through all calls.
+        made, repeated, distinct = self.made, self.repeated, self.distinct
         return {
             "trace_ids": self.trace_ids,
             "jobs": [{**vars(job), "seconds": job.seconds} for job in self.jobs],
             "calls": made.calls,
             "requests": made.requests,
-            "repeats": self.repeats,
-            "distinct": self.distinct,
-            "multiplier": round(self.multiplier, 6),
+            "repeats": repeated.requests,
+            "distinct": distinct,
+            "multiplier": round(made.requests / distinct if distinct else 1.0, 6),
             "made": made.to_dict(),
             "useful": self.useful.to_dict(),
-            "repeated": self.repeated.to_dict(),
+            "repeated": repeated.to_dict(),
             "causes": {
                 cause.key: {"name": cause.name, "fix": cause.fix, **sums.to_dict()}
                 for cause, sums in self.by_cause().items()
@@ -276,8 +279,17 @@ class CallReport:
 
     def _parts(self, sums: dict[str, Sums], part: str) -> dict[str, Any]:
         quality = self.quality_by(part)
+        repeats: Counter[str] = Counter()
+        for each in self.calls:
+            call = each.call
+            name = call.function if part == "function" else call.model or "(no model)"
+            repeats[name] += call.resends + (each.cause is not None)
         return {
-            name: {**of_part.to_dict(), "quality": quality[name].to_dict()}
+            name: {
+                **of_part.to_dict(),
+                "repeats": repeats[name],
+                "quality": quality[name].to_dict(),
+            }
             for name, of_part in sums.items()
         }
 
@@ -333,20 +345,26 @@ class CallReport:
         if kept:
             yield pandas.DataFrame(kept)
 
-    def to_html(self, path: str | Path) -> Path:
+    def to_html(self, path: str | Path, *, comparison: Any = None) -> Path:
         """Write the report as one HTML file that works offline, with mode 0600; return its path.
+
+        Args:
+            path: Where to.
+            comparison: With a job before, as :func:`~mlflow_ctx_autolog.compare` returned it, to
+                say on the page what changed.
 
         Raises:
             ImportError: plotly is missing; the message says how to install it.
         """
-        return write_private(path, self._page())
+        return write_private(path, self._page(comparison))
 
-    def _page(self) -> str:
+    def _page(self, comparison: Any = None) -> str:
         from mlflow_ctx_autolog.reporting.html_page import page
 
         rows = [call_row(each) for each in self.calls]
         tasks = [task_row(attempt) for attempt in self.attempts]
-        return page(self.to_dict(), rows, tasks, self.tracking_uri)
+        changes = None if comparison is None else comparison.to_dict()
+        return page(self.to_dict(), rows, tasks, self.tracking_uri, changes)
 
     def log(self, name: str = "call-report.html") -> None:
         """Log the report to the active MLflow run as an artifact: HTML, or JSON by its name.

@@ -45,21 +45,20 @@ class Sums:
         """Add up calls."""
         sums = cls()
         for call in calls:
-            sums.add(call)
+            sums.calls += 1
+            usage = call.usage
+            if usage:
+                sums.input_tokens += int(usage.get("input_tokens", 0))
+                sums.output_tokens += int(usage.get("output_tokens", 0))
+                sums.tokens += int(call.tokens)
+            if call.cost:
+                sums.cost += call.cost
+            sums.errors += call.failed
+            sums.resends += call.resends
+            sums.reused += call.reused_from is not None
+            sums.unmetered += call.usage_unknown
+            sums.unpriced += call.cost is None and not call.usage_unknown
         return sums
-
-    def add(self, call: Call) -> None:
-        """Add one call."""
-        self.calls += 1
-        self.reused += call.reused_from is not None
-        self.resends += call.resends
-        self.errors += call.failed
-        self.input_tokens += int(call.usage.get("input_tokens", 0))
-        self.output_tokens += int(call.usage.get("output_tokens", 0))
-        self.tokens += int(call.tokens)
-        self.cost += call.cost or 0.0
-        self.unmetered += call.usage_unknown
-        self.unpriced += call.cost is None and not call.usage_unknown
 
     @property
     def requests(self) -> int:
@@ -88,8 +87,8 @@ def dollars(amount: float) -> str:
     if not amount:
         return "$0"
     size = abs(amount)
-    # Cents at least; below a dollar, three digits that count.
-    places = 2 if size >= 1 else 2 - math.floor(math.log10(size))
+    # Cents at least; below ten of them, three digits that count.
+    places = 2 if size >= 0.1 else 2 - math.floor(math.log10(size))
     text = f"{size:,.{places}f}"
     whole, _, fraction = text.partition(".")
     return f"{'-' if amount < 0 else ''}${whole}.{fraction.rstrip('0').ljust(2, '0')}"

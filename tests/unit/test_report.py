@@ -162,11 +162,11 @@ def test_what_is_not_known_is_not_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     [
         *((0, "$0"), (0.00005, "$0.00005"), (0.0375, "$0.0375"), (0.000123456, "$0.000123")),
         *((0.5, "$0.50"), (1.5, "$1.50"), (1204.5, "$1,204.50"), (-0.02, "-$0.02")),
-        (0.1234, "$0.123"),
+        (0.1234, "$0.12"),
     ],
 )
 def test_money_as_people_write_it(amount: float, text: str) -> None:
-    """Cents at least, and below a dollar three digits that count."""
+    """Cents at least, and below ten of them three digits that count."""
     assert dollars(amount) == text
 
 
