@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
     from mlflow_ctx_autolog.reporting.call_report import CallReport
+    from mlflow_ctx_autolog.reporting.comparison import Comparison, compare
+    from mlflow_ctx_autolog.reporting.history import History, history
     from mlflow_ctx_autolog.reporting.reading import report
     from mlflow_ctx_autolog.worker.runner import attach
 
@@ -44,6 +46,7 @@ __all__ = [
     "BudgetExceeded",
     "CallReport",
     "CarrierError",
+    "Comparison",
     "Config",
     "CtxAutologError",
     "CtxAutologWarning",
@@ -51,6 +54,7 @@ __all__ = [
     "DiagnosisError",
     "DriverContext",
     "Handle",
+    "History",
     "IncompleteTraceError",
     "Receipt",
     "UnsupportedStoreError",
@@ -59,10 +63,12 @@ __all__ = [
     "attach",
     "broadcast",
     "capture",
+    "compare",
     "disable",
     "doctor",
     "enable",
     "flush",
+    "history",
     "last_call",
     "receipt",
     "report",
@@ -73,19 +79,23 @@ __all__ = [
 # MLflow, or time, is therefore imported on first use.
 _LAZY = {
     "CallReport": "reporting.call_report",
+    "Comparison": "reporting.comparison",
     "Config": "config",
     "Diagnosis": "diagnosis.doctor",
     "DriverContext": "context",
     "Handle": "autolog",
+    "History": "reporting.history",
     "Receipt": "delivery.receipts",
     "annotate": "model_calls.annotations",
     "attach": "worker.runner",
     "broadcast": "driver.handover",
     "capture": "driver.handover",
+    "compare": "reporting.comparison",
     "disable": "autolog",
     "doctor": "diagnosis.doctor",
     "enable": "autolog",
     "flush": "driver.handover",
+    "history": "reporting.history",
     "last_call": "model_calls.annotations",
     "receipt": "driver.handover",
     "report": "reporting.reading",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from mlflow_ctx_autolog.versions import SUPPORTED, installed_version
 
@@ -19,8 +20,14 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    0, or 2 where something cannot work; 1 for warnings of ``doctor --strict``.
+    0, or 2 where something cannot work; 1 for warnings of ``doctor --strict``, and for
+    conditions of ``compare``.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] in (["compare"], ["history"]):
+        from mlflow_ctx_autolog.reporting import commands as reporting
+
+        return _click(getattr(reporting, words[0]), words[1:])
     parser = argparse.ArgumentParser(
         prog="mlflow-ctx-autolog",
         description="Trace the OpenAI calls of Spark workers under the driver's MLflow trace.",
@@ -53,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--tracking-uri", help="where it is kept, if not in MLflow's store")
     report.add_argument("--html", type=Path, help="write it to this file, too, to look at")
     report.add_argument("--json", action="store_true", help="print it as JSON")
-    given = parser.parse_args(arguments)
+    commands.add_parser("compare", help="show what changed from one job to another")
+    commands.add_parser("history", help="show what jobs came to over time")
+    given = parser.parse_args(words)
     if given.command == "doctor":
         return _doctor(given)
     if given.command == "report":
@@ -61,6 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command == "recover":
         return _recover(given.path, given.tracking_uri)
     return _show_versions()
+
+
+def _click(command: Any, words: list[str]) -> int:
+    import click
+
+    name = f"mlflow-ctx-autolog {command.name}"
+    try:
+        return int(command.main(words, prog_name=name, standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
 
 
 def _report(

@@ -40,6 +40,8 @@ class TaskReceipt:
         requests: Fingerprints of the calls, where the driver wants to know of repeats.
         silence: Why its model calls left no span, where that is known.
         sampled_out: Spans that ended in it besides, which sampling has left out.
+        rows: Rows that its function has taken.
+        sums: What else its calls come to, by ``CallSums.to_dict()``; empty where not known.
     """
 
     trace_id: str
@@ -58,6 +60,8 @@ class TaskReceipt:
     requests: Sequence[str] = ()
     silence: str | None = None
     sampled_out: int = 0
+    rows: int = 0
+    sums: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""

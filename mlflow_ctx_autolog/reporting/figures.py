@@ -12,7 +12,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.reporting.text import percent, seconds
 
-__all__ = ["Figure", "figures", "plotly_script"]
+__all__ = ["Figure", "figures", "figures_over_time", "plotly_script"]
 
 Row = Mapping[str, Any]
 
@@ -96,6 +96,48 @@ def figures(
         if each is not None
         for name, title, figure in [each]
     ]
+
+
+def figures_over_time(
+    numbers: Mapping[str, tuple[str, str, Sequence[float | None]]],
+    moments: Sequence[str],
+    groups: Mapping[str, Sequence[int]],
+) -> list[Figure]:
+    """Return a chart for each number over time; of those that nobody knows, none.
+
+    Args:
+        numbers: By name, the title, the unit and the value at each moment.
+        moments: In the ISO format.
+        groups: Which places are of one line, by its name.
+    """
+    import plotly.graph_objects as graphs
+
+    found = []
+    for name, (title, unit, values) in numbers.items():
+        if all(value is None for value in values):
+            continue
+        figure = graphs.Figure(
+            [
+                graphs.Scatter(
+                    name=html.escape(group),
+                    x=[moments[place] for place in places],
+                    y=[values[place] for place in places],
+                    mode="lines+markers",
+                    connectgaps=False,
+                )
+                for group, places in groups.items()
+            ]
+        )
+        axis = {"tickprefix": "$"} if unit == "$" else {"tickformat": ".1%"} if unit == "%" else {}
+        figure.update_layout(
+            height=240,
+            yaxis={"rangemode": "tozero", **axis},
+            colorway=[colour for key, colour in _COLOURS.items() if key != "unknown"],
+            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+            showlegend=len(groups) > 1,
+        )
+        found.append(Figure(name, title, json.loads(figure.to_json())))
+    return found
 
 
 def _timeline(

@@ -20,7 +20,7 @@ from mlflow_ctx_autolog.reporting.signals import SIGNALS
 from mlflow_ctx_autolog.reporting.sums import dollars
 from mlflow_ctx_autolog.reporting.text import headline, percent, seconds
 
-__all__ = ["card", "filled", "page", "rows_table"]
+__all__ = ["card", "filled", "page", "rows_table", "script_json"]
 
 Row = Mapping[str, Any]
 
@@ -78,7 +78,7 @@ def page(
         note=listed,
         notes=_notes(summary),
         plotly=script,
-        data=_script_json(
+        data=script_json(
             {
                 "figures": {figure.name: figure.drawing for figure in drawn},
                 "calls": [_cells(call) for call in matter],
@@ -93,7 +93,11 @@ def page(
 def filled(page_name: str, **parts: str) -> str:
     """Return a page of this directory with its parts filled in, where it says ``{{part}}``."""
     folder = files("mlflow_ctx_autolog.reporting") / "pages"
-    given = {"style": (folder / "style.css").read_text(encoding="utf-8"), **parts}
+    shared = {"style": "style.css", "draw": "draw.js"}
+    given = {
+        **{name: (folder / file).read_text(encoding="utf-8") for name, file in shared.items()},
+        **parts,
+    }
     # Once through the page itself: what is filled in may say {{part}}, too.
     pieces = re.split(r"\{\{(\w+)\}\}", (folder / page_name).read_text(encoding="utf-8"))
     return "".join(given[piece] if place % 2 else piece for place, piece in enumerate(pieces))
@@ -277,7 +281,7 @@ def _notes(summary: Row) -> str:
     return f"<section><h2>What limits this</h2><ul>{listed}</ul></section>"
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """Return JSON that ends no script element, whatever it holds."""
     text = json.dumps(value, separators=(",", ":"), default=str)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

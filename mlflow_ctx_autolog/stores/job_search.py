@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from mlflow.tracing.client import TracingClient
 from mlflow.tracking import fluent
 
 from mlflow_ctx_autolog.exceptions import StoreError, shortened
-from mlflow_ctx_autolog.stores.stored_trace import TRACE_KEY
+from mlflow_ctx_autolog.stores.stored_trace import JOB_TAG, TRACE_KEY
 
 __all__ = ["FoundJob", "current_experiment_id", "experiment_id_of", "find_jobs", "log_metrics"]
 
@@ -77,17 +77,18 @@ def find_jobs(uri: str, experiment_id: str, since: int | None = None) -> Iterato
         StoreError: The store does not answer, or has no such experiment.
     """
     conditions = [] if since is None else [f"trace.timestamp_ms >= {since}"]
+    no_linked = [*conditions, f"tag.`{JOB_TAG}` IS NULL"]
     token: str | None = None
     while True:
         try:
-            page = _client(uri).search_traces(
-                experiment_ids=[experiment_id],
-                filter_string=" AND ".join(conditions) or None,
-                max_results=_AT_ONCE,
-                order_by=["timestamp_ms DESC"],
-                page_token=token,
-                include_spans=False,
-            )
+            try:
+                page = _page(uri, experiment_id, no_linked, token)
+            except MlflowException:
+                if token is not None or no_linked == conditions:
+                    raise
+                # Which older releases do not take.
+                no_linked = conditions
+                page = _page(uri, experiment_id, no_linked, token)
         except MlflowException as error:
             raise _failure(f"the experiment {experiment_id} of {uri}", error) from error
         for trace in page:
@@ -98,6 +99,17 @@ def find_jobs(uri: str, experiment_id: str, since: int | None = None) -> Iterato
         token = page.token
         if not token:
             return
+
+
+def _page(uri: str, experiment_id: str, conditions: Sequence[str], token: str | None) -> Any:
+    return _client(uri).search_traces(
+        experiment_ids=[experiment_id],
+        filter_string=" AND ".join(conditions) or None,
+        max_results=_AT_ONCE,
+        order_by=["timestamp_ms DESC"],
+        page_token=token,
+        include_spans=False,
+    )
 
 
 def _found(info: Any) -> FoundJob:

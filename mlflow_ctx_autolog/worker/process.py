@@ -20,6 +20,7 @@ from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
 from mlflow_ctx_autolog.model_calls.flavors import Autologs
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.spans.call_sums import SUMMED, CallSums
 from mlflow_ctx_autolog.stores.otlp import is_collector, otlp_record
 from mlflow_ctx_autolog.stores.tracking_store import send, span_record, spans_of, trace_record
 from mlflow_ctx_autolog.task import (
@@ -200,6 +201,9 @@ class WorkerProcess:
         if task.budget is not None and not failed:
             paid = task.budget.paid(model_asked(span), usage, cost.get("total_cost"))
         task.count_answer(failed, paid)
+        seconds = (span.end_time_ns - span.start_time_ns) / 1e9
+        attributes = {name: span.get_attribute(name) for name in SUMMED}
+        task.sum_up(attributes, seconds, failed=failed)
 
     def _change(self, task: Task, span: Any) -> None:
         """Have a span go through what the driver's MLflow has its own spans go through."""
@@ -239,6 +243,7 @@ class WorkerProcess:
             "branch": [branch.top, branch.above, branch.outer and branch.outer.top],
             "failed": has_failed(span),
             "seconds": (span.end_time_ns - span.start_time_ns) / 1e9,
+            "sums": task.take_sums().to_dict(),
             "payload": base64.b64encode(record.payload).decode(),
         }
         if self._parent is None or not self._parent.ask(message):
@@ -269,6 +274,7 @@ class WorkerProcess:
                 payload = base64.b64decode(message["payload"])
                 task.count_call(int(message["calls"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
+                task.merge_sums(CallSums.from_dict(message.get("sums")))
                 record = Record("span", span_id, payload, task.span_id)
                 self._store(
                     task,

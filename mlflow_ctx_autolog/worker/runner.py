@@ -467,6 +467,8 @@ def _send_home(
         requests=task.requests,
         silence=silence,
         sampled_out=task.sampled_out,
+        rows=task.rows_in,
+        sums=task.sums.to_dict(),
     )
     arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]
     for other in worker_process().deliveries.all():
