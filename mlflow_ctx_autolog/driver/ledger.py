@@ -22,7 +22,12 @@ from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_direc
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
 from mlflow_ctx_autolog.spans.call_sums import CALL_SUMS, SUMMED, CallSums
-from mlflow_ctx_autolog.stores.stored_trace import LINKED_TRACE, SPARK_FACTS, TRACE_KEY
+from mlflow_ctx_autolog.stores.stored_trace import (
+    LINKED_TRACE,
+    SPARK_FACTS,
+    TRACE_KEY,
+    split_metadata,
+)
 from mlflow_ctx_autolog.stores.tracking_store import (
     count_spans,
     current_tracking_uri,
@@ -631,7 +636,7 @@ class Ledger:
         facts = self._spark_facts(int(book.info.request_time))
         # A store may have no room for a longer one.
         if facts is not None and len(facts) <= _LONGEST_METADATA:
-            book.info.trace_metadata[SPARK_FACTS] = facts
+            book.info.trace_metadata.update(split_metadata(SPARK_FACTS, facts))
 
     def _within(self, deadline: float, ask: Callable[..., T], *args: Any) -> T | None:
         """Return the store's answer; None where there is none by the deadline.
@@ -733,7 +738,7 @@ def _record_summary(book: _Book) -> None:
     text = json.dumps(summary, separators=(",", ":"))
     # A trace that nothing was handed to Spark in is as MLflow would have it.
     if any(summary.values()) and len(text) <= _LONGEST_METADATA:
-        book.info.trace_metadata[CALL_SUMS] = text
+        book.info.trace_metadata.update(split_metadata(CALL_SUMS, text))
 
 
 def _sums_of(spans: Sequence[Any]) -> CallSums:

@@ -29,6 +29,7 @@ from mlflow_ctx_autolog.stores.stored_trace import (
     SPARK_FACTS,
     StoredSpan,
     StoredTrace,
+    joined_metadata,
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
@@ -270,7 +271,7 @@ class Call:
 
 def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
     """Return the calls of a trace, by their time, and its task attempts."""
-    facts = SparkFacts.from_json(trace.metadata.get(SPARK_FACTS))
+    facts = SparkFacts.from_json(joined_metadata(trace.metadata, SPARK_FACTS))
     parents: dict[str, str | None] = {}
     attempts: dict[str, Attempt] = {}
     calls: list[Call] = []

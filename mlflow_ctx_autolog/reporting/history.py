@@ -20,6 +20,7 @@ from mlflow_ctx_autolog.stores.job_search import (
     find_jobs,
     log_metrics,
 )
+from mlflow_ctx_autolog.stores.stored_trace import joined_metadata
 from mlflow_ctx_autolog.usage import parse_amounts
 
 __all__ = ["History", "JobSums", "history"]
@@ -231,7 +232,7 @@ def _job(found: FoundJob) -> JobSums:
 
 def _written(found: FoundJob) -> dict[str, Any]:
     try:
-        written = json.loads(found.metadata.get(CALL_SUMS, "{}"))
+        written = json.loads(joined_metadata(found.metadata, CALL_SUMS) or "{}")
     except ValueError:
         return {}
     return written if isinstance(written, dict) else {}

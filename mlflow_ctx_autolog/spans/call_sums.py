@@ -33,8 +33,8 @@ SUMMED = (
 
 # Buckets grow by the sixteenth root of two, as those of OpenTelemetry's exponential histograms of
 # scale 4, so that a percentile is known to 2.2 %. Less than a millisecond, and more than a day, are
-# one bucket each. Sketches of libraries know extreme percentiles better, which nobody asks here, for
-# a dependency on each worker.
+# one bucket each. The sketches of libraries know extreme percentiles better, which nobody asks
+# here, for a dependency on each worker.
 _SCALE = 16
 _LEAST, _MOST = 1e-3, 86_400.0
 
@@ -63,6 +63,23 @@ class Sketch:
     def count(self) -> int:
         """How many there are."""
         return self.buckets.total()
+
+    def to_list(self) -> list[int]:
+        """Return the lowest index, and how many fell into each bucket from there on."""
+        if not self.buckets:
+            return []
+        lowest, highest = min(self.buckets), max(self.buckets)
+        return [lowest, *(self.buckets[index] for index in range(lowest, highest + 1))]
+
+    @classmethod
+    def from_list(cls, numbers: object) -> Sketch:
+        """Return what :meth:`to_list` made; nothing of anything else."""
+        sketch = cls()
+        if isinstance(numbers, list) and all(isinstance(each, int) for each in numbers):
+            for place, number in enumerate(numbers[1:]):
+                if number > 0:
+                    sketch.buckets[numbers[0] + place] = number
+        return sketch
 
     def percentile(self, percent: float) -> float | None:
         """Return seconds that so many percent do not exceed, to 2.2 %; None without any."""
@@ -141,7 +158,7 @@ class CallSums:
         found: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
         found["signals"] = dict(self.signals)
         for name in _SKETCHES:
-            found[name] = {str(index): n for index, n in getattr(self, name).buckets.items()}
+            found[name] = getattr(self, name).to_list()
         return {name: value for name, value in found.items() if value}
 
     @classmethod
@@ -155,12 +172,7 @@ class CallSums:
         if isinstance(signals, Mapping):
             sums.signals = Counter({str(name): _whole(n) for name, n in signals.items()})
         for name in _SKETCHES:
-            buckets = given.get(name)
-            if isinstance(buckets, Mapping):
-                sketch = getattr(sums, name)
-                for index, number in buckets.items():
-                    if str(index).lstrip("-").isdigit():
-                        sketch.buckets[int(index)] += _whole(number)
+            setattr(sums, name, Sketch.from_list(given.get(name)))
         return sums
 
     def to_json(self) -> str:

@@ -9,6 +9,7 @@ import random
 import pytest
 
 from mlflow_ctx_autolog.spans.call_sums import CallSums, Sketch
+from mlflow_ctx_autolog.stores.stored_trace import joined_metadata, split_metadata
 
 
 @pytest.mark.parametrize("percent", [50, 95, 99])
@@ -64,7 +65,7 @@ def test_sums_travel() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [None, 7, [], {"calls": "many", "latency": {"x": 1, "3": -5}, "signals": [1]}]
+    "fields", [None, 7, [], {"calls": "many", "latency": [3, -5, 0], "signals": [1]}]
 )
 def test_nonsense_is_nothing(fields: object) -> None:
     """What arrives from outside is parsed, and what cannot be is left out."""
@@ -81,3 +82,17 @@ def test_sums_are_small() -> None:
         sums.add({"gen_ai.response.time_to_first_chunk": 1.01**step}, 1.01**step, failed=False)
 
     assert len(sums.to_json()) < 8000
+
+
+@pytest.mark.parametrize("length", [0, 1, 249, 250, 251, 246, 247, 492, 493, 8000])
+def test_metadata_of_any_length(length: int) -> None:
+    """Each piece is as short as MLflow's REST API lets through, and a missing one is noticed."""
+    text = ("0123456789|" * 800)[:length]
+    pieces = split_metadata("key", text)
+
+    assert joined_metadata({**pieces, "key.77": "of a longer text before"}, "key") == text
+    assert all(len(piece) <= 250 for piece in pieces.values())
+    if len(pieces) > 1:
+        del pieces[f"key.{len(pieces) - 1}"]
+        assert joined_metadata(pieces, "key") is None
+    assert joined_metadata({}, "key") is None
