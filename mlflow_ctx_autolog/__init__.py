@@ -75,6 +75,8 @@ __all__ = [
     "traced",
 ]
 
+__version__ = "0.1.0"
+
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow, or time, is therefore imported on first use.
 _LAZY = {

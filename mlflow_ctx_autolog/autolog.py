@@ -19,7 +19,6 @@ from mlflow_ctx_autolog.driver.handover import (
     warn,
     warn_of_old_store,
 )
-from mlflow_ctx_autolog.driver.spark import Handovers
 from mlflow_ctx_autolog.exceptions import DiagnosisError
 from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.worker import process
@@ -34,7 +33,6 @@ _openai_calls = OpenAICalls(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,
 )
-_handovers = Handovers(driver.carry, driver.follow)
 
 
 class Handle:
@@ -118,7 +116,7 @@ def switch_on(resolved: Config) -> Handle:
     with _lock:
         before = driver.config
         if before is None:
-            driver.warned_of_no_span = driver.warned_of_network = False
+            driver.warned_of_network = False
             driver.enabled_at = time.monotonic()
         driver.config = resolved
         try:
@@ -132,7 +130,7 @@ def switch_on(resolved: Config) -> Handle:
             else:
                 driver.joined_trace.leave()
             _openai_calls.install()
-            _handovers.install()
+            driver.install()
         except BaseException:
             driver.config = before
             if before is None:
@@ -170,6 +168,6 @@ def _uninstall() -> None:
     driver.joined_trace.leave()
     driver.endings.uninstall()
     driver.executed_plans.unwatch()
-    _handovers.uninstall()
+    driver.uninstall()
     _openai_calls.uninstall()
     process.remove()

@@ -15,6 +15,7 @@ from mlflow_ctx_autolog.exceptions import shortened
 __all__ = [
     "CAPTURE_CONTENT_VARIABLE",
     "ENV_PREFIX",
+    "PROPAGATIONS",
     "TRANSPORTS",
     "Config",
     "Price",
@@ -29,6 +30,7 @@ ENV_PREFIX = "MLFLOW_CTX_AUTOLOG_"
 CAPTURE_CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 TRANSPORTS = ("auto", "direct", "driver", "otlp")
+PROPAGATIONS = ("auto", "broadcast")
 # Whole numbers that may be None, and how small each may be.
 _LEAST = {"max_content_chars": 1, "max_calls": 1, "max_repeats": 0, "max_spans_per_trace": 10}
 
@@ -96,6 +98,11 @@ class Config:
             endpoint that ``OTEL_EXPORTER_OTLP_ENDPOINT`` names; ``"auto"``: as MLflow on the driver
             does it, directly where the store takes spans from other processes at an address that
             they can reach, else by way of the driver.
+        propagation: How tasks learn which span their calls belong to: ``"auto"``: by a local
+            property of Spark's (on Spark Connect, a tag of the operation) that names the span
+            active where the action runs, so that plans are the same under each span;
+            ``"broadcast"``: by the broadcast that each function takes along, one for each span,
+            for platforms that hide properties and tags from tasks.
         capture_content: Whether spans hold prompts, answers and other texts, or only what happened:
             model, tokens, cost, times, outcome. Where neither this nor its variable is set, that of
             OpenTelemetry, ``OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT``, is heeded.
@@ -142,6 +149,7 @@ class Config:
     max_waiting_bytes: int = 16 * 1024 * 1024
     strict: bool = False
     transport: str = "auto"
+    propagation: str = "auto"
     capture_content: bool = True
     max_content_chars: int | None = None
     redact: Callable[[Any], Any] | None = None
@@ -187,9 +195,10 @@ class Config:
             raise TypeError(f"redact={self.redact!r} is not a function")
         # So that two settings objects with the same names are equal, whatever held them.
         object.__setattr__(self, "forward_env", _names("forward_env", self.forward_env))
-        if self.transport not in TRANSPORTS:
-            known = ", ".join(TRANSPORTS)
-            raise ValueError(f"transport={self.transport!r} is unknown; it must be one of {known}")
+        for name, choices in (("transport", TRANSPORTS), ("propagation", PROPAGATIONS)):
+            if (value := getattr(self, name)) not in choices:
+                known = ", ".join(choices)
+                raise ValueError(f"{name}={value!r} is unknown; it must be one of {known}")
 
     @property
     def has_budget(self) -> bool:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import quote, unquote
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.exceptions import CarrierError, shortened
 from mlflow_ctx_autolog.usage import parse_amounts
 
-__all__ = ["CARRIER_VERSION", "DriverContext", "is_traceparent"]
+__all__ = [
+    "BY_BROADCAST",
+    "BY_PROPERTY",
+    "CARRIER_VERSION",
+    "ActionContext",
+    "DriverContext",
+    "is_traceparent",
+]
 
 CARRIER_VERSION = 1
+
+# How a task learns which span its calls belong to: by what the driver says of each action, or by
+# the carrier itself.
+BY_PROPERTY, BY_BROADCAST = "property", "broadcast"
 
 # https://www.w3.org/TR/trace-context/#traceparent-header
 _TRACEPARENT = re.compile(
@@ -28,8 +40,71 @@ def is_traceparent(text: str) -> bool:
 
 
 @dataclass(frozen=True)
+class ActionContext:
+    """What is so at the moment of an action, and travels beside the plan: ids and numbers only.
+
+    Args:
+        traceparent: W3C ``traceparent`` of the span active where the action runs; None if there
+            was none.
+        session_id: That of its trace, if it has one.
+        spent: What the calls of its trace have spent so far, as far as the driver knows:
+            ``calls`` and ``cost``; empty where no budget asks.
+    """
+
+    traceparent: str | None = None
+    session_id: str | None = None
+    spent: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def to_text(self) -> str:
+        """Serialise to one line of ASCII without commas, blanks or quotes."""
+        fields = [self.traceparent or _NO_SPAN]
+        if self.session_id is not None and len(self.session_id) <= _LONGEST_SESSION:
+            fields.append(f"session={quote(self.session_id, safe='')}")
+        fields += [f"{name}={amount:g}" for name, amount in self.spent.items()]
+        return ";".join(fields)
+
+    @classmethod
+    def from_text(cls, text: str) -> ActionContext:
+        """Parse what :meth:`to_text` wrote; what a later release may have added is ignored.
+
+        Raises:
+            CarrierError: The text is damaged.
+        """
+        traceparent, *fields = text.split(";")
+        if traceparent != _NO_SPAN and not is_traceparent(traceparent):
+            raise CarrierError(f"what the driver said of the action is damaged: {_excerpt(text)}")
+        named = dict(each.partition("=")[::2] for each in fields)
+        session = named.get("session")
+        spent: dict[str, float] = {}
+        try:
+            for name in ("calls", "cost"):
+                if name in named:
+                    spent[name] = float(named[name])
+        except ValueError:
+            raise CarrierError(
+                f"what the driver said of the action is damaged: {_excerpt(text)}"
+            ) from None
+        return cls(
+            None if traceparent == _NO_SPAN else traceparent,
+            None if session is None else unquote(session),
+            spent,
+        )
+
+
+_NO_SPAN = "none"
+# By MLflow's names, among the metadata of a trace.
+_SESSION, _USER = "mlflow.trace.session", "mlflow.trace.user"
+# Characters; a longer one stays behind.
+_LONGEST_SESSION = 200
+
+
+@dataclass(frozen=True)
 class DriverContext:
     """The driver's trace context and its destination, as captured at one moment.
+
+    All functions of a Spark application share one, as long as the settings and the destination
+    stay. Which span an action's calls belong to is then said beside it, by an
+    :class:`ActionContext`.
 
     Args:
         experiment_id: The experiment of the driver's trace.
@@ -41,7 +116,7 @@ class DriverContext:
         session_id: That of the driver's trace, if it has one; where there is no ``traceparent`` to
             join the traces of one job, it groups them.
         user: Who the traces of the job are of, if MLflow knows.
-        tags: Tags of these traces.
+        tags: Tags of traces of tasks that have no parent on the driver.
         metadata: Other metadata of these traces.
         application_id: Spark's application id, if known.
         process_id: Names the driver's process, so that it can recognise its own context.
@@ -53,7 +128,8 @@ class DriverContext:
         autologs: MLflow's autologs that are on at the driver, besides OpenAI's: their names, and
             of each its switches.
         fingerprint_key: Random key of the fingerprints of requests; it is stored nowhere.
-        handover_id: Names this use of a function in a plan.
+        propagation: How a task learns what its calls belong to: by what is said of its action
+            (``property``), or by this carrier alone (``broadcast``).
         speculation: What Spark's setting ``spark.speculation`` says, if known.
         spans_per_host: Spans below tasks that the trace takes on each host, before further ones go
             to linked traces; None where it takes all.
@@ -79,12 +155,58 @@ class DriverContext:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     autologs: Mapping[str, Mapping[str, bool]] = field(default_factory=dict, hash=False)
     fingerprint_key: str | None = None
-    # Another hand-over is no other context.
-    handover_id: str | None = field(default=None, compare=False)
+    propagation: str = field(default=BY_BROADCAST, compare=False)
     speculation: str | None = None
     spans_per_host: int | None = None
     spent: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
     config: Config = field(default_factory=Config)
+
+    def is_of_span(self, other: DriverContext) -> bool:
+        """Whether another one names the same span, in the same place."""
+
+        def place(context: DriverContext) -> tuple[str | None, ...]:
+            return context.traceparent, context.tracking_uri, context.experiment_id
+
+        return place(self) == place(other)
+
+    def under(self, action: ActionContext) -> DriverContext:
+        """Return the context of a task whose action runs in ``action``."""
+        if action.traceparent is None:
+            metadata = dict(self.metadata)
+            return replace(
+                self,
+                traceparent=None,
+                tracestate=None,
+                session_id=metadata.pop(_SESSION, None),
+                user=metadata.pop(_USER, None),
+                metadata=metadata,
+                spent=action.spent,
+            )
+        # What was declared of new traces is not that of a trace which is there.
+        there = replace(self, tags={}, metadata={}, spent=action.spent)
+        if action.traceparent == self.traceparent:
+            return there
+        return replace(
+            there,
+            traceparent=action.traceparent,
+            tracestate=None,
+            session_id=action.session_id,
+            user=None,
+        )
+
+    def shared(self) -> DriverContext:
+        """Return what of it is the same for all functions and actions."""
+        if self.propagation != BY_PROPERTY:
+            return self
+        return replace(
+            self,
+            traceparent=None,
+            tracestate=None,
+            session_id=None,
+            user=None,
+            spent={},
+            spans_per_host=None,
+        )
 
     def to_json(self) -> str:
         """Serialise to one JSON object, with the format's version in ``version``."""
@@ -130,7 +252,6 @@ _OPTIONAL = (
     "application_id",
     "process_id",
     "fingerprint_key",
-    "handover_id",
     "speculation",
 )
 _FLAGS = ("redacts", "has_span_processors")
@@ -141,6 +262,7 @@ _FIELDS = (
     *_FLAGS,
     *_MAPPINGS,
     "autologs",
+    "propagation",
     "spans_per_host",
     "spent",
 )
@@ -164,6 +286,9 @@ def _parse_fields(document: dict[str, Any]) -> dict[str, Any]:
     limit = parsed["spans_per_host"] = document.get("spans_per_host")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise CarrierError(f"the carrier's spans_per_host is {_excerpt(limit)}, not a number")
+    propagation = parsed["propagation"] = document.get("propagation", BY_BROADCAST)
+    if propagation not in (BY_PROPERTY, BY_BROADCAST):
+        raise CarrierError(f"the carrier's propagation is {_excerpt(propagation)}, not known here")
     for name in _MAPPINGS:
         parsed[name] = document.get(name, {})
         if not _is_mapping_of_texts(parsed[name]):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from types import TracebackType
 from typing import Any
+
+from mlflow_ctx_autolog.log_ins import without_log_ins
 
 __all__ = [
     "BudgetExceeded",
@@ -18,12 +21,21 @@ __all__ = [
     "UnsupportedStoreError",
     "UnsupportedVersionError",
     "shortened",
-    "users_traceback",
     "warn_once",
+    "without_own_frames",
 ]
 
 _warned: set[tuple[str, str]] = set()
 _warned_lock = threading.Lock()
+
+
+def _forget_lock() -> None:
+    # Another thread of the parent may have held it.
+    global _warned_lock
+    _warned_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
 
 
 def shortened(text: str) -> str:
@@ -37,15 +49,34 @@ def warn_once(logger: logging.Logger, subject: str, message: str) -> None:
         if (logger.name, subject) in _warned:
             return
         _warned.add((logger.name, subject))
-    logger.warning("%s", message)
+    logger.warning("%s", without_log_ins(message))
 
 
-def users_traceback(error: BaseException) -> TracebackType | None:
-    """Return an error's traceback from the user's code on, without the frames that led there."""
-    traceback = error.__traceback__
+def without_own_frames(error: BaseException) -> None:
+    """Take the frames of this library out of the tracebacks of an error, and of all it holds."""
+    seen: set[int] = set()
+    found: list[BaseException | None] = [error]
+    while found:
+        each = found.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        found += [each.__cause__, each.__context__]
+        # Of a group, which Python has from 3.11 on.
+        found += [one for one in getattr(each, "exceptions", ()) if isinstance(one, BaseException)]
+        traceback = _of_others(each.__traceback__)
+        if traceback is not None:
+            each.__traceback__ = traceback
+        while traceback is not None:
+            traceback.tb_next = _of_others(traceback.tb_next)
+            traceback = traceback.tb_next
+
+
+def _of_others(traceback: TracebackType | None) -> TracebackType | None:
+    """Return a traceback from the first frame on that is not this library's."""
     while traceback is not None and _is_ours(traceback):
         traceback = traceback.tb_next
-    return traceback or error.__traceback__
+    return traceback
 
 
 def _is_ours(traceback: TracebackType) -> bool:
@@ -77,6 +108,9 @@ class StoreError(CtxAutologError):
         refused: Whether it answered that it will not have this, rather than not now.
         retry_after: Seconds that it asks to be left alone, if it does.
         unsupported: Whether it does not know what it was asked: an old release, a file store.
+        failed: Whether it answered that it failed over this, as over one span among many.
+        redirect: The address that it sends to instead, where nothing was sent.
+        rejected: How many of the spans it has refused for good, having taken the others.
     """
 
     def __init__(
@@ -86,11 +120,17 @@ class StoreError(CtxAutologError):
         refused: bool = False,
         retry_after: float | None = None,
         unsupported: bool = False,
+        failed: bool = False,
+        redirect: str | None = None,
+        rejected: int = 0,
     ) -> None:
-        super().__init__(message)
+        super().__init__(without_log_ins(message))
         self.refused = refused
         self.retry_after = retry_after
         self.unsupported = unsupported
+        self.failed = failed
+        self.redirect = redirect
+        self.rejected = rejected
 
 
 class BudgetExceeded(CtxAutologError):  # noqa: N818 - what it is, rather than what went wrong

@@ -1,16 +1,19 @@
-"""A patch that can be taken back, also when others have patched on top of it."""
+"""Patches that can be taken back, also when others have patched on top of them."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from mlflow_ctx_autolog.exceptions import UnsupportedVersionError
 
-__all__ = ["Patch"]
+__all__ = ["Patch", "Redirect"]
+
+_logger = logging.getLogger(__name__)
 
 Replacement = Callable[..., Any]
 
@@ -65,16 +68,7 @@ class Patch:
                 setattr(self.owner, self.name, self._original)
 
     def _install(self) -> None:
-        try:
-            original = inspect.getattr_static(self.owner, self.name)
-        except AttributeError:
-            # A class names its module, and a module itself.
-            module = getattr(self.owner, "__module__", self.owner.__name__)
-            raise UnsupportedVersionError(
-                f"{self.owner.__name__} has no {self.name}; this release of "
-                f"{module.partition('.')[0]} cannot be patched. "
-                "Install a release that mlflow-ctx-autolog supports."
-            ) from None
+        original = _static(self.owner, self.name)
         if self._layer is None or original is not self._original:
             # A layer that somebody has buried stays inert for good; a new one replaces it.
             self._layer = self._layer_over(original)
@@ -99,3 +93,92 @@ class Patch:
 
     def _is_on_top(self, layer: Callable[..., Any]) -> bool:
         return vars(self.owner).get(self.name) is layer
+
+
+class Redirect:
+    """Has a method of a class run on another receiver than the one it is asked of.
+
+    It acts when the method is looked up, and is done before the method runs. So no frame of ours is
+    in the traceback of what the method raises, and its signature stays as it is.
+
+    Args:
+        owner: The class.
+        name: Its method or property.
+        receiver: Returns the receiver that takes the place of the one it is given. What it raises
+            is logged, and changes nothing.
+    """
+
+    def __init__(self, owner: type, name: str, receiver: Callable[[Any], Any]) -> None:
+        self.owner = owner
+        self.name = name
+        self._receiver = receiver
+        self._active = False
+        self._original: Any = None
+        self._layer: _Redirected | None = None
+        self._was_inherited = False
+
+    @property
+    def active(self) -> bool:
+        """Whether calls are redirected."""
+        return self._active
+
+    def apply(self) -> None:
+        """Idempotent.
+
+        Raises:
+            UnsupportedVersionError: There is no such method.
+        """
+        if not self._is_on_top():
+            self._original = _static(self.owner, self.name)
+            self._layer = _Redirected(self._original, self)
+            self._was_inherited = self.name not in vars(self.owner)
+            setattr(self.owner, self.name, self._layer)
+        self._active = True
+
+    def revert(self) -> None:
+        """Redirect no more, and leave nothing unless somebody else's lies on top. Idempotent."""
+        self._active = False
+        if self._is_on_top():
+            if self._was_inherited:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self._original)
+
+    def _is_on_top(self) -> bool:
+        return self._layer is not None and vars(self.owner).get(self.name) is self._layer
+
+    def receiver(self, instance: Any) -> Any:
+        """Return what a method that is looked up on ``instance`` is to run on."""
+        if not self._active:
+            return instance
+        try:
+            return self._receiver(instance)
+        except Exception:
+            _logger.warning("%s.%s runs untraced", self.owner.__name__, self.name, exc_info=True)
+            return instance
+
+
+class _Redirected:
+    """What stands in a class instead of a redirected method."""
+
+    def __init__(self, original: Any, redirect: Redirect) -> None:
+        self.original = original
+        self._redirect = redirect
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self.original.__get__(None, owner)
+        return self.original.__get__(self._redirect.receiver(instance), owner)
+
+
+def _static(owner: Any, name: str) -> Any:
+    try:
+        return inspect.getattr_static(owner, name)
+    except AttributeError:
+        # A class names its module, and a module itself.
+        module = getattr(owner, "__module__", owner.__name__)
+        raise UnsupportedVersionError(
+            f"{owner.__name__} has no {name}; this release of "
+            f"{module.partition('.')[0]} cannot be patched. "
+            "Install a release that mlflow-ctx-autolog supports."
+        ) from None

@@ -65,7 +65,9 @@ __all__ = [
     "JoinedTrace",
     "SpanEndings",
     "TakesTraces",
+    "activate",
     "active_context",
+    "active_otel_span",
     "active_span_headers",
     "active_trace",
     "active_workspace",
@@ -142,6 +144,11 @@ def active_context() -> Context:
     return set_span_in_context(span if is_valid(span) else INVALID_SPAN, Context())
 
 
+def active_otel_span() -> Any:
+    """Return the span that is active in this execution context, as cheaply as can be."""
+    return mlflow_provider.get_current_otel_span()
+
+
 def is_valid(span: Any) -> bool:
     """Whether something is a span that others can be below."""
     # Where MLflow could not start a span, the one that it pretends to be in has no context.
@@ -188,16 +195,10 @@ def is_on() -> bool:
     )
 
 
-def declared_traces() -> tuple[str | None, str | None, dict[str, str], dict[str, str]]:
-    """Return session, user, tags and other metadata of new traces.
-
-    They are as ``mlflow.tracing.context()`` has them.
-    """
+def declared_traces() -> tuple[dict[str, str], dict[str, str]]:
+    """Return tags and metadata of new traces, as ``mlflow.tracing.context()`` has them."""
     declared = _declared()
-    metadata = dict(getattr(declared, "metadata", {}))
-    session = metadata.pop("mlflow.trace.session", None)
-    user = metadata.pop("mlflow.trace.user", None)
-    return session, user, dict(getattr(declared, "tags", {})), metadata
+    return dict(getattr(declared, "tags", {})), dict(getattr(declared, "metadata", {}))
 
 
 def session_and_user() -> tuple[str | None, str | None]:
@@ -356,6 +357,12 @@ def attach_parent(context: DriverContext) -> Token[Context]:
     """Make the driver's span the active one, as :func:`parent_activated` does, from now on."""
     token: Token[Context] = mlflow_provider.get_context_api().attach(context_of(context))
     return token
+
+
+def activate(traceparent: str | None) -> None:
+    """Make the span of a ``traceparent`` the active one from now on; none where that is None."""
+    headers = {} if traceparent is None else {"traceparent": traceparent}
+    mlflow_provider.get_context_api().attach(_propagator.extract(headers, context=Context()))
 
 
 def add_to_trace(span: Span) -> bool:

@@ -42,6 +42,7 @@ class TaskReceipt:
         sampled_out: Spans that ended in it besides, which sampling has left out.
         rows: Rows that its function has taken.
         sums: What else its calls come to, by ``CallSums.to_dict()``; empty where not known.
+        set_aside: Of those that wait, kept in a file since the store does not have them.
     """
 
     trace_id: str
@@ -62,6 +63,7 @@ class TaskReceipt:
     sampled_out: int = 0
     rows: int = 0
     sums: Mapping[str, Any] = field(default_factory=dict)
+    set_aside: int = 0
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
@@ -148,6 +150,8 @@ class Receipt:
         first_error: The first reason why a store did not take spans, if there was one.
         seconds_waiting: How long the ends of tasks waited for their spans, in all.
         sampled_out: Spans that ended besides, which sampling has left out.
+        set_aside: Spans, or what is known of the trace, that the store does not have, and that are
+            kept in a file for ``recover``.
     """
 
     trace_id: str | None
@@ -159,6 +163,7 @@ class Receipt:
     first_error: str | None = None
     seconds_waiting: float = 0.0
     sampled_out: int = 0
+    set_aside: int = 0
 
     @classmethod
     def of(
@@ -171,6 +176,7 @@ class Receipt:
         waiting: int,
         lost: int,
         first_error: str | None,
+        set_aside: int = 0,
     ) -> Receipt:
         """Return a receipt with what the receipts of its tasks say.
 
@@ -186,6 +192,7 @@ class Receipt:
             first_error=next((task.first_error for task in tasks if task.first_error), first_error),
             seconds_waiting=sum(task.seconds_waiting for task in tasks),
             sampled_out=sum(task.sampled_out for task in tasks),
+            set_aside=set_aside + sum(task.set_aside for task in tasks),
         )
 
     @property
@@ -200,6 +207,8 @@ class Receipt:
         parts = [f"{self.made:,} spans made", stored]
         if self.waiting:
             parts.append(f"{self.waiting:,} waiting")
+        if self.set_aside:
+            parts.append(f"{self.set_aside:,} set aside")
         if self.lost:
             parts.append(f"{self.lost:,} lost")
         if self.sampled_out:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlflow_ctx_autolog import autolog, tracing
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.delivery.spool import Destination, without_credentials
+from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.diagnosis import probe
 from mlflow_ctx_autolog.diagnosis.checks import (
     SPARK_SETTINGS,
@@ -29,7 +29,9 @@ from mlflow_ctx_autolog.diagnosis.checks import (
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.handover import driver, settings, transport
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
+from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.access import access
 from mlflow_ctx_autolog.versions import SUPPORTED
 
 __all__ = ["Diagnosis", "diagnose", "doctor"]
@@ -238,7 +240,7 @@ class _Examination:
 
     def _find_experiment(self) -> None:
         # Only where the store answers: MLflow asks it for minutes where it does not.
-        if all(problem is None for problem in store.access(self._uri).values()):
+        if all(problem is None for problem in access(self._uri).values()):
             try:
                 self._experiment_id = tracing.current_experiment_id()
             except Exception as error:
@@ -247,7 +249,7 @@ class _Examination:
     def _ask_workers(self, question: dict[str, Any]) -> None:
         facts, session = self._facts, self._session
         facts.spark = spark_api.settings_of(session, SPARK_SETTINGS)
-        facts.has_accumulators = spark_api.has_accumulators(session)
+        facts.has_accumulators = spark_api.spark_context(session) is not None
         question["model_url"] = self._model_url
         question["default_model_url"] = _OPENAI
         try:
@@ -297,8 +299,12 @@ class _Examination:
         problem = None
         with tracing.new_trace(_NAME) as trace_id:
             try:
-                function = driver.carrying(
-                    probe.call_stand_in, self._session, required=True, repeated=True
+                function = driver.submitted(
+                    probe.call_stand_in,
+                    self._session,
+                    name=probe.call_stand_in.__name__,
+                    required=True,
+                    repeated=True,
                 )
                 spark_api.run_on_workers(self._session, function, "", tasks=1)
             except Exception as error:

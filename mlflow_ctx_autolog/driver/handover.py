@@ -7,20 +7,25 @@ import logging
 import os
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from mlflow_ctx_autolog import tracing, versions
+from mlflow_ctx_autolog import __version__, tracing, versions
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
-from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.driver import spark as spark_api
+from mlflow_ctx_autolog.driver.carriers import Carriers
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
+from mlflow_ctx_autolog.driver.instrumentor import FunctionUse, SparkInstrumentor, name_of
+from mlflow_ctx_autolog.driver.job_facts import job_facts
 from mlflow_ctx_autolog.driver.ledger import Ledger
+from mlflow_ctx_autolog.driver.marked import MarkedFunctions
 from mlflow_ctx_autolog.driver.progress import Progress
+from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
+from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.exceptions import (
     CtxAutologWarning,
     IncompleteTraceError,
@@ -58,17 +63,41 @@ class Driver:
 
     def __init__(self) -> None:
         self.config: Config | None = None
-        self.warned_of_no_span = False
         self.warned_of_network = False
         self.enabled_at = 0.0
+        # Whether a task was seen that could not read what the driver says of its action.
+        self.hides_properties = False
         self.fingerprint_key = new_key()
         self.progress = Progress()
         self.ledger = Ledger(settings, self.spark_facts, self.progress.add)
-        self._session: Any = None
-        self._functions: set[str] = set()
         self.executed_plans = ExecutedPlans()
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
+        self.instrumentor = SparkInstrumentor(self.submit)
+        self.propagator = ActionPropagator(self._moment, self._tell)
+        self.batches = BatchFunctions(tracing.activate)
+        self._carriers = Carriers()
+        self._session: Any = None
+        self._functions: set[str] = set()
+        self._marked = MarkedFunctions()
+
+    def install(self) -> None:
+        """Have the functions that Spark gets carry the context from now on. Idempotent."""
+        self.instrumentor.install()
+        self.propagator.install()
+        self.batches.install()
+
+    def uninstall(self) -> None:
+        """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
+        if not self._marked:
+            self.instrumentor.uninstall()
+            self.propagator.uninstall()
+            self.batches.uninstall()
+
+    def mark(self, function: Any) -> None:
+        """Have a function carry the context, also while nothing is enabled."""
+        self._marked.add(function)
+        self.install()
 
     def check_forwarding(self) -> None:
         """Raise or warn where what the settings send to the workers cannot or should not travel.
@@ -83,52 +112,51 @@ class Driver:
     def _filter(self, span: Any) -> None:
         tracing.filter_open_span(span, ContentPolicy(settings()))
 
-    def carry(self, handed: spark_api.Handed) -> Callable[..., Any]:
-        """Return the function with the context of this moment; itself if that cannot be had."""
-        if not tracing.is_on():
-            return handed.function
+    def submit(self, use: FunctionUse) -> SubmittedFunction | None:
+        """Return what Spark gets instead of a function; None where that is the function itself."""
+        is_marked = use.users in self._marked or use.function in self._marked
+        if not tracing.is_on() or (self.config is None and not is_marked):
+            return None
+        name = name_of(use.users)
         try:
-            return self.carrying(
-                handed.function,
-                spark_api.session_of(handed.receiver),
-                name=handed.name,
-                required=False,
-                repeated=handed.repeated,
-                follows=handed.registered,
-                on_driver=handed.on_driver,
-                has_broadcasts=not handed.asked_first,
+            return self.submitted(
+                use.function,
+                spark_api.session_of(use.receiver),
+                name=name,
+                required=is_marked,
+                repeated=use.repeated,
+                on_driver=use.on_driver,
+                has_broadcasts=not (use.asked_first or use.on_driver),
             )
         except UnsupportedStoreError as error:
-            warn(f"The model calls of {handed.name} will not be traced. {error}")
+            warn(f"The model calls of {name} will not be traced. {error}")
         except Exception as error:
             warn(
-                f"The model calls of {handed.name} will not be traced, since the trace "
+                f"The model calls of {name} will not be traced, since the trace "
                 f"context could not be captured: {type(error).__name__}: {error}"
             )
-        return handed.function
+        return None
 
-    def carrying(
+    def submitted(
         self,
         function: Callable[..., Any],
         session: Any,
         *,
+        name: str,
         required: bool,
         repeated: bool,
-        name: str | None = None,
-        follows: bool = False,
         on_driver: bool = False,
         has_broadcasts: bool = True,
-    ) -> Callable[..., Any]:
-        """Return ``function`` with the context of this moment, and a way home for its spans.
+    ) -> SubmittedFunction:
+        """Return ``function`` as Spark gets it.
 
         Args:
-            function: The user's function.
+            function: The user's function, or PySpark's around it.
             session: The Spark session or context, if it is known.
+            name: What its task spans are called.
             required: Raise on the worker where the context cannot be read.
             repeated: Whether Spark calls it many times in a task attempt.
-            name: What its spans are called; by default by its own name.
-            follows: Whether it belongs to the span that is active when a query uses it.
-            on_driver: Whether Spark calls it on the driver.
+            on_driver: Whether Spark calls it on the driver, or beside the server.
             has_broadcasts: Whether Spark has its broadcasts wherever it loads the function.
 
         Raises:
@@ -137,60 +165,58 @@ class Driver:
         """
         self._session = session
         self.executed_plans.watch(session)
-        self._functions.add(name or spark_api.name_of(function))
-        way_home = spark_api.way_home(session, self.ledger.receive)
+        self._functions.add(name)
+        relay = spark_api.relay_of(session, self.ledger.receive)
         context = _capture(
             session,
-            receipts_come_home=way_home is not None,
-            functions=0 if follows else 1,
-            warns_of_no_span=not follows,
+            receipts_come_home=relay is not None,
+            functions=1,
+            propagation=BY_BROADCAST if on_driver or not self.uses_properties else BY_PROPERTY,
         )
         if context.tracking_uri is None:
-            has_parent = follows or context.traceparent is not None
-            _check_way_home(way_home is not None, has_parent)
-        if on_driver:
-            return spark_api.attaching(function, context.to_json(), name or function.__name__)
-        carrier = context.to_json()
-        if has_broadcasts:
-            carrier = spark_api.broadcast_text(session, carrier)
-        return spark_api.carrying(
+            _check_relay(relay is not None)
+        options = {
+            "name": name,
+            "required": required,
+            "repeated": repeated,
+            "on_driver": on_driver,
+            "version": __version__,
+        }
+        context_of_spark = spark_api.spark_context(session) if has_broadcasts else None
+        return SubmittedFunction(
             function,
-            carrier,
-            name=name,
-            required=required,
-            repeated=repeated,
-            follows=follows,
-            way_home=way_home,
-            filters=_pickled_filters(session),
+            options,
+            self._carriers.of(context, context_of_spark),
+            relay,
+            _pickled_filters(session),
         )
 
-    def follow(self, receiver: Any) -> None:
-        """Have functions that are registered by name belong to the span that is active here."""
-        if not tracing.is_on():
-            return
+    @property
+    def uses_properties(self) -> bool:
+        """Whether tasks learn of their span by a property of Spark's, rather than by broadcast."""
+        return settings().propagation != "broadcast" and not self.hides_properties
 
-        def capture() -> str:
-            comes_home = spark_api.has_accumulators(session)
-            context = _capture(session, receipts_come_home=comes_home, warns_of_no_span=False)
-            return context.to_json()
+    def _moment(self) -> object:
+        span = tracing.active_otel_span()
+        return (span, self.ledger.spent()) if settings().has_budget else span
 
-        try:
-            session = spark_api.session_of(receiver)
-            traceparent = tracing.active_span_headers().get("traceparent")
-            spark_api.set_context(session, traceparent, capture)
-        except Exception as error:
-            warn(
-                "Functions registered in Spark by name belong to the span under which they were "
-                "registered, since Spark could not be told of the one that is active: "
-                f"{type(error).__name__}: {error}"
-            )
+    def _tell(self) -> str:
+        headers = tracing.active_span_headers()
+        session_id = None
+        if headers and self._functions:
+            # What the next action may bring belongs to a trace that was not handed over yet.
+            if not store.exports_to_collector():
+                self.ledger.open(receipts_come_home=True)
+            session_id, _ = tracing.session_and_user()
+        spent = self.ledger.spent() if settings().has_budget else {}
+        return ActionContext(headers.get("traceparent"), session_id, spent).to_text()
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""
         if self._session is None:
             return None
         try:
-            facts = spark_api.job_facts(self._session, self._functions, since)
+            facts = job_facts(self._session, self._functions, since)
             if facts is None and (plans := self.executed_plans.since(since)):
                 facts = {"plans": plans}
         except Exception as error:
@@ -270,8 +296,11 @@ def _pickled_filters(session: Any) -> bytes | None:
     redact, span_processors = settings().redact, tracing.span_processors()
     if session is None or (redact is None and not span_processors):
         return None
+    filters = redact, tuple(span_processors)
     try:
-        return spark_api.pickled((redact, span_processors))
+        if filters not in _pickles:
+            _pickles[filters] = spark_api.pickled((redact, span_processors))
+        return _pickles[filters]
     except Exception as error:
         raise ValueError(
             "The redact function or MLflow's span processors cannot be sent to the workers, since "
@@ -280,16 +309,15 @@ def _pickled_filters(session: Any) -> bytes | None:
         ) from error
 
 
-def _check_way_home(has_accumulators: bool, has_parent: bool) -> None:
+# Of functions that spans go through: pickled once, so that all functions that Spark gets are alike.
+_pickles: dict[tuple[Any, ...], bytes] = {}
+
+
+def _check_relay(has_accumulators: bool) -> None:
     if not has_accumulators:
         raise UnsupportedStoreError(
             f"Spans would have to come home to the driver, since {transport()[1]}; Spark Connect "
             "has no way for them. Use a tracking server that its workers can reach."
-        )
-    if not has_parent and not store.store_takes_spans():
-        raise UnsupportedStoreError(
-            f"No MLflow span is active, and {transport()[1]}, so that their spans cannot be "
-            'stored without one. Hand the function to Spark inside with mlflow.start_span("my-job")'
         )
 
 
@@ -400,39 +428,38 @@ def broadcast(spark: Any = None) -> Any:
             f"Spans would have to come home to the driver, since {transport()[1]}; those of "
             "attach() cannot. Use enable() or traced()."
         )
-    return spark_api.broadcast_text(session, context.to_json())
+    context_of_spark = spark_api.spark_context(session)
+    text = context.to_json()
+    return text if context_of_spark is None else context_of_spark.broadcast(text)
 
 
 def traced(function: F, spark: Any = None) -> F:
-    """Return ``function`` so that it carries the trace context of this moment to the workers.
+    """Have Spark get ``function`` with the trace context, also where nothing is enabled.
 
-    For those who want to see it where :func:`enable` does it unseen. Call it where you hand the
-    function to Spark, inside the driver's span::
+    For those who want to see it where :func:`enable` does it unseen::
 
         with mlflow.start_span("extract"):
-            df.mapInPandas(ctx_autolog.traced(extract), schema)
+            df.mapInPandas(ctx_autolog.traced(extract), schema).collect()
 
     Args:
         function: Any function that Spark can run.
         spark: A Spark session; the active one by default.
 
+    Returns:
+        The function itself: only what Spark makes of it is another.
+
     Raises:
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
-    # A module that wraps at import is imported on the workers, too.
-    if in_spark_task() or spark_api.carries(function) or not tracing.is_on():
-        return function
-    session = spark_api.active_session() if spark is None else spark
-    # Nobody says here whether Spark will call it once or many times in a task.
-    return cast(F, driver.carrying(function, session, required=True, repeated=True))
+    # A module that marks its functions at import is imported on the workers, too.
+    if not in_spark_task() and tracing.is_on():
+        transport(spark)
+        driver.mark(function)
+    return function
 
 
 def _capture(
-    session: Any,
-    *,
-    receipts_come_home: bool,
-    functions: int = 0,
-    warns_of_no_span: bool = True,
+    session: Any, *, receipts_come_home: bool, functions: int = 0, propagation: str = BY_BROADCAST
 ) -> DriverContext:
     headers = tracing.active_span_headers()
     tracking_uri, _ = transport(session)
@@ -440,21 +467,19 @@ def _capture(
     is_collector = otlp.is_collector(tracking_uri)
     if not is_collector:
         driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
-    if not headers and warns_of_no_span and store.store_takes_spans():
-        _warn_of_no_span()
-    declared_session, user, tags, metadata = tracing.declared_traces()
-    session_id, user = tracing.session_and_user() if headers else (declared_session, user)
-    return DriverContext(
+    session_id, user = tracing.session_and_user() if headers else (None, None)
+    tags, metadata = tracing.declared_traces()
+    context = DriverContext(
         tracking_uri=tracking_uri,
         # A collector has none, and there may be no tracking server to ask.
         experiment_id="" if is_collector else tracing.current_experiment_id(),
         traceparent=headers.get("traceparent"),
         tracestate=headers.get("tracestate"),
         workspace=tracing.active_workspace(),
-        session_id=session_id if headers or session_id else f"spark-{uuid.uuid4()}",
+        session_id=session_id,
         user=user,
-        tags={} if headers else tags,
-        metadata={} if headers else metadata,
+        tags=tags,
+        metadata=metadata,
         application_id=None if session is None else spark_api.application_id(session),
         process_id=process_id(),
         autologs=autologs_in_force(),
@@ -462,12 +487,15 @@ def _capture(
         redacts=settings().redact is not None,
         has_span_processors=bool(tracing.span_processors()),
         fingerprint_key=driver.fingerprint_key,
-        handover_id=uuid.uuid4().hex[:16],
+        propagation=propagation,
         speculation=_speculation(session),
         spans_per_host=None if is_collector else _spans_per_host(session),
-        spent=driver.ledger.spent() if settings().has_budget else {},
         config=settings(),
     )
+    if propagation == BY_PROPERTY:
+        return context
+    spent = driver.ledger.spent() if settings().has_budget else {}
+    return context.under(ActionContext(context.traceparent, session_id, spent))
 
 
 def _spans_per_host(session: Any) -> int | None:
@@ -484,16 +512,6 @@ def _spans_per_host(session: Any) -> int | None:
 
 def _speculation(session: Any) -> str | None:
     return None if session is None else spark_api.setting(session, "spark.speculation", "false")
-
-
-def _warn_of_no_span() -> None:
-    if not driver.warned_of_no_span:
-        driver.warned_of_no_span = True
-        warn(
-            "No MLflow span is active, so each Spark task becomes a trace of its own; the tasks "
-            "of one job share a session. To get one trace, hand the function to Spark inside a "
-            'span: with mlflow.start_span("my-job"): ...'
-        )
 
 
 def warn(message: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from mlflow_ctx_autolog.model_calls.annotations import ANNOTATION
 from mlflow_ctx_autolog.model_calls.budget import NOT_SENT
 from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
+from mlflow_ctx_autolog.spans.attributes import FINISH_REASONS
 from mlflow_ctx_autolog.spans.quality import (
     ANSWER_CHARS,
     ANSWER_HASH,
-    FINISH_REASONS,
     FLAGS,
     REQUEST_SHAPE,
     answer_attributes,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores import reading
 from mlflow_ctx_autolog.stores.job_search import current_experiment_id, find_jobs
 from mlflow_ctx_autolog.stores.stored_trace import (
     LINKED_TRACE,
@@ -83,10 +83,10 @@ def read_job(
     Raises:
         StoreError: The store does not answer, or has no such trace.
     """
-    trace = store.read_stored_trace(uri, trace_id, wanted)
+    trace = reading.read_stored_trace(uri, trace_id, wanted)
     job_trace_id = trace.metadata.get(TRACE_KEY, trace_id)
     if job_trace_id != trace.trace_id:
-        trace = store.read_stored_trace(uri, job_trace_id, wanted)
+        trace = reading.read_stored_trace(uri, job_trace_id, wanted)
 
     def spans() -> Iterator[StoredSpan]:
         linked: list[str] = []
@@ -96,7 +96,7 @@ def read_job(
             yield span
         for linked_id in linked:
             try:
-                yield from store.read_stored_trace(uri, linked_id, wanted).spans
+                yield from reading.read_stored_trace(uri, linked_id, wanted).spans
             except StoreError as error:
                 note(f"The linked trace {linked_id} of {trace.trace_id} cannot be read: {error}")
 

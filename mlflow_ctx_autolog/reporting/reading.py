@@ -17,6 +17,7 @@ from mlflow_ctx_autolog.reporting.jobs import Job, last_jobs, read_job
 from mlflow_ctx_autolog.reporting.signals import add_signals_of_all
 from mlflow_ctx_autolog.reporting.sums import dollars
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.reading import find_traces
 from mlflow_ctx_autolog.stores.stored_trace import LINKED_SPAN, StoredSpan, StoredTrace
 
 __all__ = ["Prices", "RequestKey", "milliseconds", "report"]
@@ -74,7 +75,7 @@ def report(
     if not named:
         ids = last_jobs(uri, 1)
     elif traces is None:
-        ids = store.find_traces(uri, run_id, experiment_id, milliseconds(start), milliseconds(end))
+        ids = find_traces(uri, run_id, experiment_id, milliseconds(start), milliseconds(end))
     else:
         several = isinstance(traces, Iterable) and not isinstance(traces, str)
         ids = [_trace_id(trace) for trace in (traces if several else [traces])]

@@ -1,1 +1,1 @@
-"""What a call of a model is recorded as."""
+"""A span as a plain record: its attributes' names, what of it may leave, and how it is encoded."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow_ctx_autolog.spans.quality import ANSWER_CHARS, FINISH_REASONS, FLAGS, signals_of
+from mlflow_ctx_autolog.spans.attributes import FINISH_REASONS
+from mlflow_ctx_autolog.spans.quality import ANSWER_CHARS, FLAGS, signals_of
 
 __all__ = ["CALL_SUMS", "SUMMED", "CallSums", "Sketch"]
 

@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog import __version__
+from mlflow_ctx_autolog.context import BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
-from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
-from mlflow_ctx_autolog.exceptions import CarrierError, users_traceback, warn_once
-from mlflow_ctx_autolog.model_calls.openai_calls import autolog_is_on
-from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import (
-    active_context,
-    is_recorded,
-    parent_activated,
-    task_span_activated,
-    trace_id_of,
-    tracing_problem,
-)
-from mlflow_ctx_autolog.worker.placement import open_placement
-from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
+from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
+from mlflow_ctx_autolog.task import Task, current_task, driver_trace_id, open_tasks
+from mlflow_ctx_autolog.worker import attempt
 from mlflow_ctx_autolog.worker.spark_task import (
-    context_of_query,
+    action_session,
+    action_text,
+    hide_own_frames,
     in_spark_task,
     is_batch,
     on_task_end,
     row_count,
     skips_rest,
-    task_attributes,
 )
 
-__all__ = ["attach", "process_id", "read_carrier", "task_runner"]
+__all__ = ["Submission", "attach", "load_submitted", "process_id", "read_carrier"]
 
 _logger = logging.getLogger(__name__)
-
-# How long the end of a task whose spans can go home waits for the store: a share of the time that
-# the task took, and at least so many seconds, unless the last task has waited in vain.
-_SHARE_OF_TASK, _PATIENCE = 0.05, 1.0
 
 _process_token = uuid.uuid4().hex
 
@@ -112,99 +99,213 @@ def attach(
 def _attached(context: DriverContext, name: str) -> Iterator[DriverContext]:
     surrounding = current_task()
     if context.process_id == process_id():
+        from mlflow_ctx_autolog.tracing import parent_activated
+
         with parent_activated(context):
             yield context
-    elif surrounding is not None and surrounding.context == context:
+    elif surrounding is not None and surrounding.context.is_of_span(context):
         yield context
     else:
-        with (
-            _opened(context, name) as task,
-            task.active(),
-            task_span_activated(task.span, context),
-        ):
+        with _opened(context, name) as task, task.active():
             yield context
 
 
-def task_runner(
-    name: str,
+@dataclass(frozen=True)
+class Submission:
+    """What came with a function from where it was handed to Spark.
+
+    Args:
+        name: The name of its task spans.
+        carrier: See :func:`read_carrier`.
+        required: Raise where the carrier cannot be read, rather than run untraced.
+        repeated: Whether the task attempt calls the function many times, and ends when Spark says
+            so; else it is called once, and the attempt ends with it.
+        relay: A Spark accumulator for receipts, and spans that cannot be stored from here; None
+            where there is none.
+        filters: The user's functions that spans go through, as Spark pickles them: ``redact``,
+            and MLflow's span processors.
+    """
+
+    name: str
+    carrier: object
+    required: bool = False
+    repeated: bool = True
+    relay: Any = None
+    filters: bytes | None = None
+
+    def context(self) -> DriverContext:
+        """Return what the calls of the running task belong to.
+
+        Raises:
+            CarrierError: The carrier cannot be read.
+        """
+        context = read_carrier(self.carrier)
+        if context.propagation != BY_PROPERTY:
+            return context
+        context = context.under(_action())
+        if context.traceparent is None and context.session_id is None:
+            session = action_session(context.application_id or str(context.process_id))
+            context = replace(context, session_id=session)
+        return context
+
+
+def _action() -> ActionContext:
+    """Return what the driver says of the task's action; if nothing, that no span is active."""
+    text = action_text()
+    try:
+        return ActionContext() if text is None else ActionContext.from_text(text)
+    except CarrierError as error:
+        warn_once(
+            _logger, "action", f"Calls of this task are in a trace of their own, since {error}"
+        )
+        return ActionContext()
+
+
+def load_submitted(
+    function: Any,
+    options: Mapping[str, Any],
     carrier: object,
-    *,
-    required: bool,
-    repeated: bool,
-    follows: bool = False,
-    way_home: Any = None,
+    relay: Any = None,
     filters: bytes | None = None,
-) -> Callable[..., Callable[..., Any]]:
-    """Return a decorator that runs functions handed to Spark as one task attempt.
+) -> Any:
+    """Return the user's function so that it runs as a traced task attempt; of a class, a subclass.
 
     Iterators among the arguments, and one that is returned, are passed on item by item, so that
     the task's span lasts as long as the function does. An exception of the function marks the
     span and passes through. If tracing cannot begin, the function runs all the same, with one
     warning.
 
-    The decorator takes a function and whether its arguments are rows. Those that it decorates, such
-    as the methods of one object, share the task.
-
     Args:
-        name: The name of the task's span.
+        function: The user's function, or PySpark's own around it, or a table function's class.
+        options: The fields of :class:`Submission` that are plain values; ``on_driver``, whether it
+            runs beside the driver rather than in a task; and ``version``, that of this library
+            there. Others, of later releases, are ignored.
         carrier: See :func:`read_carrier`.
-        required: Raise where the carrier cannot be read, rather than run untraced.
-        repeated: Whether the task attempt calls the functions many times, and ends when Spark
-            says so; else one is called once, and the attempt ends with it.
-        follows: Whether the context that the driver has set for the query goes before the carrier.
-        way_home: A Spark accumulator for spans that cannot be stored from here.
-        filters: The user's functions that spans go through, as Spark pickles them: ``redact``,
-            and MLflow's span processors.
-
-    Raises:
-        CarrierError: When called, if the carrier cannot be read and ``required`` is true.
+        relay: See :class:`Submission`.
+        filters: See :class:`Submission`.
     """
-    begin = functools.partial(
-        _begin_or_warn, carrier, name, required, repeated, follows, way_home, filters
+    if options.get("version") != __version__:
+        warn_once(
+            _logger,
+            "version",
+            f"mlflow-ctx-autolog is {__version__} on this worker and {options.get('version')} on "
+            "the driver. What both know is traced; install the same on every node.",
+        )
+    hide_own_frames()
+    submission = Submission(
+        str(options["name"]),
+        carrier,
+        bool(options.get("required", False)),
+        bool(options.get("repeated", True)),
+        relay,
+        filters,
     )
-    if repeated:
-        return functools.partial(_repeated, _SharedTask(begin))
-    return lambda function, _: functools.partial(_run_once, function, begin)
+    if options.get("on_driver"):
+        return _AttachedFunction(function, submission)
+    begin = functools.partial(_begin_or_warn, submission)
+    if isinstance(function, type):
+        return _traced_class(function, _SharedTask(begin))
+    if submission.repeated:
+        return _RepeatedFunction(function, _SharedTask(begin))
+    return _OneCallFunction(function, begin)
 
 
-def _repeated(
-    shared: _SharedTask, function: Callable[..., Any], takes_rows: bool
-) -> Callable[..., Any]:
-    return _RepeatedCalls(shared, function, takes_rows).call
-
-
-def _begin_or_warn(
-    carrier: object,
-    name: str,
-    required: bool,
-    repeated: bool,
-    follows: bool,
-    way_home: Any,
-    filters: bytes | None,
-) -> Task | None:
+def _begin_or_warn(submission: Submission) -> Task | None:
     """Begin a task; return None, and say so, where that is not possible."""
-    if repeated and not in_spark_task():
+    if submission.repeated and not in_spark_task():
         # Tried out on the driver, or asked by Spark for its state in a process without tasks.
         return None
     context = None
     try:
-        context = read_carrier((context_of_query() if follows else None) or carrier)
-        if repeated:
+        context = submission.context()
+        if submission.repeated:
             on_task_end(_finish_open_tasks)
-        return _begin(context, name, way_home, filters)
+        return attempt.begin(context, submission.name, submission.relay, submission.filters)
     except CarrierError as error:
-        if required:
+        if submission.required:
             raise
         problem = str(error)
     except Exception as error:
         problem = f"tracing could not begin: {type(error).__name__}: {error}"
     warn_once(_logger, "begin", f"This worker's calls are not traced, since {problem}")
-    if way_home is not None:
+    if submission.relay is not None:
         # Nobody reads the log of a worker.
-        trace_id = None if context is None else trace_id_of(context)
+        trace_id = None if context is None else driver_trace_id(context)
         receipt = TaskReceipt(trace_id or "", uuid.uuid4().hex, made=0, silence=problem)
-        way_home.add([(receipt.to_json(), None, "", [])])
+        submission.relay.add([(receipt.to_json(), None, "", [])])
     return None
+
+
+class _TracedFunction:
+    """A function of the user's, run in a task. It looks like the function to whoever asks."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        # What an object holds besides is its own business.
+        functools.update_wrapper(self, function, updated=())  # type: ignore[arg-type]
+        self._function = function
+        # Spark asks for parameters without looking through wrappers, its profilers for the code.
+        with suppress(TypeError, ValueError):
+            self.__signature__ = inspect.signature(function)
+        with suppress(AttributeError):
+            self.__code__ = function.__code__
+
+
+class _AttachedFunction(_TracedFunction):
+    """Runs below the span that its carrier names, where there is no task."""
+
+    def __init__(self, function: Callable[..., Any], submission: Submission) -> None:
+        super().__init__(function)
+        self._submission = submission
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        with attach(self._submission.carrier, self._submission.name):
+            return self._function(*args, **kwargs)
+
+
+class _OneCallFunction(_TracedFunction):
+    """Is called once in a task attempt, which ends with it."""
+
+    def __init__(self, function: Callable[..., Any], begin: Callable[[], Task | None]) -> None:
+        super().__init__(function)
+        self._begin = begin
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return _run_once(self._function, self._begin, *args, **kwargs)
+
+
+class _RepeatedFunction(_TracedFunction):
+    """Is called many times in a task attempt, which ends when Spark says so."""
+
+    def __init__(
+        self, function: Callable[..., Any], shared: _SharedTask, takes_rows: bool = True
+    ) -> None:
+        super().__init__(function)
+        self._calls = _RepeatedCalls(shared, function, takes_rows)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self._calls.call(*args, **kwargs)
+
+
+def _traced_class(function: type, shared: _SharedTask) -> type:
+    """Return a subclass of a table function's class, the methods of which run in one task."""
+
+    def traced(method: Callable[..., Any], takes_rows: bool) -> Callable[..., Any]:
+        calls = _RepeatedCalls(shared, method, takes_rows)
+
+        @functools.wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return calls.call(*args, **kwargs)
+
+        return run
+
+    methods = {
+        method: traced(vars(owner)[method], takes_rows=method == "eval")
+        for method in ("__init__", "eval", "terminate", "cleanup")
+        for owner in [next((each for each in function.__mro__ if method in vars(each)), object)]
+        if inspect.isfunction(vars(owner).get(method))
+    }
+    names = {key: getattr(function, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(function.__name__, (function,), {**names, **methods})
 
 
 def _run_once(
@@ -221,12 +322,12 @@ def _run_once(
     try:
         result = task.run(function, *(_counted(task, arg) for arg in args), **kwargs)
     except BaseException as error:
-        _finish(task, error)
+        attempt.finish(task, error)
         raise
     if isinstance(result, Iterator) or _is_lazy(result):
-        return _steps(task, iter(result), ends_task=True)
+        return _Steps(result, _steps(task, iter(result), ends_task=True))
     task.rows_out += _rows_of(result)
-    _finish(task)
+    attempt.finish(task)
     return result
 
 
@@ -238,10 +339,6 @@ class _SharedTask:
         self.task: Task | None = None
         self.cannot_begin = False
         self._starting = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Called on the driver before it is handed to Spark, where it begins anew.
-        return _SharedTask, (self._begin,)
 
     def start(self) -> Task | None:
         # Spark can call a UDF from several threads.
@@ -274,7 +371,7 @@ class _RepeatedCalls:
         try:
             result = task.run(self._function, *args, **kwargs)
         except BaseException as error:
-            _finish(task, error)
+            attempt.finish(task, error)
             raise
         task.rows_out += 1
         return result
@@ -284,14 +381,14 @@ class _RepeatedCalls:
             result = task.run(self._function, *(_counted(task, arg) for arg in args), **kwargs)
         except BaseException as error:
             if not skips_rest(error):
-                _finish(task, error)
+                attempt.finish(task, error)
             raise
         is_partition = any(isinstance(arg, (Iterator, range)) for arg in args)
         batches = [row_count(arg) for arg in args if is_batch(arg)]
         if self._takes_rows and not is_partition:
             task.rows_in += max(batches, default=1)
         if isinstance(result, Iterator):
-            return _steps(task, result, ends_task=False)
+            return _Steps(result, _steps(task, result, ends_task=False))
         if self._takes_rows:
             task.rows_out += row_count(result)
             self._row_by_row = not is_partition and not batches
@@ -300,193 +397,37 @@ class _RepeatedCalls:
 
 def _finish_open_tasks(completed: bool) -> None:
     for task in open_tasks():
-        _finish(task, None if completed else GeneratorExit())
+        attempt.finish(task, None if completed else GeneratorExit())
 
 
 @contextmanager
 def _opened(context: DriverContext, name: str) -> Iterator[Task]:
-    task = _begin(context, name)
+    task = attempt.begin(context, name)
     try:
         yield task
     except BaseException as error:
-        _finish(task, error)
+        attempt.finish(task, error)
         raise
     else:
-        _finish(task)
+        attempt.finish(task)
 
 
-def _begin(
-    context: DriverContext, name: str, way_home: Any = None, filters: bytes | None = None
-) -> Task:
-    worker = worker_process()
-    attributes = task_attributes()
-    content, span_processors = content_policy(context, filters)
-    task = Task(
-        context,
-        content,
-        attempt_id=attributes.get("spark.task.attempt_id"),
-        way_home=way_home,
-        span_processors=span_processors,
-        budget=budget_of(context),
-    )
-    for other in open_tasks():
-        # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
-        if other.attempt_id != task.attempt_id:
-            _finish(other, GeneratorExit())
-    if context.application_id is not None:
-        attributes["spark.application.id"] = context.application_id
-    if context.handover_id is not None:
-        attributes["spark.handover.id"] = context.handover_id
-    if context.speculation is not None:
-        attributes["spark.speculation"] = context.speculation
-    attributes["spark.task.outcome"] = "running"
-    worker.switch_on(task)
-    task.open()
-    try:
-        task.span = task.run(worker.tracing.start_task_span, name, context, attributes)
-        task.parent = task.run(active_context)
-        task.placement = open_placement(context, trace_id_of(context) or str(task.span.trace_id))
-        worker.announce(task)
-    except BaseException:
-        task.close()
-        worker.switch_off()
-        raise
-    return task
+class _Steps:
+    """An iterator that looks like the generator of the user's to Spark's memory profiler."""
 
+    def __init__(self, users: Any, steps: Iterator[Any]) -> None:
+        self._steps = steps
+        with suppress(AttributeError):
+            self.gi_code = users.gi_code
 
-def _finish(task: Task, error: BaseException | None = None) -> None:
-    """End the task's span and see its spans off. Never raises. Idempotent."""
-    if not task.is_open:
-        return
-    worker = worker_process()
-    delivery = worker.deliveries.to(task.destination)
-    silence = None
-    try:
-        worker.settle(task)
-        made = delivery.counts(task.span_id).made + 1
-        silence = _reason_for_silence(task, made)
-        receipt = TaskReceipt.attributes(
-            made, task.usage.total, task.cost.total, silence, task.sampled_out
-        )
-        task.span.set_attributes({**task.counts(), **receipt})
-        if error is None:
-            task.span.set_attribute("spark.task.outcome", "completed")
-            task.span.end()
-        elif isinstance(error, GeneratorExit):
-            # Spark had all the rows it wanted.
-            task.span.set_attribute("spark.task.outcome", "closed early")
-            task.span.end()
-        else:
-            task.span.set_attribute("spark.task.outcome", "failed")
-            task.span.record_exception(error)
-            task.span.end(status="ERROR")
-    except Exception as failure:
-        warn_once(_logger, "end", f"The span of a task could not be ended: {failure!r}")
-    finally:
-        task.close()
-    try:
-        _see_off(task, delivery, error, silence)
-    finally:
-        # Not before: the log-in at the store may be among what the task has set.
-        worker.switch_off()
+    def __iter__(self) -> Iterator[Any]:
+        return self
 
+    def __next__(self) -> Any:
+        return next(self._steps)
 
-def _see_off(
-    task: Task, delivery: Delivery, error: BaseException | None, silence: str | None
-) -> None:
-    """Store what a task that has ended has made, or hand it on to those who can."""
-    # From a task that fails or is closed early, Spark takes nothing home.
-    goes_home = task.way_home is not None and error is None
-    started = time.monotonic()
-    timeout = task.context.config.flush_timeout
-    if goes_home:
-        # Rather than hold up a job for a store that is slow, let the driver wait for it.
-        patience = 0.0 if delivery.store_is_down else _PATIENCE
-        timeout = min(timeout, max(patience, _SHARE_OF_TASK * (started - task.began)))
-    is_stored = delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
-    seconds = time.monotonic() - started
-    counts = delivery.counts(task.span_id)
-    delivery.forget(task.span_id)
-    if goes_home:
-        _send_home(task, delivery, counts, seconds, is_stored, silence)
-    elif not is_stored:
-        warn_once(
-            _logger,
-            "flush",
-            f"{delivery.waiting} finished spans of this worker are not stored at the end of the "
-            "task. They are sent later if this worker lives on; else the next task on this host, "
-            "or mlflow-ctx-autolog recover, sends them from the spool.",
-        )
-
-
-def _reason_for_silence(task: Task, made: int) -> str | None:
-    """Return why the task's model calls left no span, if they may have left none for a reason.
-
-    A function that calls no model is none.
-
-    Args:
-        task: The task.
-        made: Spans that it has made, its own among them.
-    """
-    trace_id = trace_id_of(task.context)
-    if not is_recorded(task.span):
-        is_expected = task.context.traceparent is not None and trace_id is None
-        return None if is_expected else (tracing_problem() or "sampling dropped the task's span")
-    if made > 1:
-        return None
-    if task.calls:
-        # Else they have not returned yet.
-        problem = tracing_problem()
-        return None if problem is None else f"{task.calls} calls were made, but {problem}"
-    return None if autolog_is_on() else "MLflow's OpenAI autolog is switched off in the worker"
-
-
-def _send_home(
-    task: Task,
-    delivery: Delivery,
-    counts: Counts,
-    seconds: float,
-    is_stored: bool,
-    silence: str | None,
-) -> None:
-    """Hand back the task's receipt, and what this worker could not store, along with the task."""
-    receipt = TaskReceipt(
-        trace_id=trace_id_of(task.context) or str(task.span.trace_id),
-        task_span_id=task.span_id,
-        made=counts.made,
-        delivered=counts.delivered,
-        waiting=counts.waiting,
-        lost=counts.lost,
-        first_error=None if is_stored else delivery.first_error,
-        seconds_waiting=seconds,
-        usage=task.usage.total,
-        cost=task.cost.total,
-        calls=task.calls,
-        errors=task.errors,
-        spent=task.spent,
-        requests=task.requests,
-        silence=silence,
-        sampled_out=task.sampled_out,
-        rows=task.rows_in,
-        sums=task.sums.to_dict(),
-    )
-    arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]
-    for other in worker_process().deliveries.all():
-        # Left by workers that are gone, and only this driver can store it.
-        if other is not delivery and _is_for_driver_of(task, other) and other.waiting:
-            arrivals.append(_arrival(None, other, False))
-    task.way_home.add(arrivals)
-
-
-def _is_for_driver_of(task: Task, delivery: Delivery) -> bool:
-    destination = delivery.destination
-    return destination.tracking_uri is None and (destination.driver_id == task.context.process_id)
-
-
-def _arrival(receipt: str | None, delivery: Delivery, is_stored: bool) -> Any:
-    destination = delivery.destination
-    records = [] if is_stored else [tuple(record[:3]) for record in delivery.take()]
-    return receipt, destination.tracking_uri, destination.experiment_id, records
+    def close(self) -> None:
+        _close(self._steps)
 
 
 _END = object()
@@ -503,15 +444,15 @@ def _steps(task: Task, iterator: Iterator[Any], *, ends_task: bool) -> Iterator[
             task.run(_close, iterator)
         finally:
             if ends_task:
-                _finish(task, closed)
+                attempt.finish(task, closed)
         raise
     except BaseException as error:
         if not skips_rest(error):
-            _finish(task, error)
-        raise error.with_traceback(users_traceback(error))  # noqa: B904 - the same error
+            attempt.finish(task, error)
+        raise
     else:
         if ends_task:
-            _finish(task)
+            attempt.finish(task)
 
 
 def _close(iterator: Iterator[Any]) -> None:

@@ -6,14 +6,18 @@ import os
 import re
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+from mlflow_ctx_autolog.exceptions import without_own_frames
 from mlflow_ctx_autolog.patching import Patch
 
 __all__ = [
-    "CONTEXT_PROPERTY",
-    "context_of_query",
+    "ACTION_PROPERTY",
+    "action_session",
+    "action_text",
+    "hide_own_frames",
     "in_spark_task",
     "is_batch",
     "on_task_end",
@@ -22,9 +26,9 @@ __all__ = [
     "task_attributes",
 ]
 
-# Where the driver says what the registered functions of a query belong to. It begins with "spark."
-# since Spark sends no other setting of a session to the workers.
-CONTEXT_PROPERTY = "spark.mlflow_ctx_autolog.context"
+# What the driver says of the action that a task is part of: a local property of Spark's, on Spark
+# Connect the beginning of a tag of the operation.
+ACTION_PROPERTY = "mlflow_ctx_autolog.action"
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
 _ROOT_EXECUTION = "spark.sql.execution.root.id"
@@ -37,10 +41,36 @@ def in_spark_task() -> bool:
     return _task_context() is not None
 
 
-def context_of_query() -> str | None:
-    """Return the context that the driver has set for the query of the running task, if it has."""
+def action_text() -> str | None:
+    """Return what the driver says of the action that the running task is part of, if it does."""
     context = _task_context()
-    return None if context is None else context.getLocalProperty(CONTEXT_PROPERTY)
+    if context is None:
+        return None
+    text: str | None = context.getLocalProperty(ACTION_PROPERTY)
+    if text is None:
+        found = re.search(rf"_Tag_{ACTION_PROPERTY}=([^,]*)", _job_tags(context))
+        text = None if found is None else found[1]
+    return text
+
+
+def action_session(application: str) -> str:
+    """Return a name for what the tasks of the running task's action have in common.
+
+    Args:
+        application: Names the application.
+    """
+    context = _task_context()
+    if context is None:
+        return f"spark-{application}"
+    execution = context.getLocalProperty(_ROOT_EXECUTION) or context.getLocalProperty(
+        _SQL_EXECUTION
+    )
+    part = f"stage-{context.stageId()}" if execution is None else f"execution-{execution}"
+    return f"spark-{application}-{part}"
+
+
+def _job_tags(context: Any) -> str:
+    return context.getLocalProperty(_JOB_TAGS) or ""
 
 
 def skips_rest(error: BaseException) -> bool:
@@ -63,7 +93,7 @@ def task_attributes() -> dict[str, Any]:
     context = _task_context()
     if context is None:
         return attributes
-    operation = _operation(context.getLocalProperty(_JOB_TAGS))
+    operation = _operation(_job_tags(context))
     # On Spark Connect that is no line, but the beginning of the plan, literals and all.
     call_site = context.getLocalProperty(_CALL_SITE) if operation is None else None
     facts = {
@@ -81,9 +111,9 @@ def task_attributes() -> dict[str, Any]:
     return attributes
 
 
-def _operation(job_tags: str | None) -> str | None:
+def _operation(job_tags: str) -> str | None:
     """Return the operation of Spark Connect among the tags of a job, if there is one."""
-    found = re.search(r"SparkConnect_[^,]*_Operation_([0-9a-f-]{36})", job_tags or "")
+    found = re.search(r"SparkConnect_[^,]*_Operation_([0-9a-f-]{36})", job_tags)
     return None if found is None else found[1]
 
 
@@ -151,6 +181,37 @@ def _ending(callback: Callable[[bool], None], regular: bool) -> Callable[..., An
         return original(*args, **kwargs)
 
     return end
+
+
+def hide_own_frames() -> None:
+    """Have no frame of ours in the tracebacks that this worker sends to Spark, from now on.
+
+    Idempotent. Nothing else of an error changes.
+    """
+    for name, module in list(sys.modules.items()):
+        if (name.startswith("pyspark.") or name == "__main__") and (
+            "handle_worker_exception" in vars(module)
+        ):
+            _tidy(module, "handle_worker_exception")
+    # Spark 3.5 formats the error where it catches it.
+    worker = sys.modules.get("pyspark.worker", sys.modules.get("__main__"))
+    if worker is not None and "handle_worker_exception" not in vars(worker):
+        _tidy(traceback, "format_exc")
+
+
+_tidied: dict[tuple[Any, str], Patch] = {}
+
+
+def _tidy(owner: Any, name: str) -> None:
+    def tidy(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        error = sys.exc_info()[1]
+        if error is not None:
+            without_own_frames(error)
+        return original(*args, **kwargs)
+
+    if (owner.__name__, name) not in _tidied:
+        patch = _tidied[(owner.__name__, name)] = Patch(owner, name, tidy)
+        patch.apply()
 
 
 def _task_context() -> Any:

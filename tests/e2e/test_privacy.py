@@ -205,7 +205,9 @@ def test_no_log_in_travels_or_is_written(
     ):
         context = ctx_autolog.capture()
         closure = cloudpickle.dumps(
-            driver.driver.carrying(lambda rows: rows, spark, required=True, repeated=False)
+            driver.driver.submitted(
+                lambda rows: rows, spark, name="rows", required=True, repeated=False
+            )
         )
         rows = spark.range(0, 2, 1, 1).mapInPandas(extract, SCHEMA).collect()
     trace = stored_trace(span.trace_id)

@@ -12,11 +12,19 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import Config
-from mlflow_ctx_autolog.config import CAPTURE_CONTENT_VARIABLE, TRANSPORTS, Sampling
+from mlflow_ctx_autolog.config import CAPTURE_CONTENT_VARIABLE, PROPAGATIONS, TRANSPORTS, Sampling
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
 FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress"]
-OTHERS = ["spool_directory", "transport", "redact", "forward_env", "prices", "sampling"]
+OTHERS = [
+    "spool_directory",
+    "transport",
+    "propagation",
+    "redact",
+    "forward_env",
+    "prices",
+    "sampling",
+]
 NUMBERS = [name for name in NAMES if name not in (*FLAGS, *OTHERS)]
 # None of its settings is the default.
 OTHER = Config(
@@ -28,6 +36,7 @@ OTHER = Config(
     max_waiting_bytes=2_000_000,
     strict=True,
     transport="driver",
+    propagation="broadcast",
     capture_content=False,
     max_content_chars=100,
     redact=repr,
@@ -80,6 +89,7 @@ def test_other_settings_are_all_other() -> None:
         {"sampling": "slow + 0%"},
         {"sampling": "100%"},
         *({"transport": transport} for transport in TRANSPORTS),
+        *({"propagation": propagation} for propagation in PROPAGATIONS),
     ],
 )
 def test_ends_of_each_range_are_allowed(settings: dict[str, Any]) -> None:

@@ -16,13 +16,14 @@ from mlflow.entities.trace_location import MlflowExperimentLocation
 from mlflow.tracking.default_experiment.databricks_notebook_experiment_provider import (
     DatabricksNotebookExperimentProvider,
 )
+from submitted import arrived
 from workload import stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver import spark
-from mlflow_ctx_autolog.driver.spark import Handed
+from mlflow_ctx_autolog.driver.instrumentor import FunctionUse
 from mlflow_ctx_autolog.stores import tracking_store as store
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlflow_ctx_autolog.CtxAutologWarning")
@@ -120,7 +121,7 @@ def test_traces_of_tasks_are_as_declared(database: Destination) -> None:
     ):
         document = json.loads(ctx_autolog.capture().to_json())
     carrier = json.dumps({**document, "process_id": "another"})
-    spark.carrying(lambda: None, carrier, required=True)()
+    arrived(lambda: None, carrier, required=True)()
 
     (trace,) = stored_traces("0")
     assert trace.metadata["mlflow.trace.session"] == "s-1"
@@ -142,8 +143,8 @@ def test_where_tracing_is_off_functions_stay_as_they_are(
 
     if is_by_context:
         with mlflow.tracing.context(enabled=False):
-            handed = Handed(extract, "extract", None, False, False, False, False)
-            assert driver.driver.carry(handed) is extract
+            use = FunctionUse(extract, extract, None, False, False, False)
+            assert driver.driver.submit(use) is None
             assert ctx_autolog.traced(extract) is extract
         return
     mlflow.tracing.disable()
@@ -163,7 +164,7 @@ def test_tasks_that_are_traces_of_their_own_are_sampled_as_on_the_driver(
     monkeypatch.delenv("MLFLOW_TRACE_SAMPLING_RATIO")
     carrier = json.dumps({**document, "process_id": "another"})
     for _ in range(3):
-        spark.carrying(lambda: None, carrier, required=True)()
+        arrived(lambda: None, carrier, required=True)()
 
     assert len(stored_traces("0")) == 3 * int(ratio)
 
@@ -228,14 +229,15 @@ def test_spans_of_other_libraries_nest_where_mlflow_shares_its_provider(
     script = f"""
         import mlflow
         from opentelemetry import trace
-        from mlflow_ctx_autolog.driver import spark
+        from mlflow_ctx_autolog.worker.runner import load_submitted
 
         def extract():
             with trace.get_tracer("other").start_as_current_span("of another library"):
                 with mlflow.start_span("mine"):
                     pass
 
-        spark.carrying(extract, {json.dumps(document)!r}, required=True)()
+        options = {{"name": "extract", "repeated": False}}
+        load_submitted(extract, options, {json.dumps(document)!r})()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
 

@@ -19,7 +19,7 @@ from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.reporting.jobs import last_jobs
 from mlflow_ctx_autolog.reporting.sums import dollars
-from mlflow_ctx_autolog.stores import tracking_store as store_module
+from mlflow_ctx_autolog.stores import reading
 from mlflow_ctx_autolog.stores.stored_trace import StoredSpan, StoredTrace
 
 SECOND = 1_000_000_000
@@ -67,7 +67,7 @@ def reported(
 ) -> CallReport:
     root = span("root", None, "UNKNOWN", arguments.pop("opened", 0), 10)
     trace = StoredTrace("tr-1", "7", state, arguments.pop("metadata", {}), [root, *spans])
-    monkeypatch.setattr(store_module, "read_stored_trace", lambda *_: trace)
+    monkeypatch.setattr(reading, "read_stored_trace", lambda *_: trace)
     return report_function("tr-1", tracking_uri="http://mlflow", **arguments)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import mlflow
 import pytest
+from submitted import arrived
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import exceptions, tracing
@@ -15,7 +16,7 @@ from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver.ledger import Arrival, Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
-from mlflow_ctx_autolog.worker import runner as worker
+from mlflow_ctx_autolog.stores.sending import send
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_a_stored_task_tells_of_its_silence(
             task.set_attributes({"spark.task.outcome": "completed", **attributes})
             record = tracing.snapshot(task)
         assert record is not None
-        store.send(database, [store.span_record(record)])
+        send(database, [store.span_record(record)])
     mlflow.flush_trace_async_logging()
 
     texts = told(caplog)
@@ -145,10 +146,7 @@ def test_a_task_that_could_not_begin_says_so_at_home(
     """A function that runs untraced on a worker is told of on the driver, where somebody reads."""
     monkeypatch.setattr(exceptions, "_warned", set())
     home = WayHome()
-    runner = worker.task_runner(
-        "len", '{"version": 99}', required=False, repeated=False, way_home=home
-    )
-    run = runner(len, False)
+    run = arrived(len, '{"version": 99}', required=False, relay=home)
 
     assert run("abc") == 3
     ((text, _, _, records),) = home.arrivals

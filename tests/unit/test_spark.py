@@ -16,7 +16,7 @@ import pytest
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.driver import spark
-from mlflow_ctx_autolog.driver.spark import _users_function
+from mlflow_ctx_autolog.driver.instrumentor import users_function
 
 
 def extract(number: int) -> int:
@@ -60,7 +60,7 @@ PARTIAL = functools.partial(extract, 1)
 )
 def test_the_users_function_is_found(handed: Any, users: Any) -> None:
     """It is found inside of PySpark's own, where values, classes and builtins are no functions."""
-    assert _users_function(handed) is users
+    assert users_function(handed) is users
 
 
 def test_functions_that_hold_each_other_are_no_endless_search() -> None:
@@ -70,7 +70,7 @@ def test_functions_that_hold_each_other_are_no_endless_search() -> None:
         return func
 
     func.__module__ = "pyspark.util"
-    assert _users_function(func) is None
+    assert users_function(func) is None
 
 
 AUTHENTICATED = {"spark.authenticate": "true"}

@@ -17,17 +17,17 @@ import pyarrow as pa
 import pytest
 from mlflow.entities import Span
 from pyspark import cloudpickle
+from submitted import arrived
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import exceptions
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
-from mlflow_ctx_autolog.driver import spark
+from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.exceptions import CarrierError
 from mlflow_ctx_autolog.stores.tracking_store import read_trace, spans_of
-from mlflow_ctx_autolog.worker import runner as worker
-from mlflow_ctx_autolog.worker import spark_task
+from mlflow_ctx_autolog.worker import attempt, spark_task
 from mlflow_ctx_autolog.worker.process import worker_process
 
 
@@ -40,7 +40,7 @@ def carrier(experiment_id: str) -> tuple[str, str]:
 
 
 def _run(function: Callable[..., Any], carrier: str, *args: Any, required: bool = False) -> Any:
-    return spark.carrying(function, carrier, required=required)(*args)
+    return arrived(function, carrier, required=required)(*args)
 
 
 def _only_task(trace_id: str) -> Any:
@@ -89,7 +89,7 @@ def test_parameters_of_the_function_may_have_any_name(carrier: tuple[str, str]) 
 
     names = dict.fromkeys(("self", "function", "begin", "task", "name", "args", "carrier"), 1)
     for repeated in (False, True):
-        function = spark.carrying(extract, carrier[0], required=False, repeated=repeated)
+        function = arrived(extract, carrier[0], required=False, repeated=repeated)
         assert function(**names) == names
 
 
@@ -98,7 +98,8 @@ def test_a_function_that_was_called_on_the_driver_still_pickles(
     carrier: tuple[str, str], repeated: bool
 ) -> None:
     """Trying a function out first does not keep it from being handed to Spark."""
-    function = spark.carrying(lambda item: [item], carrier[0], required=False, repeated=repeated)
+    options = {"name": "extract", "repeated": repeated}
+    function = SubmittedFunction(lambda item: [item], options, carrier[0])
     assert function(1) == [1]
     assert cloudpickle.loads(cloudpickle.dumps(function))(2) == [2]
 
@@ -202,7 +203,7 @@ def test_a_failure_of_ours_does_not_stop_the_function(
     def broken() -> Any:
         raise RuntimeError("no tracing today")
 
-    monkeypatch.setattr(worker, "worker_process", broken)
+    monkeypatch.setattr(attempt, "worker_process", broken)
     assert list(_run(lambda items: items, carrier[0], _numbers())) == [1, 2, 3]
     assert "no tracing today" in caplog.text
 
@@ -284,7 +285,7 @@ def _call(*_: object) -> list[str]:
 
 
 def _run_to(home: Home, function: Callable[..., Any], context: ctx_autolog.DriverContext) -> Any:
-    carried = spark.carrying(function, context.to_json(), required=True, way_home=home)
+    carried = arrived(function, context.to_json(), required=True, relay=home)
     return carried(_numbers())
 
 
@@ -410,26 +411,25 @@ def test_a_function_keeps_its_looks() -> None:
     def extract(key: int, group: str = "x", *, flag: bool = False) -> None:
         """Read contracts."""
 
-    carried = spark.carrying(extract, "{}", required=False)
+    carried = arrived(extract, "{}", required=False)
     assert (carried.__name__, carried.__doc__) == ("extract", "Read contracts.")
     specification = inspect.getfullargspec(carried)
     assert (specification.args, specification.kwonlyargs) == (["key", "group"], ["flag"])
 
 
 def test_a_function_travels_without_the_library() -> None:
-    """Where the library is missing, the function can be loaded, and says what to install."""
+    """Where the library is missing, loading the function says what to install."""
     from pyspark import cloudpickle
 
     def extract(items: Iterator[int]) -> Iterator[int]:
         return items
 
-    pickled = cloudpickle.dumps(spark.carrying(extract, "{}", required=False))
+    pickled = cloudpickle.dumps(SubmittedFunction(extract, {"name": "extract"}, "{}"))
     script = """
 import pickle, sys
 sys.modules["mlflow_ctx_autolog"] = None
-function = pickle.load(sys.stdin.buffer)
 try:
-    function(iter([]))
+    pickle.load(sys.stdin.buffer)
 except ImportError as error:
     print(error)
 """

@@ -1,0 +1,178 @@
+"""Which span is active where an action runs, told to Spark beside the plan.
+
+On classic Spark that is a local property of the thread, on Spark Connect a tag of the operation.
+Both reach the tasks, neither is part of a plan, and no setting or tag that the user reads back has
+it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from mlflow_ctx_autolog.context import ActionContext
+from mlflow_ctx_autolog.driver.instrumentor import find_class
+from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.patching import Patch, Redirect
+from mlflow_ctx_autolog.worker.spark_task import ACTION_PROPERTY
+
+__all__ = ["ActionPropagator", "BatchFunctions"]
+
+_logger = logging.getLogger(__name__)
+
+_CONNECT_CLIENT = ("pyspark.sql.connect.client.core",)
+
+
+class ActionPropagator:
+    """Keeps what Spark knows of the active span true, for each thread that speaks to it.
+
+    The active span is looked up whenever a command goes to the JVM, which is cheap beside the
+    command, and told where it has changed. So it is that of the action, whatever runs the action:
+    PySpark, a library, a coroutine that takes turns with others on one thread.
+
+    Args:
+        moment: Returns something that equals what it returned before as long as there is nothing
+            else to say.
+        text: Returns what there is to say, for tasks to read; called where ``moment`` has changed.
+    """
+
+    def __init__(self, moment: Callable[[], object], text: Callable[[], str]) -> None:
+        self._moment = moment
+        self._text = text
+        self._told = threading.local()
+        self._redirect: Redirect | None = None
+        self._patch: Patch | None = None
+        self._is_on = False
+        # Where several threads share what they say.
+        self._speaker: int | None = None
+
+    def install(self) -> None:
+        """Idempotent."""
+        self._is_on = True
+        if self._redirect is None and (
+            gateway := find_class(("py4j.java_gateway",), "GatewayClient", "send_command")
+        ):
+            self._redirect = Redirect(gateway, "send_command", self._tell_jvm)
+        if self._patch is None and (
+            client := find_class(
+                _CONNECT_CLIENT, "SparkConnectClient", "_execute_plan_request_with_metadata"
+            )
+        ):
+            name = "_execute_plan_request_with_metadata"
+            self._patch = Patch(client, name, self._tag_request)
+        for patch in (self._redirect, self._patch):
+            if patch is not None:
+                patch.apply()
+
+    def uninstall(self) -> None:
+        """Say no more, and take back what was said on this thread. Idempotent."""
+        if self._is_on:
+            self._is_on = False
+            self._tell_jvm(None)
+        for patch in (self._redirect, self._patch):
+            if patch is not None:
+                patch.revert()
+
+    def _tell_jvm(self, client: Any) -> Any:
+        told = self._told
+        if getattr(told, "is_telling", False):
+            return client
+        told.is_telling = True
+        try:
+            context = _active_spark_context()
+            # A context that is being made, or has been stopped, has no JVM's side.
+            if context is not None and context._jsc is not None:
+                moment = self._moment() if self._is_on else None
+                if getattr(told, "moment", _NOTHING) != moment or told.context is not context:
+                    self._tell(context, moment)
+        except Exception as error:
+            warn_once(
+                _logger,
+                "propagation",
+                "Spark could not be told which span is active, so that calls of its tasks may be "
+                f"in traces of their own: {type(error).__name__}: {error}. "
+                "propagation='broadcast' does without.",
+            )
+        finally:
+            told.is_telling = False
+        return client
+
+    def _tell(self, context: Any, moment: object) -> None:
+        text = self._text() if self._is_on else None
+        told = self._told
+        told.moment, told.context = moment, context
+        if getattr(told, "text", None) == text:
+            return
+        self._warn_if_shared(text)
+        context._jsc.setLocalProperty(ACTION_PROPERTY, text)
+        told.text = text
+
+    def _warn_if_shared(self, text: str | None) -> None:
+        """Warn where two threads that say something have one thread of the JVM between them."""
+        if text is None or os.environ.get("PYSPARK_PIN_THREAD", "true").lower() == "true":
+            return
+        thread = threading.get_ident()
+        if self._speaker not in (None, thread):
+            warn_once(
+                _logger,
+                "pinned threads",
+                "PYSPARK_PIN_THREAD is false, so that Spark cannot tell the threads of this "
+                "process apart: calls of jobs that run under two spans at once may be in either "
+                "trace. Leave PYSPARK_PIN_THREAD at true.",
+            )
+        self._speaker = thread
+
+    def _tag_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        request = original(*args, **kwargs)
+        try:
+            self._moment()
+            request.tags.append(f"{ACTION_PROPERTY}={self._text()}")
+        except Exception as error:
+            warn_once(_logger, "tag", f"A request to Spark Connect has no tag of its span: {error}")
+        return request
+
+
+class BatchFunctions:
+    """Has what ``foreachBatch`` calls on the driver be below the span in which its stream started.
+
+    Spark calls it on a thread of its own, on which no span is active, and which has the local
+    properties of the thread that started the stream.
+
+    Args:
+        activate: Makes the span of a W3C ``traceparent`` the active one, from now on.
+    """
+
+    def __init__(self, activate: Callable[[str | None], object]) -> None:
+        self._activate = activate
+        self._redirect: Redirect | None = None
+
+    def install(self) -> None:
+        """Idempotent."""
+        if self._redirect is None:
+            owner = find_class(("pyspark.sql.utils",), "ForeachBatchFunction", "call")
+            if owner is None:
+                return
+            self._redirect = Redirect(owner, "call", self._activate_span_of_stream)
+        self._redirect.apply()
+
+    def uninstall(self) -> None:
+        """Idempotent."""
+        if self._redirect is not None:
+            self._redirect.revert()
+
+    def _activate_span_of_stream(self, function: Any) -> Any:
+        context = _active_spark_context()
+        text = None if context is None else context._jsc.getLocalProperty(ACTION_PROPERTY)
+        self._activate(None if text is None else ActionContext.from_text(text).traceparent)
+        return function
+
+
+_NOTHING = object()
+
+
+def _active_spark_context() -> Any:
+    return importlib.import_module("pyspark").SparkContext._active_spark_context
