@@ -104,6 +104,7 @@ def test_two_nights(
     jobs = ctx_autolog.history().jobs
     assert [job.trace_id for job in jobs] == [monday, tuesday]
     assert [(job.calls, job.errors, job.rows) for job in jobs] == [(ROWS, 0, ROWS)] * 2
+    assert [job.signals for job in jobs] == [{}, {"invalid_json": ROWS // 2}]
     latency = report.latency()
     assert jobs[1].p50 == pytest.approx(latency["p50"], rel=0.05)
     assert jobs[1].input_tokens == report.made.input_tokens

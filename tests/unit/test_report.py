@@ -298,6 +298,49 @@ def test_page_is_private_and_escapes_prompts(
     assert "<script>alert" not in found._repr_html_()
 
 
+def test_page_says_first_what_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Job, date, length and model; then how much, how good, how fast, what was wasted."""
+    name = "{{data}} of {{plotly}}"
+    spans = [
+        task("t"),
+        answered("a", "yes"),
+        answered("b", "no", **{"llm.request.fingerprint": "a"}),
+        call("c", "t", 3, model=name),
+    ]
+    found = reported(monkeypatch, spans, prices={"gpt-test": (0.3, 0.3), name: (0.3, 0.3)})
+    text = found.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+
+    above = text.partition("<section>")[0]
+    cards = re.findall(r"class='word'>(.*?)<.*?class='number'>(.*?)<", above)
+    assert [word for word, _ in cards] == ["How much", "How good", "How fast", "Wasted"]
+    assert [number for _, number in cards] == ["$0.000099", "100 %", "1.00 s", "$0.000033"]
+    assert "Thu 01 Jan 1970, 00:00 UTC &middot; took 10.0 s" in above
+    assert "dropDuplicates() the input" in text
+    assert "href='http://mlflow/#/experiments/7/traces?selectedEvaluationId=tr-1" in above
+    # What comes from outside is not looked through for places to fill in.
+    assert text.count("{{data}} of {{plotly}}") >= 2
+    assert text.count('id="data"') == 1
+
+
+def test_table_of_a_large_job_has_the_calls_that_matter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A thousand of them: dearest, slowest, failed, repeated, and with a signal; all are summed."""
+    spans = [task("t"), *(answered(f"c{number}", f"answer {number}") for number in range(3000))]
+    spans[17].status = "ERROR"
+    spans[1900] = call("slow", "t", 1, 99)
+    spans[2100] = answered("odd", "", "length")
+    spans[2500] = answered("again", "answer 5", **{"llm.request.fingerprint": "c4"})
+    found = reported(monkeypatch, spans)
+    text = found.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    listed = {cells[15] for cells in data["calls"]}
+    assert len(listed) == 1000
+    assert {"c16", "slow", "odd", "again"} <= listed
+    assert "The 1,000 of 3,000 calls that matter" in text
+
+
 def test_page_is_private_wherever_it_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
