@@ -151,8 +151,9 @@ def calls_of(
         }
         reason = "length" if numbers.random() < 0.01 else "stop"
         answer = f'{{"number": {call}, "text": "{PROMPT[:200]}"}}'
-        yield span(trace_id, f"{(place + 1) * 10**6 + call:016x}", top, "Completions", "CHAT_MODEL", began,
-            began + numbers.lognormvariate(0, 0.5), {
+        ended = began + numbers.lognormvariate(0, 0.5)
+        span_id = f"{(place + 1) * 10**6 + call:016x}"
+        yield span(trace_id, span_id, top, "Completions", "CHAT_MODEL", began, ended, {
             "model": "gpt-x",
             "mlflow.llm.model": "gpt-x",
             "mlflow.spanInputs": {
