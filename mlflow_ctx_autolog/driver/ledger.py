@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import math
 import threading
@@ -20,8 +19,9 @@ from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
+from mlflow_ctx_autolog.driver.job_sums import job_sums, sums_of
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
-from mlflow_ctx_autolog.spans.call_sums import CALL_SUMS, SUMMED, CallSums
+from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import (
     LINKED_TRACE,
@@ -48,8 +48,6 @@ from mlflow_ctx_autolog.tracing import (
     complete_info,
     filtered,
     flush_exports,
-    has_failed,
-    is_client_call,
     is_task,
     open_spans,
     record_no_totals,
@@ -144,24 +142,6 @@ class _Book:
 
     def tasks(self) -> list[TaskReceipt]:
         return list({**self.unfinished, **self.receipts}.values())
-
-    def summary(self) -> dict[str, Any]:
-        """What is kept with the trace for a history of jobs, which reads no spans."""
-        sums, tasks = CallSums(), self.tasks()
-        sums.merge(self.sums)
-        known = [task for task in tasks if task.sums]
-        for task in known:
-            sums.merge(CallSums.from_dict(task.sums))
-        # Of the others, such as all on Spark Connect, there is no more than what their spans say.
-        sums.calls += sum(task.calls for task in tasks if not task.sums)
-        rows = sum(task.rows for task in tasks)
-        unknown = sum(task.calls > 0 for task in tasks if not task.sums)
-        return {
-            **sums.to_dict(),
-            "tasks": len(tasks),
-            **({"tasks_without_sums": unknown} if unknown else {}),
-            **({"rows": rows} if rows else {}),
-        }
 
     def totals(self) -> tuple[Amounts, Amounts]:
         usage, cost = dict(self.usage), dict(self.cost)
@@ -358,11 +338,11 @@ class Ledger:
         book.info.trace_metadata[TRACE_KEY] = book.trace_id
         book.spans = len(own)
         book.usage, book.cost = totals_of(own)
-        book.sums = _sums_of(own)
+        book.sums = sums_of(own)
         book.has_ended = True
         record_totals(book.info, *book.totals())
         self._record_facts(book)
-        _record_summary(book)
+        book.info.trace_metadata.update(job_sums(book.sums, book.tasks()))
         self._close_if_over()
         if book.delivers:
             began = time.monotonic()
@@ -625,7 +605,7 @@ class Ledger:
             cost = dict(found or cost)
         record_totals(book.info, usage, cost)
         self._record_facts(book)
-        _record_summary(book)
+        book.info.trace_metadata.update(job_sums(book.sums, book.tasks()))
         delivery.submit_all([trace_record(book.info)])
         # Where nothing was stored a moment ago, there is no point in waiting again.
         if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
@@ -732,25 +712,6 @@ class Ledger:
 def _silence(subject: str, reason: str) -> str:
     said = f"{subject} ran on workers, and their model calls left no span: {reason}."
     return f"{said} {likely_causes('calls')}"
-
-
-def _record_summary(book: _Book) -> None:
-    summary = book.summary()
-    text = json.dumps(summary, separators=(",", ":"))
-    # A trace that nothing was handed to Spark in is as MLflow would have it.
-    if any(summary.values()) and len(text) <= _LONGEST_METADATA:
-        book.info.trace_metadata.update(split_metadata(CALL_SUMS, text))
-
-
-def _sums_of(spans: Sequence[Any]) -> CallSums:
-    """Return what the calls among the driver's own spans come to."""
-    sums = CallSums()
-    for span in spans:
-        if is_client_call(span) and span.end_time_ns is not None:
-            attributes = {name: span.get_attribute(name) for name in SUMMED}
-            seconds = (span.end_time_ns - span.start_time_ns) / 1e9
-            sums.add(attributes, seconds, failed=has_failed(span))
-    return sums
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.reporting.comparison_text import (
     HEAD,
+    VERDICTS,
     by_part,
     comparison_headline,
     difference_cells,
@@ -73,8 +74,9 @@ def _cards(summary: Row) -> Iterator[str]:
             yield card(word, "no change", "none before, and none after")
             continue
         before, after = (number_text(each, each[name]) for name in ("before", "after"))
-        is_worse = each["verdict"] == "changed" and (each["change"] or 0) > 0
-        kind = "warn" if is_worse else "fine" if each["verdict"] == "changed" else ""
-        yield card(
-            word, growth_text(each), f"{each['label']}: {before} before, {after} after", kind
-        )
+        # Of what may be chance, nothing is made here.
+        kind = "faint"
+        if each["verdict"] == "changed":
+            kind = "warn" if (each["change"] or 0) > 0 else "fine"
+        below = f"{each['label']}: {before} before, {after} after; {VERDICTS[each['verdict']]}"
+        yield card(word, growth_text(each), below, kind)

@@ -11,6 +11,7 @@ from mlflow_ctx_autolog.reporting.text import html_table, percent, plain, second
 
 __all__ = [
     "HEAD",
+    "VERDICTS",
     "by_part",
     "comparison_headline",
     "comparison_lines",
@@ -29,7 +30,7 @@ Row = Mapping[str, Any]
 HEAD = ["", "before", "after", "change", "verdict"]
 _NEWS = {"functions": "function", "models": "model", "prompts": "prompt shaped"}
 _SHOWN = 10
-_VERDICTS = {
+VERDICTS = {
     "changed": "more than chance",
     "small": "too small to count",
     "chance": "may be chance",
@@ -146,7 +147,7 @@ def difference_cells(each: Row) -> list[str]:
         number_text(each, each["before"]),
         number_text(each, each["after"]),
         growth_text(each),
-        _VERDICTS[each["verdict"]],
+        VERDICTS[each["verdict"]],
     ]
 
 
