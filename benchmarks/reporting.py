@@ -66,11 +66,11 @@ def main() -> None:
             step("history", uri, "history"),
         ]
     lines = [
-        "| step | seconds | limit | memory | result |",
-        "|---|---|---|---|---|",
+        "| step | seconds | limit | CPU | memory | result |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {row['step']} | {row['seconds']:.1f} | {LIMITS[row['step']]:.0f} | "
-            f"{row['memory']:.0f} MB | {row['result']} |"
+            f"{row['cpu']:.1f} s | {row['memory']:.0f} MB | {row['result']} |"
             for row in rows
         ),
     ]
@@ -103,7 +103,8 @@ def take(name: str, uri: str, *arguments: str) -> None:
         result = str(ctx_autolog.history(arguments[0], days=3650)).partition("\n")[0]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seconds = time.monotonic() - began
-    print(json.dumps({"step": name, "seconds": seconds, "memory": memory, "result": result}))
+    row = {"step": name, "seconds": seconds, "cpu": time.process_time(), "memory": memory}
+    print(json.dumps({**row, "result": result}))
 
 
 def store_job(uri: str, experiment_id: str, number: int, calls: int) -> str:

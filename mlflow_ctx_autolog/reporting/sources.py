@@ -61,14 +61,15 @@ def read_source(source: Any, uri: str | None, prices: Prices | None) -> CallRepo
         if _RUN.fullmatch(source):
             return report(run_id=source, tracking_uri=uri, prices=prices)
         if (found := _RANGE.fullmatch(source)) is not None:
+            start, end = (_moment(source, found[name]) for name in ("start", "end"))
             experiment_id = experiment_id_of(
                 uri or store.current_tracking_uri(), found["experiment"]
             )
             return report(
                 experiment_id=experiment_id,
                 tracking_uri=uri,
-                start=_moment(source, found["start"]),
-                end=_moment(source, found["end"]),
+                start=start,
+                end=end,
                 prices=prices,
             )
         if not source.startswith(("tr-", "trace:")):

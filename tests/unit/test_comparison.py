@@ -180,7 +180,7 @@ def test_conditions_that_are_none(text: str) -> None:
     [
         ({"before": "tr-1"}, "name both jobs"),
         ({"before": "last week", "after": "tr-1"}, "'last week' is no trace"),
-        ({"before": "e@soon..", "after": "tr-1", "tracking_uri": "sqlite://"}, "."),
+        ({"before": "e@soon..", "after": "tr-1"}, "holds 'soon', which is no time"),
         ({"before": {"trace": "tr-1"}, "after": "tr-1"}, r"is not what report\(\) takes"),
         ({"least": {"size": 1}}, "least has 'size'"),
         ({"least": {"share": -1}}, r"least\['share'\] is -1"),
