@@ -43,6 +43,8 @@ class TaskReceipt:
         rows: Rows that its function has taken.
         sums: What else its calls come to, by ``CallSums.to_dict()``; empty where not known.
         set_aside: Of those that wait, kept in a file since the store does not have them.
+        root: Where no span was active and the action is the trace: what the driver closes it with,
+            ``name``, ``span_id``, ``began`` (nanoseconds since the epoch), ``metadata``, ``tags``.
     """
 
     trace_id: str
@@ -64,6 +66,7 @@ class TaskReceipt:
     rows: int = 0
     sums: Mapping[str, Any] = field(default_factory=dict)
     set_aside: int = 0
+    root: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
