@@ -612,6 +612,7 @@ class Ledger:
         totals = book.totals()
         record_totals(book.info, *totals)
         self._record_facts(book)
+        book.info.trace_metadata.update(job_sums(book.sums, book.tasks()))
         spans = [*spans_of([record]), *book.whole.values()]
         if self._within(deadline, store_whole_trace, book.destination, book.info, spans):
             book.written_totals = totals
