@@ -1,7 +1,7 @@
 # On a fresh machine: `make demo` shows what the library does, `make test` checks that it does.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed') \
+SOURCES := $(shell find mlflow_ctx_autolog -name '*.py' -o -name 'py.typed' -o -path '*/pages/*') \
 	setup.cfg pyproject.toml entry_points.txt README.md
 
 # A Java that set-up found or fetched; empty where the one on PATH will do.

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
     )
     from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
-    from mlflow_ctx_autolog.reporting.call_report import CallReport, report
+    from mlflow_ctx_autolog.reporting.call_report import CallReport
+    from mlflow_ctx_autolog.reporting.comparison import Comparison, compare
+    from mlflow_ctx_autolog.reporting.history import History, history
+    from mlflow_ctx_autolog.reporting.reading import report
     from mlflow_ctx_autolog.worker.runner import attach
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "BudgetExceeded",
     "CallReport",
     "CarrierError",
+    "Comparison",
     "Config",
     "CtxAutologError",
     "CtxAutologWarning",
@@ -53,6 +57,7 @@ __all__ = [
     "DiagnosisError",
     "DriverContext",
     "Handle",
+    "History",
     "IncompleteTraceError",
     "Receipt",
     "UnsupportedStoreError",
@@ -61,11 +66,13 @@ __all__ = [
     "attach",
     "broadcast",
     "capture",
+    "compare",
     "disable",
     "doctor",
     "enable",
     "flush",
     "forget_answers",
+    "history",
     "last_call",
     "receipt",
     "report",
@@ -81,6 +88,7 @@ _LAZY = {
     "BudgetExceeded": "exceptions",
     "CallReport": "reporting.call_report",
     "CarrierError": "exceptions",
+    "Comparison": "reporting.comparison",
     "Config": "config",
     "CtxAutologError": "exceptions",
     "CtxAutologWarning": "exceptions",
@@ -89,6 +97,7 @@ _LAZY = {
     "DriverContext": "context",
     "Handle": "autolog",
     "IncompleteTraceError": "exceptions",
+    "History": "reporting.history",
     "Receipt": "delivery.receipts",
     "UnsupportedStoreError": "exceptions",
     "UnsupportedVersionError": "exceptions",
@@ -96,14 +105,16 @@ _LAZY = {
     "attach": "worker.runner",
     "broadcast": "driver.handover",
     "capture": "driver.handover",
+    "compare": "reporting.comparison",
     "disable": "autolog",
     "doctor": "diagnosis.doctor",
     "enable": "autolog",
     "flush": "driver.handover",
     "forget_answers": "driver.answers",
+    "history": "reporting.history",
     "last_call": "model_calls.annotations",
     "receipt": "driver.handover",
-    "report": "reporting.call_report",
+    "report": "reporting.reading",
     "traced": "driver.handover",
 }
 

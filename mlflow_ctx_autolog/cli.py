@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from mlflow_ctx_autolog.reporting.commands import compare, history
 from mlflow_ctx_autolog.versions import SUPPORTED, installed_version
 
 __all__ = ["commands", "main"]
@@ -33,7 +34,8 @@ Completion, for bash (also zsh, fish):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    0, or 2 where something cannot work; 1 for warnings of ``doctor --strict``.
+    0, or 2 where something cannot work; 1 for warnings of ``doctor --strict``, and for
+    conditions of ``compare``.
     """
     given = None if arguments is None else list(arguments)
     try:
@@ -72,6 +74,10 @@ def commands() -> None:
       mlflow-ctx-autolog report last
       mlflow-ctx-autolog recover
     """
+
+
+commands.add_command(compare)
+commands.add_command(history)
 
 
 @commands.command()

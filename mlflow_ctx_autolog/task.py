@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +18,7 @@ from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.model_calls.budget import Budget
 from mlflow_ctx_autolog.spans.attributes import REUSED_CALLS
+from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext
 from mlflow_ctx_autolog.usage import Amounts, Tally
 
@@ -77,6 +78,7 @@ class Task:
         rows_out: Rows that it has handed back so far.
         usage: Tokens of the model calls that have ended.
         cost: Cost of these, where their spans say so.
+        sums: What else these come to.
         is_open: Whether the task has begun and not ended.
         began: When it did, on the monotonic clock.
         elsewhere: The id of the task's span, where it is the parent process that runs it.
@@ -104,6 +106,7 @@ class Task:
     rows_out: int = 0
     usage: Tally = field(default_factory=Tally)
     cost: Tally = field(default_factory=Tally)
+    sums: CallSums = field(default_factory=CallSums)
     is_open: bool = False
     began: float = field(default_factory=time.monotonic)
     elsewhere: str | None = None
@@ -226,6 +229,22 @@ class Task:
         with self._lock:
             self.errors += failed
             self.spent += cost
+
+    def sum_up(self, attributes: Mapping[str, Any], seconds: float, *, failed: bool) -> None:
+        """Add a model call that has ended to the sums, from any thread."""
+        with self._lock:
+            self.sums.add(attributes, seconds, failed=failed)
+
+    def merge_sums(self, sums: CallSums) -> None:
+        """Add the sums of a child process, from any thread."""
+        with self._lock:
+            self.sums.merge(sums)
+
+    def take_sums(self) -> CallSums:
+        """Return the sums so far, for somebody else to add."""
+        with self._lock:
+            sums, self.sums = self.sums, CallSums()
+            return sums
 
     def take_calls(self) -> tuple[int, int]:
         """Return how many calls, and reused ones, were counted, for somebody else to count."""

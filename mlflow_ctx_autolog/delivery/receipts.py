@@ -62,6 +62,8 @@ class TaskReceipt:
         requests: Fingerprints of the calls, where the driver wants to know of repeats.
         silence: Why its model calls left no span, where that is known.
         sampled_out: Spans that ended in it besides, which sampling has left out.
+        rows: Rows that its function has taken.
+        sums: What else its calls come to, by ``CallSums.to_dict()``; empty where not known.
         set_aside: Of those that wait, kept in a file since the store does not have them.
         root: Where no span was active and the action is the trace: what the driver closes it with,
             ``name``, ``span_id``, ``began`` (nanoseconds since the epoch), ``metadata``, ``tags``.
@@ -83,6 +85,8 @@ class TaskReceipt:
     requests: Sequence[str] = ()
     silence: str | None = None
     sampled_out: int = 0
+    rows: int = 0
+    sums: Mapping[str, Any] = field(default_factory=dict)
     set_aside: int = 0
     root: Mapping[str, Any] | None = None
 

@@ -21,13 +21,20 @@ from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
+from mlflow_ctx_autolog.driver.job_sums import job_sums, sums_of
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
 from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
+from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.otlp import decode, encode
 from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.spans.values import dump
 from mlflow_ctx_autolog.stores.sending import send
-from mlflow_ctx_autolog.stores.stored_trace import LINKED_TRACE, SPARK_FACTS, TRACE_KEY
+from mlflow_ctx_autolog.stores.stored_trace import (
+    LINKED_TRACE,
+    SPARK_FACTS,
+    TRACE_KEY,
+    split_metadata,
+)
 from mlflow_ctx_autolog.stores.tracking_store import (
     count_spans,
     current_tracking_uri,
@@ -97,6 +104,7 @@ class _Book:
         announced: The ids of those.
         usage: Tokens of these.
         cost: Cost of these.
+        sums: What else the driver's own calls come to.
         receipts: Of task attempts, by the span of each.
         unfinished: The same for attempts that have left spans in the store, but no receipt.
         has_ended: Whether the root has ended.
@@ -120,6 +128,7 @@ class _Book:
     announced: set[str] = field(default_factory=set)
     usage: Amounts = field(default_factory=dict)
     cost: Amounts = field(default_factory=dict)
+    sums: CallSums = field(default_factory=CallSums)
     receipts: dict[str, TaskReceipt] = field(default_factory=dict)
     unfinished: dict[str, TaskReceipt] = field(default_factory=dict)
     has_ended: bool = False
@@ -448,9 +457,11 @@ class Ledger:
         book.info.trace_metadata[TRACE_KEY] = book.trace_id
         book.spans = len(own)
         book.usage, book.cost = totals_of(own)
+        book.sums = sums_of(own)
         book.has_ended = True
         record_totals(book.info, *book.totals())
         self._record_facts(book)
+        book.info.trace_metadata.update(job_sums(book.sums, book.tasks()))
         self._close_if_over()
         if book.delivers:
             began = time.monotonic()
@@ -670,6 +681,7 @@ class Ledger:
         totals = book.totals()
         record_totals(book.info, *totals)
         self._record_facts(book)
+        book.info.trace_metadata.update(job_sums(book.sums, book.tasks()))
         spans = [*spans_of([record]), *book.whole.values()]
         if self._within(deadline, store_whole_trace, book.destination, book.info, spans):
             book.written_totals = totals
@@ -745,6 +757,7 @@ class Ledger:
             cost = dict(found or cost)
         record_totals(book.info, usage, cost)
         self._record_facts(book)
+        book.info.trace_metadata.update(job_sums(book.sums, book.tasks()))
         delivery.submit_all([trace_record(book.info)])
         # Where nothing was stored a moment ago, there is no point in waiting again.
         if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
@@ -756,7 +769,7 @@ class Ledger:
         facts = self._spark_facts(int(book.info.request_time))
         # A store may have no room for a longer one.
         if facts is not None and len(facts) <= _LONGEST_METADATA:
-            book.info.trace_metadata[SPARK_FACTS] = facts
+            book.info.trace_metadata.update(split_metadata(SPARK_FACTS, facts))
 
     def _within(self, deadline: float, ask: Callable[..., T], *args: Any) -> T | None:
         """Return the store's answer; None where there is none by the deadline.

@@ -1,109 +1,39 @@
-"""What the calls of traces came to, which of them were repeats, and why."""
+"""What the calls of traces came to, which of them were repeats, how good they were, and why."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlflow_ctx_autolog.config import checked_prices
-from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.reporting.calls import Attempt, Call, is_wanted, read_calls
-from mlflow_ctx_autolog.reporting.causes import (
-    CAUSES,
-    CLIENT_RETRY,
-    Cause,
-    Judged,
-    judge,
-    skewed_hosts,
-)
+from mlflow_ctx_autolog.reporting.calls import Attempt, Call
+from mlflow_ctx_autolog.reporting.causes import CAUSES, CLIENT_RETRY, Cause, Judged
+from mlflow_ctx_autolog.reporting.contents import read_contents
+from mlflow_ctx_autolog.reporting.files import write_private
+from mlflow_ctx_autolog.reporting.jobs import Job
+from mlflow_ctx_autolog.reporting.rows import call_row, for_evaluation, task_row
+from mlflow_ctx_autolog.reporting.signals import Quality
+from mlflow_ctx_autolog.reporting.sums import Sums, percentiles
 from mlflow_ctx_autolog.reporting.text import lines, tables
-from mlflow_ctx_autolog.stores import reading
 from mlflow_ctx_autolog.stores import tracking_store as store
-from mlflow_ctx_autolog.stores.stored_trace import (
-    LINKED_TRACE,
-    TRACE_KEY,
-    StoredSpan,
-    StoredTrace,
-)
 
-__all__ = ["CallReport", "Sums", "report"]
-
-# US dollars for a million tokens: input, output.
-Prices = Mapping[str, tuple[float, float]]
-RequestKey = str | Sequence[str] | Callable[[Call], Hashable]
+__all__ = ["CallReport"]
 
 _LISTED = 10
 _MOMENTS = 200
+_ROWS = 10_000
 
 
-@dataclass
-class Sums:
-    """What some calls come to.
-
-    Args:
-        calls: How many.
-        errors: Of these, ended in an error.
-        input_tokens: As the endpoint counted them.
-        output_tokens: The same.
-        tokens: Both together.
-        cost: US dollars, over the calls whose price is known.
-        unpriced: Calls that used tokens, and whose price is not known.
-        resends: How many times the client sent one of them again.
-    """
-
-    calls: int = 0
-    errors: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    tokens: int = 0
-    cost: float = 0.0
-    unpriced: int = 0
-    resends: int = 0
-
-    @classmethod
-    def of(cls, calls: Iterable[Call]) -> Sums:
-        """Add up calls."""
-        sums = cls()
-        for call in calls:
-            sums.calls += 1
-            sums.errors += call.failed
-            sums.input_tokens += int(call.usage.get("input_tokens", 0))
-            sums.output_tokens += int(call.usage.get("output_tokens", 0))
-            sums.tokens += int(call.tokens)
-            sums.cost += call.cost or 0.0
-            sums.unpriced += call.cost is None and call.tokens > 0
-            sums.resends += call.resends
-        return sums
-
-    @property
-    def requests(self) -> int:
-        """Calls, and those that the client sent again by itself."""
-        return self.calls + self.resends
-
-    @property
-    def money(self) -> str:
-        """The cost as a text: "-" where no price is known, "at least" where some are not."""
-        priced = f"${self.cost:,.4f}" if self.cost < 100 else f"${self.cost:,.2f}"
-        if not self.unpriced:
-            return priced if self.cost or not self.tokens else "-"
-        return f"at least {priced}" if self.cost else "-"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the sums; the cost is None where no price is known."""
-        cost = None if self.unpriced and not self.cost else round(self.cost, 9)
-        return {**vars(self), "cost": cost, "money": self.money, "requests": self.requests}
-
-
-@dataclass
+@dataclass(repr=False)
 class CallReport:
-    """What :func:`report` returns.
+    """What :func:`~mlflow_ctx_autolog.report` returns.
+
+    Three words for three numbers: *calls* are what functions have made, *requests* what was sent to
+    the endpoint for them, by the client's own retries as well, and *repeats* those requests that
+    were made before.
 
     Args:
         calls: The calls with the cause of each repetition, by their time.
@@ -111,6 +41,9 @@ class CallReport:
         trace_ids: The traces that were read.
         notes: What limits what can be said, one sentence each.
         tracking_uri: Where the traces are kept, if that is an address of MLflow's UI.
+        jobs: What is known of the traces themselves.
+        source: Where the traces are kept, whatever that is, to read content from; None where
+            it cannot be read.
     """
 
     calls: list[Judged]
@@ -118,6 +51,8 @@ class CallReport:
     trace_ids: list[str]
     notes: list[str] = field(default_factory=list)
     tracking_uri: str | None = None
+    jobs: list[Job] = field(default_factory=list)
+    source: str | None = None
 
     # What it comes to.
 
@@ -128,23 +63,46 @@ class CallReport:
 
     @property
     def useful(self) -> Sums:
-        """The first call of each request that succeeded, or the first if none did."""
-        return Sums.of(each.call for each in self.calls if each.kept)
+        """The first call of each request that succeeded, or the first if none did.
+
+        Each as one request: what the client has sent again by itself is among :attr:`repeated`.
+        """
+        calls = [each.call for each in self.calls if each.kept]
+        sums = Sums.of(call for call in calls if call.reused_from is None)
+        sums.resends = 0
+        return sums
 
     @property
     def repeated(self) -> Sums:
-        """The others: what was paid for again."""
-        return Sums.of(each.call for each in self.calls if not each.kept)
+        """What was paid for again: the other calls, and all that the client has sent again."""
+        sums = Sums.of(each.call for each in self.calls if not each.kept)
+        sums.resends = sum(each.call.resends for each in self.calls)
+        return sums
 
     @property
     def distinct(self) -> int:
         """How many different requests were made."""
-        return sum(each.cause is None for each in self.calls)
+        return sum(each.cause is None and each.call.reused_from is None for each in self.calls)
+
+    @property
+    def requests(self) -> int:
+        """How many requests were sent to the endpoint."""
+        return self.made.requests
+
+    @property
+    def repeats(self) -> int:
+        """How many of these were made before, by a function or by the client itself."""
+        return self.repeated.requests
 
     @property
     def multiplier(self) -> float:
-        """Calls made for each distinct request; 1 where nothing was repeated."""
-        return len(self.calls) / self.distinct if self.calls else 1.0
+        """Requests sent for each distinct one; 1 where nothing was repeated."""
+        return self.requests / self.distinct if self.distinct else 1.0
+
+    @property
+    def quality(self) -> Quality:
+        """What the answers show, without a judge."""
+        return Quality.of(each.call for each in self.calls)
 
     def by_cause(self) -> dict[Cause, Sums]:
         """Return what was repeated for each cause, the one with most requests first."""
@@ -157,13 +115,27 @@ class CallReport:
         sums = {cause: Sums.of(found[cause.key]) for cause in CAUSES if cause.key in found}
         for of_cause in sums.values():
             of_cause.resends = 0
-        if resends := self.made.resends:
+        if resends := sum(each.call.resends for each in self.calls):
             sums.setdefault(CLIENT_RETRY, Sums()).resends = resends
         return dict(sorted(sums.items(), key=lambda item: -item[1].requests))
 
     def by_function(self) -> dict[str, Sums]:
         """Return sums for each function handed to Spark."""
         return self._grouped(lambda call: call.function)
+
+    def by_model(self) -> dict[str, Sums]:
+        """Return sums for each model asked for."""
+        return self._grouped(lambda call: call.model or "(no model)")
+
+    def quality_by(self, part: str) -> dict[str, Quality]:
+        """Return what the answers show for each ``"function"`` or ``"model"``."""
+        if part not in ("function", "model"):
+            raise ValueError(f"part={part!r} is neither 'function' nor 'model'")
+        found: defaultdict[str, list[Call]] = defaultdict(list)
+        for each in self.calls:
+            call = each.call
+            found[call.function if part == "function" else call.model or "(no model)"].append(call)
+        return {name: Quality.of(calls) for name, calls in found.items()}
 
     def by_stage(self) -> dict[str, Sums]:
         """Return sums for each stage, by function, application and stage id."""
@@ -193,12 +165,14 @@ class CallReport:
         return {key: Sums.of(calls) for key, calls in found.items()}
 
     def latency(self) -> dict[str, float]:
-        """Return p50, p95 and p99 of the seconds that calls took; empty if none has ended."""
-        return _percentiles([each.call.seconds for each in self.calls])
+        """Return p50, p95 and p99 of the seconds that requests took; empty if none has ended."""
+        return percentiles(
+            each.call.seconds for each in self.calls if each.call.reused_from is None
+        )
 
     def time_to_first_token(self) -> dict[str, float]:
         """Return the same for the first piece of streams; empty where there are none."""
-        return _percentiles([each.call.first_token for each in self.calls])
+        return percentiles([each.call.first_token for each in self.calls])
 
     def errors(self) -> dict[str, int]:
         """Return how many calls ended in an error of each type, the most frequent first."""
@@ -270,60 +244,127 @@ class CallReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the report says, without single calls other than the heaviest, for JSON."""
+        # Each goes through all calls.
+        made, repeated, distinct = self.made, self.repeated, self.distinct
         return {
             "trace_ids": self.trace_ids,
-            "calls": len(self.calls),
-            "distinct": self.distinct,
-            "multiplier": round(self.multiplier, 6),
-            "made": self.made.to_dict(),
+            "jobs": [{**vars(job), "seconds": job.seconds} for job in self.jobs],
+            "calls": made.calls,
+            "requests": made.requests,
+            "repeats": repeated.requests,
+            "distinct": distinct,
+            "multiplier": round(made.requests / distinct if distinct else 1.0, 6),
+            "made": made.to_dict(),
             "useful": self.useful.to_dict(),
-            "repeated": self.repeated.to_dict(),
+            "repeated": repeated.to_dict(),
             "causes": {
                 cause.key: {"name": cause.name, "fix": cause.fix, **sums.to_dict()}
                 for cause, sums in self.by_cause().items()
             },
+            "quality": self.quality.to_dict(),
             "latency": self.latency(),
             "time_to_first_token": self.time_to_first_token(),
             "errors": self.errors(),
             "concurrency": self.concurrency(),
-            "functions": {name: sums.to_dict() for name, sums in self.by_function().items()},
+            "functions": self._parts(self.by_function(), "function"),
+            "models": self._parts(self.by_model(), "model"),
             "stages": {name: sums.to_dict() for name, sums in self.by_stage().items()},
             "partitions": {
                 name: sums.to_dict() for name, sums in list(self.by_partition().items())[:_LISTED]
             },
-            "slowest": [_row(each) for each in self.slowest()],
-            "dearest": [_row(each) for each in self.dearest()],
+            "slowest": [call_row(each) for each in self.slowest()],
+            "dearest": [call_row(each) for each in self.dearest()],
             "notes": self.notes,
+        }
+
+    def _parts(self, sums: dict[str, Sums], part: str) -> dict[str, Any]:
+        quality = self.quality_by(part)
+        repeats: Counter[str] = Counter()
+        for each in self.calls:
+            call = each.call
+            name = call.function if part == "function" else call.model or "(no model)"
+            repeats[name] += call.resends + (each.cause is not None)
+        return {
+            name: {
+                **of_part.to_dict(),
+                "repeats": repeats[name],
+                "quality": quality[name].to_dict(),
+            }
+            for name, of_part in sums.items()
         }
 
     def to_json(self) -> str:
         """Return :meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2, default=str)
 
-    def to_pandas(self) -> Any:
-        """Return a DataFrame with a row for each call."""
+    def to_pandas(self, *, content: bool = False) -> Any:
+        """Return a DataFrame with a row for each call.
+
+        Args:
+            content: With what was asked and answered, read anew from the store, in the columns that
+                :func:`mlflow.genai.evaluate` takes: ``inputs``, ``outputs``, ``tags``. All is in
+                memory at once; :meth:`frames` yields it in pieces.
+
+        Raises:
+            StoreError: The store does not answer.
+        """
         import pandas
 
-        return pandas.DataFrame([_row(each) for each in self.calls])
+        if not content:
+            return pandas.DataFrame([call_row(each) for each in self.calls])
+        frames = list(self.frames(rows=max(1, len(self.calls))))
+        return frames[0] if frames else pandas.DataFrame()
 
-    def to_html(self, path: str | Path) -> Path:
+    def frames(self, *, rows: int = _ROWS) -> Iterator[Any]:
+        """Yield DataFrames of ``rows`` calls at most, with what was asked and answered.
+
+        As :meth:`to_pandas` with ``content``, in the order in which the store has the calls; one
+        trace of the store and one frame at a time are in memory. Calls whose content was not kept
+        are left out.
+
+        Raises:
+            ValueError: ``rows`` is less than 1, or the report was not read from a store.
+            StoreError: The store does not answer.
+        """
+        import pandas
+
+        if rows < 1:
+            raise ValueError(f"rows={rows!r} is out of range; it must be at least 1")
+        if self.source is None:
+            raise ValueError("this report was not read from a store, so that it has no content")
+        by_id = {(each.call.trace_id, each.call.span_id): each for each in self.calls}
+        kept: list[dict[str, Any]] = []
+        for trace_id, span_id, request, answer in read_contents(self.source, self.trace_ids):
+            each = by_id.get((trace_id, span_id))
+            if each is None:
+                continue
+            kept.append(for_evaluation(each, request, answer))
+            if len(kept) == rows:
+                yield pandas.DataFrame(kept)
+                kept = []
+        if kept:
+            yield pandas.DataFrame(kept)
+
+    def to_html(self, path: str | Path, *, comparison: Any = None) -> Path:
         """Write the report as one HTML file that works offline, with mode 0600; return its path.
+
+        Args:
+            path: Where to.
+            comparison: With a job before, as :func:`~mlflow_ctx_autolog.compare` returned it, to
+                say on the page what changed.
 
         Raises:
             ImportError: plotly is missing; the message says how to install it.
         """
-        target = Path(path)
-        text = self._page()
-        with open(target, "w", encoding="utf-8", opener=_private) as file:
-            file.write(text)
-        return target
+        return write_private(path, self._page(comparison))
 
-    def _page(self) -> str:
+    def _page(self, comparison: Any = None) -> str:
         from mlflow_ctx_autolog.reporting.html_page import page
 
-        rows = [_row(each) for each in self.calls]
-        tasks = [_task_row(attempt) for attempt in self.attempts]
-        return page(self.to_dict(), rows, tasks, self.tracking_uri)
+        rows = [call_row(each) for each in self.calls]
+        tasks = [task_row(attempt) for attempt in self.attempts]
+        changes = None if comparison is None else comparison.to_dict()
+        return page(self.to_dict(), rows, tasks, self.tracking_uri, changes)
 
     def log(self, name: str = "call-report.html") -> None:
         """Log the report to the active MLflow run as an artifact: HTML, or JSON by its name.
@@ -339,298 +380,10 @@ class CallReport:
     def __str__(self) -> str:
         return "\n".join(lines(self.to_dict()))
 
-
-def report(
-    traces: Any = None,
-    *,
-    run_id: str | None = None,
-    experiment_id: str | None = None,
-    tracking_uri: str | None = None,
-    start: datetime | None = None,
-    end: datetime | None = None,
-    prices: Prices | None = None,
-    request_key: RequestKey | None = None,
-) -> CallReport:
-    """Return what the calls of traces came to, which were repeats, and why.
-
-    Name exactly one of ``traces``, ``run_id`` and ``experiment_id``. The traces are read from
-    MLflow's tracking store; those of an experiment, or a run, at most 1000, the latest.
-
-    Args:
-        traces: A trace of MLflow, its id, or a list of them.
-        run_id: A run, for all traces that were made under it.
-        experiment_id: An experiment, for all its traces from ``start`` to ``end``.
-        tracking_uri: Where the traces are kept; by default MLflow's configured store.
-        start: The first moment; without a time zone, local time.
-        end: The last moment.
-        prices: US dollars for a million input and output tokens, by model; used where MLflow has
-            recorded no cost.
-        request_key: By which calls are the same request, instead of function, model, messages and
-            parameters: the name of an annotation, several, or a function of a :class:`Call` that
-            returns None for a call that is like no other.
-
-    Raises:
-        ValueError: Not one source is named, or a price or time is no such.
-        StoreError: The store does not answer, or has no such trace.
-    """
-    if sum(source is not None for source in (traces, run_id, experiment_id)) != 1:
-        raise ValueError("name exactly one of: traces, run_id, experiment_id")
-    priced = checked_prices(prices or {})
-    uri = tracking_uri or store.current_tracking_uri()
-    if traces is None:
-        ids = reading.find_traces(
-            uri, run_id, experiment_id, _milliseconds(start), _milliseconds(end)
+    def __repr__(self) -> str:
+        traces = ", ".join(self.trace_ids[:2]) + (", ..." if len(self.trace_ids) > 2 else "")
+        made = self.made
+        return (
+            f"<CallReport of {traces or 'no trace'}: {made.calls:,} calls, {made.requests:,} "
+            f"requests, {self.repeats:,} repeats, {made.money}>"
         )
-    else:
-        several = isinstance(traces, Iterable) and not isinstance(traces, str)
-        ids = [_trace_id(trace) for trace in (traces if several else [traces])]
-    reader = _Reader(priced)
-    read: list[str] = []
-    for trace_id in ids:
-        trace = _read_job(uri, trace_id, reader.note)
-        if trace.trace_id not in read:
-            reader.read(trace)
-            read.append(trace.trace_id)
-    found = reader.finish(_key(request_key), read)
-    found.tracking_uri = uri if uri.startswith(("http://", "https://")) else None
-    return found
-
-
-def _read_job(uri: str, trace_id: str, note: Callable[[str], None]) -> StoredTrace:
-    """Return a trace, or that of its job, with the spans of the traces linked to its tasks."""
-    trace = reading.read_stored_trace(uri, trace_id, is_wanted)
-    job_trace_id = trace.metadata.get(TRACE_KEY, trace_id)
-    if job_trace_id != trace.trace_id:
-        trace = reading.read_stored_trace(uri, job_trace_id, is_wanted)
-
-    def spans() -> Iterator[StoredSpan]:
-        linked: list[str] = []
-        for span in trace.spans:
-            if (linked_id := span.text(LINKED_TRACE)) is not None:
-                linked.append(linked_id)
-            yield span
-        for linked_id in linked:
-            try:
-                yield from reading.read_stored_trace(uri, linked_id, is_wanted).spans
-            except StoreError as error:
-                note(f"The linked trace {linked_id} of {trace.trace_id} cannot be read: {error}")
-
-    return replace(trace, spans=spans())
-
-
-class _Reader:
-    """Gathers the calls of traces, and what limits what can be said of them."""
-
-    def __init__(self, prices: Prices) -> None:
-        self._prices = prices
-        self._calls: list[Call] = []
-        self._attempts: list[Attempt] = []
-        self._skewed: dict[str, float] = {}
-        self._notes: list[str] = []
-
-    def note(self, limit: str) -> None:
-        """Keep a sentence on what limits what can be said."""
-        self._notes.append(limit)
-
-    def read(self, trace: StoredTrace) -> None:
-        """Take a trace."""
-        root_started: list[int] = []
-        spans = _watched(trace.spans, root_started)
-        calls, attempts = read_calls(replace(trace, spans=spans))
-        for call in calls:
-            if call.cost is None:
-                call.cost = self._price(call)
-        self._calls += calls
-        self._attempts += attempts
-        self._note_on_trace(trace, calls, attempts)
-        opened = min(root_started, default=None)
-        for host, seconds in skewed_hosts(attempts, opened).items():
-            self._skewed[host] = max(seconds, self._skewed.get(host, 0.0))
-
-    def _price(self, call: Call) -> float | None:
-        if not call.tokens:
-            return 0.0 if call.failed else None
-        price = self._prices.get(call.model or "")
-        if price is None or not {"input_tokens", "output_tokens"} <= call.usage.keys():
-            return None
-        input_price, output_price = price
-        used = call.usage["input_tokens"] * input_price + call.usage["output_tokens"] * output_price
-        return used / 1e6
-
-    def _note_on_trace(
-        self, trace: StoredTrace, calls: Sequence[Call], attempts: Sequence[Attempt]
-    ) -> None:
-        name = trace.trace_id
-        if trace.state == "IN_PROGRESS":
-            self._notes.append(f"Trace {name} is still running: this is what it has stored so far.")
-        if not calls:
-            self._notes.append(
-                f"Trace {name} has no model calls. Calls of workers are traced from "
-                "mlflow_ctx_autolog.enable() on."
-            )
-        unfinished = [attempt for attempt in attempts if attempt.ended is None]
-        if unfinished and trace.state != "IN_PROGRESS":
-            self._notes.append(
-                f"{len(unfinished)} task attempts of trace {name} were killed, or run still: "
-                "calls that had not returned in them are not recorded."
-            )
-        counted = Counter(call.attempt.span_id for call in calls if call.attempt is not None)
-        self._note_on_sampling(trace, attempts)
-        missing = sum(
-            max(0, (each.calls or 0) - counted[each.span_id])
-            for each in attempts
-            if not each.sampled_out
-        )
-        if missing:
-            self._notes.append(
-                f"The store lacks {missing} calls that tasks of trace {name} have counted."
-            )
-        orphans = sum(call.is_orphan for call in calls)
-        if orphans:
-            self._notes.append(
-                f"{orphans} calls of trace {name} are below spans that the store does not have: "
-                "their tasks are not known."
-            )
-
-    def _note_on_sampling(self, trace: StoredTrace, attempts: Sequence[Attempt]) -> None:
-        sampled = [each for each in attempts if each.sampled_out]
-        if sampled:
-            spans = sum(each.sampled_out for each in sampled)
-            calls = sum(each.calls or 0 for each in attempts)
-            money = sum(each.cost for each in attempts)
-            priced = f", ${money:,.4f}" if money else ""
-            self._notes.append(
-                f"Sampling has left {spans:,} spans of trace {trace.trace_id} out of the store, so "
-                f"that repeats of their calls are not seen. In all, its tasks have counted "
-                f"{calls:,} calls, {sum(each.tokens for each in attempts):,} tokens{priced}."
-            )
-
-    def finish(self, key: Callable[[Call], Hashable] | None, ids: Sequence[str]) -> CallReport:
-        """Return the report on all traces taken."""
-        self._calls.sort(key=lambda call: call.started)
-        judged = judge(self._calls, attempts=self._attempts, key=key, skewed=self._skewed)
-        for host, seconds in self._skewed.items():
-            self._notes.append(
-                f"The clock of {host} is at least {seconds:.3f} s behind the driver's: times of "
-                "different hosts are not compared."
-            )
-        if key is None and (nameless := sum(call.request is None for call in self._calls)):
-            self._notes.append(
-                f"{nameless} calls say nothing to recognise their requests by, and count as "
-                "distinct."
-            )
-        unpriced = Counter(
-            call.model or "(no model)"
-            for call in self._calls
-            if call.cost is None and call.tokens > 0
-        )
-        if unpriced:
-            models = ", ".join(sorted(unpriced))
-            self._notes.append(
-                f"No price is known of {sum(unpriced.values())} calls to {models}; "
-                "prices={model: (input, output)} gives them, in US dollars for a million tokens."
-            )
-        if not ids:
-            self._notes.append("There are no traces in this run, or experiment and time.")
-        return CallReport(judged, self._attempts, list(ids), self._notes)
-
-
-def _watched(spans: Iterable[Any], root_started: list[int]) -> Iterable[Any]:
-    for span in spans:
-        if span.parent_id is None:
-            root_started.append(span.started)
-        yield span
-
-
-def _trace_id(trace: Any) -> str:
-    if isinstance(trace, str):
-        return trace
-    info = getattr(trace, "info", trace)
-    found = getattr(info, "trace_id", None)
-    if not isinstance(found, str):
-        raise ValueError(f"{shown(trace)} is neither a trace nor the id of one")
-    return found
-
-
-def shown(value: object) -> str:
-    """Return how a value is named in a message."""
-    return f"{repr(value)[:100]} ({type(value).__name__})"
-
-
-def _milliseconds(moment: datetime | None) -> int | None:
-    if moment is None:
-        return None
-    if not isinstance(moment, datetime):
-        raise ValueError(f"{shown(moment)} is not a datetime")
-    return int(moment.timestamp() * 1000)
-
-
-def _key(request_key: RequestKey | None) -> Callable[[Call], Hashable] | None:
-    if request_key is None or callable(request_key):
-        return request_key
-    names = [request_key] if isinstance(request_key, str) else list(request_key)
-
-    def key(call: Call) -> Hashable:
-        values = tuple(call.annotations.get(name) for name in names)
-        return None if None in values else (call.function, *values)
-
-    return key
-
-
-def _percentiles(values: Iterable[float | None]) -> dict[str, float]:
-    known = sorted(value for value in values if value is not None)
-    if not known:
-        return {}
-    # The smallest value that so many percent of all do not exceed.
-    return {
-        f"p{percent}": known[max(0, math.ceil(len(known) * percent / 100) - 1)]
-        for percent in (50, 95, 99)
-    }
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, mode=0o600)
-
-
-def _task_row(attempt: Attempt) -> dict[str, Any]:
-    return {
-        "trace_id": attempt.trace_id,
-        "span_id": attempt.span_id,
-        "function": attempt.function,
-        "stage": attempt.stage,
-        "partition": attempt.partition,
-        "attempt": attempt.number,
-        "host": attempt.host,
-        "process": attempt.process,
-        "outcome": attempt.outcome,
-        "started": attempt.started,
-        "ended": attempt.last_seen,
-    }
-
-
-def _row(each: Judged) -> dict[str, Any]:
-    call, attempt = each.call, each.call.attempt
-    return {
-        "trace_id": call.trace_id,
-        "span_id": call.span_id,
-        "function": call.function,
-        "interface": call.interface,
-        "model": call.model,
-        "stage": None if attempt is None else attempt.stage,
-        "partition": None if attempt is None else attempt.partition,
-        "attempt": None if attempt is None else attempt.number,
-        "task": None if attempt is None else attempt.span_id,
-        "experiment_id": call.experiment_id,
-        "started": call.started,
-        "seconds": call.seconds,
-        "first_token": call.first_token,
-        "input_tokens": call.usage.get("input_tokens"),
-        "output_tokens": call.usage.get("output_tokens"),
-        "cost": call.cost,
-        "resends": call.resends,
-        "error": call.error if call.failed else None,
-        "cause": None if each.cause is None else each.cause.key,
-        "repeats": None if each.repeats is None else each.repeats.span_id,
-        "prompt": call.prompt,
-        **{f"annotation.{key}": value for key, value in call.annotations.items()},
-    }

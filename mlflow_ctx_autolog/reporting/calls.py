@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow_ctx_autolog.model_calls.annotations import ANNOTATION
 from mlflow_ctx_autolog.model_calls.budget import NOT_SENT
 from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
+from mlflow_ctx_autolog.spans.attributes import FINISH_REASONS
+from mlflow_ctx_autolog.spans.quality import (
+    ANSWER_CHARS,
+    ANSWER_HASH,
+    FLAGS,
+    REQUEST_SHAPE,
+    answer_attributes,
+    answer_text,
+    request_shape,
+    signals_of,
+)
 from mlflow_ctx_autolog.stores.stored_trace import (
     LINKED_SPAN,
     SPARK_FACTS,
     StoredSpan,
     StoredTrace,
+    joined_metadata,
 )
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
+    "CONTENT",
     "Attempt",
     "Call",
     "SparkFacts",
@@ -35,14 +50,23 @@ _USAGE, _COST = "mlflow.chat.tokenUsage", "mlflow.llm.cost"
 _MODELS = ("mlflow.llm.model", "model", "gen_ai.request.model")
 _RESENDS = "http.request.resend_count"
 _FIRST_TOKEN = ("gen_ai.response.time_to_first_chunk", "gen_ai.server.time_to_first_token")
-_INPUTS = "mlflow.spanInputs"
+# Attributes that hold what was asked, and what was answered.
+CONTENT = _INPUTS, _OUTPUTS = "mlflow.spanInputs", "mlflow.spanOutputs"
+# Whether a call was answered and its usage is not known; and the call that has paid for an answer
+# that was used again, as "trace_id/span_id".
+_USAGE_UNKNOWN, _REUSED_FROM = "llm.usage.unknown", "llm.reused_from"
+_QUALITY = frozenset({FINISH_REASONS, ANSWER_CHARS, ANSWER_HASH, REQUEST_SHAPE, *FLAGS})
 _WANTED = frozenset(
-    {_USAGE, _COST, *_MODELS, _RESENDS, *_FIRST_TOKEN, _INPUTS, FINGERPRINT, NOT_SENT}
+    {_USAGE, _COST, *_MODELS, _RESENDS, *_FIRST_TOKEN, _INPUTS, _OUTPUTS, FINGERPRINT, NOT_SENT}
+    | {_USAGE_UNKNOWN, _REUSED_FROM}
+    | _QUALITY
 )
 _OF_TASKS = ("spark.", "host.", "process.", "llm.", "linked.", "spans.")
 
-# Characters of a prompt that are kept to recognise it by.
+# Characters of a prompt and an answer that are kept to recognise them by.
 _EXCERPT = 160
+# For hashes of answers that were recorded without: they are compared within one report alone.
+_KEY = secrets.token_hex(16)
 
 
 def is_wanted(attribute: str) -> bool:
@@ -174,6 +198,15 @@ class Call:
         cost: In US dollars; None where neither MLflow nor a price table says so.
         first_token: Seconds to the first piece of a stream; None for others.
         prompt: The beginning of the last message, "" where content is not kept.
+        answer: The beginning of the answer; the same.
+        signals: What its answer shows without a judge; :func:`signals_of` names them, and
+            ``canned`` and ``odd_length`` are those that only all calls together show.
+        finish_reasons: Why the endpoint has ended the answer, one for each choice.
+        chars: Characters of the answer; None where it was no text, or none came.
+        answer_hash: The same for the same answer within one job.
+        shape: What the request looks like, whatever it says; None where not known.
+        usage_unknown: Whether it was answered, or may have been, and nobody knows its tokens.
+        reused_from: The call whose answer was used again, so that nothing was sent.
         is_orphan: Whether the store lacks a span above it, so that its task is not known.
     """
 
@@ -194,7 +227,25 @@ class Call:
     cost: float | None
     first_token: float | None
     prompt: str
+    answer: str = ""
+    signals: frozenset[str] = frozenset()
+    finish_reasons: Sequence[str] = ()
+    chars: int | None = None
+    answer_hash: str | None = None
+    shape: str | None = None
+    usage_unknown: bool = False
+    reused_from: str | None = None
     is_orphan: bool = False
+
+    @property
+    def cost_is_known(self) -> bool:
+        """Whether its cost is all that it cost, rather than the least that it may have cost."""
+        return self.cost is not None and not self.usage_unknown
+
+    @property
+    def was_answered(self) -> bool:
+        """Whether there is an answer that can be good or bad."""
+        return self.chars is not None or bool(self.signals)
 
     @property
     def seconds(self) -> float | None:
@@ -204,10 +255,11 @@ class Call:
     @property
     def tokens(self) -> float:
         """Input and output together."""
-        total = self.usage.get("total_tokens")
-        if total is None:
-            total = self.usage.get("input_tokens", 0) + self.usage.get("output_tokens", 0)
-        return total
+        # A server's own total may be wrong.
+        if "input_tokens" in self.usage and "output_tokens" in self.usage:
+            return self.usage["input_tokens"] + self.usage["output_tokens"]
+        parts = self.usage.get("input_tokens", 0) + self.usage.get("output_tokens", 0)
+        return max(parts, self.usage.get("total_tokens", 0))
 
     @property
     def function(self) -> str:
@@ -219,27 +271,27 @@ class Call:
 
 def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
     """Return the calls of a trace, by their time, and its task attempts."""
-    facts = SparkFacts.from_json(trace.metadata.get(SPARK_FACTS))
+    facts = SparkFacts.from_json(joined_metadata(trace.metadata, SPARK_FACTS))
     parents: dict[str, str | None] = {}
     attempts: dict[str, Attempt] = {}
-    calls: list[tuple[StoredSpan, Call]] = []
+    calls: list[Call] = []
     for span in trace.spans:
         # The root of a linked trace stands for the span of its task.
         parents[span.span_id] = span.parent_id or span.text(LINKED_SPAN)
         if span.kind == "TASK" and "spark.task.outcome" in span.attributes:
             attempts[span.span_id] = _attempt(span, facts)
         elif NOT_SENT not in span.attributes and (span.kind in _CALLS or span.name in _IMAGES):
-            calls.append((span, _call(trace, span)))
+            calls.append(_call(trace, span))
     # A library's span around a call of the client is the same call.
     above: set[str] = set()
-    for span, _ in calls:
-        parent = span.parent_id
+    for call in calls:
+        parent = parents[call.span_id]
         while parent is not None and parent not in above:
             above.add(parent)
             parent = parents.get(parent)
-    found = [(span, call) for span, call in calls if span.span_id not in above]
-    for span, call in found:
-        parent = span.parent_id
+    found = [call for call in calls if call.span_id not in above]
+    for call in found:
+        parent = parents[call.span_id]
         while parent is not None and parent not in attempts:
             call.is_orphan = parent not in parents
             parent = parents.get(parent)
@@ -247,9 +299,7 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
             call.is_orphan = False
             call.attempt = attempts[parent]
             call.attempt.last_seen = max(call.attempt.last_seen, call.ended or call.started)
-    return sorted((call for _, call in found), key=lambda call: call.started), list(
-        attempts.values()
-    )
+    return sorted(found, key=lambda call: call.started), list(attempts.values())
 
 
 def _attempt(span: StoredSpan, facts: SparkFacts) -> Attempt:
@@ -296,6 +346,17 @@ def _call(trace: StoredTrace, span: StoredSpan) -> Call:
         text = f"{span.name} {inputs}"
         request = "content:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     cost = parse_amounts(span.get(_COST)).get("total_cost")
+    asked = _loaded(inputs)
+    # Not the vectors of an embedding.
+    answer = None if span.kind == "EMBEDDING" else _loaded(span.attributes.get(_OUTPUTS))
+    quality = _quality(span, asked, answer)
+    reasons, chars = quality.get(FINISH_REASONS), quality.get(ANSWER_CHARS)
+    usage, failed = parse_amounts(span.get(_USAGE)), span.status == "ERROR"
+    unknown = span.get(_USAGE_UNKNOWN)
+    reused_from = span.text(_REUSED_FROM)
+    if reused_from is not None:
+        # Nothing was sent, whatever its answer had cost once.
+        usage, cost, unknown = {}, 0.0, False
     return Call(
         span.trace_id,
         trace.experiment_id,
@@ -305,7 +366,7 @@ def _call(trace: StoredTrace, span: StoredSpan) -> Call:
         None,
         span.started,
         span.ended,
-        span.status == "ERROR",
+        failed,
         span.error,
         request,
         {
@@ -314,11 +375,42 @@ def _call(trace: StoredTrace, span: StoredSpan) -> Call:
             if name.startswith(ANNOTATION)
         },
         max(0, span.number(_RESENDS) or 0),
-        parse_amounts(span.get(_USAGE)),
+        usage,
         cost,
         _first_token(span),
-        _prompt(inputs),
+        _prompt(asked),
+        answer_text(answer)[:_EXCERPT],
+        signals_of(quality),
+        tuple(map(str, reasons)) if isinstance(reasons, list) else (),
+        chars if isinstance(chars, int) else None,
+        quality.get(ANSWER_HASH),
+        quality.get(REQUEST_SHAPE),
+        # Recorded without saying so: of a call that failed, most likely nothing was to be paid.
+        bool(not usage and not failed if unknown is None else unknown),
+        reused_from,
     )
+
+
+def _quality(span: StoredSpan, asked: Any, answer: Any) -> dict[str, Any]:
+    """Return what the span says of the answer, and what it does not say, from the answer."""
+    said = {name: span.get(name) for name in _QUALITY if name in span.attributes}
+    request = asked if isinstance(asked, dict) else {}
+    if ANSWER_CHARS not in said:
+        said = {**answer_attributes(request, answer, key=_KEY), **said}
+    if REQUEST_SHAPE not in said and request:
+        with suppress(Exception):
+            said[REQUEST_SHAPE] = request_shape(request)
+    return said
+
+
+def _loaded(text: str | None) -> Any:
+    if not text:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        # As where it was cut.
+        return text
 
 
 def _first_token(span: StoredSpan) -> float | None:
@@ -329,15 +421,9 @@ def _first_token(span: StoredSpan) -> float | None:
     return None if span.first_chunk is None else (span.first_chunk - span.started) / 1e9
 
 
-def _prompt(inputs: str | None) -> str:
-    if not inputs:
-        return ""
-    try:
-        asked = json.loads(inputs)
-    except ValueError:
-        return inputs[:_EXCERPT]
+def _prompt(asked: Any) -> str:
     if not isinstance(asked, dict):
-        return str(asked)[:_EXCERPT]
+        return "" if asked is None else str(asked)[:_EXCERPT]
     content = asked.get("messages") or asked.get("input") or asked.get("prompt") or ""
     if isinstance(content, list) and content:
         content = content[-1]

@@ -150,6 +150,9 @@ def judge(
     judged = [Judged(call) for call in calls]
     groups: defaultdict[Hashable, list[Judged]] = defaultdict(list)
     for each in judged:
+        if each.call.reused_from is not None:
+            # Nothing was sent, so that nothing was repeated.
+            continue
         name = _request(each.call) if key is None else key(each.call)
         if name is not None:
             groups[name].append(each)

@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from mlflow_ctx_autolog.spans.attributes import FINISH_REASONS, REJECTED
+
 __all__ = [
     "ANSWER_CHARS",
     "ANSWER_HASH",
-    "FINISH_REASONS",
     "FLAGS",
-    "REJECTED",
     "REQUEST_SHAPE",
     "answer_attributes",
     "answer_text",
@@ -23,11 +23,8 @@ __all__ = [
     "signals_of",
 ]
 
-# By OpenTelemetry's name, whatever the provider calls them: a list, one for each choice.
-FINISH_REASONS = "gen_ai.response.finish_reasons"
 ANSWER_CHARS, ANSWER_HASH = "llm.answer.chars", "llm.answer.hash"
 REQUEST_SHAPE = "llm.request.shape"
-REJECTED = "llm.answer.rejected"
 
 # Attributes that are there where they are true, and what reports call them.
 FLAGS = {

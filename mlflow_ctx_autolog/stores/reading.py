@@ -9,6 +9,7 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import Span, TraceInfo
+from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import GetTraceInfoV3
 from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.utils.proto_json_utils import parse_dict
@@ -69,8 +70,21 @@ def read_stored_trace(
                 raise StoreError(f"there is no trace {trace_id} in {tracking_uri}") from error
             if not error.unsupported:
                 raise
-    info, spans = read_trace(destination, trace_id)
+    try:
+        info, spans = read_trace(destination, trace_id)
+    except StoreError as error:
+        if not _says_missing(error):
+            raise
+        raise StoreError(f"there is no trace {trace_id} in {tracking_uri}") from error
     return _stored_trace(info, (span.to_dict() for span in spans), wanted)
+
+
+def _says_missing(error: StoreError) -> bool:
+    """Whether MLflow found no such trace, by its code or, where it has none, by its words."""
+    cause = error.__cause__
+    code = getattr(cause, "error_code", None)
+    is_missing = isinstance(cause, MlflowException) and "not found" in str(cause)
+    return is_missing or code == "RESOURCE_DOES_NOT_EXIST"
 
 
 def _stored_trace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ __all__ = [
     "TRACE_KEY",
     "StoredSpan",
     "StoredTrace",
+    "joined_metadata",
+    "split_metadata",
 ]
 
 # Metadata of a trace by which its spans, and those of traces linked to it, can be counted without
@@ -30,6 +33,32 @@ LINKED_TRACE, LINKED_SPAN = "linked.trace.id", "linked.span.id"
 SPARK_FACTS = "mlflow_ctx_autolog.spark"
 # Stands in its plans for whichever functions nodes run, where Spark does not name them.
 ANY_FUNCTION = "*"
+
+# Characters of a piece of metadata that come through MLflow's REST API: it cuts off the rest, of
+# what is written and of what is read.
+_PIECE = 250
+_PIECES = re.compile(r"(\d+)\|")
+
+
+def split_metadata(key: str, text: str) -> dict[str, str]:
+    """Return metadata of a trace that holds a text of any length, in as many pieces as it takes."""
+    if len(text) <= _PIECE and not _PIECES.match(text):
+        return {key: text}
+    # With how many there are, since those of an earlier, longer text may still be there.
+    room = _PIECE - len("999|")
+    pieces = [text[start : start + room] for start in range(0, len(text), room)]
+    first = {key: f"{len(pieces)}|{pieces[0]}"}
+    return first | {f"{key}.{place}": each for place, each in enumerate(pieces[1:], 1)}
+
+
+def joined_metadata(metadata: Mapping[str, str], key: str) -> str | None:
+    """Return the text that :func:`split_metadata` has split; None where a piece is missing."""
+    text = metadata.get(key)
+    if text is None or (found := _PIECES.match(text)) is None:
+        return text
+    more = [metadata.get(f"{key}.{place}") for place in range(1, int(found[1]))]
+    known = [piece for piece in more if piece is not None]
+    return text[found.end() :] + "".join(known) if len(known) == len(more) else None
 
 
 @dataclass(slots=True)

@@ -249,6 +249,8 @@ def _relay(
         silence=silence,
         sampled_out=task.sampled_out,
         set_aside=counts.set_aside,
+        rows=task.rows_in,
+        sums=task.sums.to_dict(),
         root=None if task.span is None else root_of(task.context, task.span.start),
     )
     partition = int(task_attributes().get("spark.partition.id", 0))

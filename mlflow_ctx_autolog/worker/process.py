@@ -19,6 +19,7 @@ from mlflow_ctx_autolog.delivery.recovery import Recovery
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
+from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
 from mlflow_ctx_autolog.stores.otlp import is_collector
@@ -161,6 +162,7 @@ class WorkerProcess:
             "branch": [branch.top, branch.above, branch.outer and branch.outer.top],
             "failed": span.has_failed,
             "seconds": span.seconds,
+            "sums": task.take_sums().to_dict(),
             "payload": base64.b64encode(record.payload).decode(),
         }
         if self._parent is None or not self._parent.ask(message):
@@ -200,6 +202,7 @@ class WorkerProcess:
                 task.count_call(int(message["calls"]))
                 task.count_reused(int(message["reused"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
+                task.merge_sums(CallSums.from_dict(message.get("sums")))
                 self.router.store(
                     task,
                     span_id,

@@ -10,6 +10,7 @@ from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.delivery.sender import Deliveries
 from mlflow_ctx_autolog.spans.attributes import COST, REUSED_FROM, USAGE
+from mlflow_ctx_autolog.spans.call_sums import SUMMED
 from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanRecord
 from mlflow_ctx_autolog.spans.trace_info import trace_document
@@ -236,6 +237,8 @@ def _count_answer(task: Task, span: SpanRecord, usage: Amounts, cost: Amounts) -
         # What was asked, whatever the answer says of it: so was the request admitted.
         paid = task.budget.paid(str(span.get("model")), usage, cost.get("total_cost"))
     task.count_answer(span.has_failed, paid)
+    attributes = {name: span.get(name) for name in SUMMED}
+    task.sum_up(attributes, span.seconds, failed=span.has_failed)
 
 
 def _unprocessed_content(task: Task) -> ContentPolicy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mlflow_ctx_autolog import report as report_function
 from mlflow_ctx_autolog.cli import main
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.reporting.jobs import last_jobs
+from mlflow_ctx_autolog.reporting.sums import dollars
 from mlflow_ctx_autolog.stores import reading
 from mlflow_ctx_autolog.stores.stored_trace import StoredSpan, StoredTrace
 
@@ -78,16 +81,16 @@ def test_what_was_repeated_and_what_it_cost(monkeypatch: pytest.MonkeyPatch) -> 
     (cause,) = found.to_dict()["causes"].values()
     assert (cause["name"], cause["calls"]) == ("duplicate row", 1)
     assert "dropDuplicates()" in cause["fix"]
-    assert "2 calls made for 1 distinct requests: 2.00 for each." in str(found)
+    assert "2 calls made 2 requests, of which 1 was a repeat: 2.00 for each of 1" in str(found)
     assert found.notes == []
 
 
-def test_recorded_cost_goes_before_the_price_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What MLflow has recorded is the cost; the table is for what has none."""
+def test_users_price_goes_before_mlflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user gives is the price: of an alias, or one of his own; else what is recorded."""
     spans = [task("t"), call("a", "t", 1, **{"mlflow.llm.cost": {"total_cost": 0.5}})]
-    found = reported(monkeypatch, spans, prices={"gpt-test": (2.0, 10.0)})
 
-    assert found.made.cost == 0.5
+    assert reported(monkeypatch, spans, prices={"gpt-test": (2.0, 10.0)}).made.cost == 0.0003
+    assert reported(monkeypatch, spans, prices={"other": (2.0, 10.0)}).made.cost == 0.5
 
 
 def test_no_price_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +110,128 @@ def test_clients_own_retries_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {cause.key: sums.requests for cause, sums in found.by_cause().items()} == {
         "client_retry": 2
     }
+
+
+def test_headline_agrees_with_what_is_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls, requests and repeats are three numbers, and causes and tables add up to them."""
+    spans = [
+        task("t"),
+        call("a", "t", 1, **{"http.request.resend_count": 1}),
+        call("b", "t", 2),
+        call("c", "t", 3, **{"llm.request.fingerprint": "b"}),
+    ]
+    found = reported(monkeypatch, spans)
+
+    assert (found.made.calls, found.requests, found.repeats, found.distinct) == (3, 4, 2, 2)
+    assert "3 calls made 4 requests, of which 2 were repeats: 2.00 for each of 2" in str(found)
+    assert sum(sums.requests for sums in found.by_cause().values()) == found.repeats
+    assert found.useful.requests + found.repeated.requests == found.requests
+    assert repr(found) == "<CallReport of tr-1: 3 calls, 4 requests, 2 repeats, ->"
+
+
+def test_reused_answers_sent_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call answered by what an earlier one has paid for is a call, and no request."""
+    again = {"llm.request.fingerprint": "a", "llm.reused_from": "tr-1/a"}
+    spans = [task("t"), call("a", "t", 1), call("b", "t", 2, **again)]
+    found = reported(monkeypatch, spans, prices={"gpt-test": (2.0, 10.0)})
+
+    assert (found.made.calls, found.requests, found.repeats) == (2, 1, 0)
+    assert (found.made.cost, found.made.tokens, found.made.reused) == (0.0003, 110, 1)
+    assert "used again" in str(found)
+
+
+def test_what_is_not_known_is_not_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls without usage or price make the cost "at least", with how many; errors are free."""
+    unmetered, failed = call("b", "t", 2), call("c", "t", 3)
+    del unmetered.attributes["mlflow.chat.tokenUsage"], failed.attributes["mlflow.chat.tokenUsage"]
+    failed.status = "ERROR"
+    paid = call("d", "t", 4, **{"llm.usage.unknown": True})
+    spans = [task("t"), call("a", "t", 1), unmetered, failed]
+    found = reported(monkeypatch, spans, prices={"gpt-test": (2.0, 10.0)})
+
+    assert (found.made.unmetered, found.made.unpriced) == (1, 0)
+    assert found.made.money == "at least $0.0003"
+    assert "at least $0.0003 (that of 1 of 3 calls is not known)" in str(found)
+    assert "1 calls to gpt-test were answered without usage" in "\n".join(found.notes)
+    found = reported(monkeypatch, [task("t"), call("a", "t", 1), paid])
+    assert (found.made.unmetered, found.made.unpriced, found.made.unknown) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        *((0, "$0"), (0.00005, "$0.00005"), (0.0375, "$0.0375"), (0.000123456, "$0.000123")),
+        *((0.5, "$0.50"), (1.5, "$1.50"), (1204.5, "$1,204.50"), (-0.02, "-$0.02")),
+        (0.1234, "$0.12"),
+    ],
+)
+def test_money_as_people_write_it(amount: float, text: str) -> None:
+    """Cents at least, and below ten of them three digits that count."""
+    assert dollars(amount) == text
+
+
+def test_wrong_totals_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In and out count, whatever the server has added up."""
+    usage = {"input_tokens": 5, "output_tokens": 2, "total_tokens": 70}
+    spans = [task("t"), call("a", "t", 1, **{"mlflow.chat.tokenUsage": usage})]
+
+    assert reported(monkeypatch, spans).made.tokens == 7
+
+
+def answered(span_id: str, text: str, finish: str = "stop", **attributes: Any) -> Any:
+    choice = {"finish_reason": finish, "message": {"role": "assistant", "content": text}}
+    return call(span_id, "t", 1, **{"mlflow.spanOutputs": {"choices": [choice]}, **attributes})
+
+
+def test_signals_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the worker's attributes, or from the answer where there are none; by part of the job."""
+    attributes = {"gen_ai.response.finish_reasons": ["length"], "llm.answer.chars": 4}
+    spans = [
+        task("t"),
+        answered("a", "yes"),
+        answered("b", "", "length"),
+        call("c", "t", 1, **attributes, **{"llm.answer.rejected": True, "model": "other"}),
+        call("d", "t", 1, **{"mlflow.spanInputs": {"input": "x"}}),
+    ]
+    found = reported(monkeypatch, spans)
+
+    assert found.quality.signals == {"cut_off": 2, "empty": 1, "rejected": 1}
+    assert (found.quality.answered, found.quality.odd) == (3, 2)
+    assert found.quality_by("model")["other"].share("rejected") == 1.0
+    assert found.quality_by("function")["extract"].signals["cut_off"] == 2
+    assert "33.3 % of 3 show nothing odd; 2 cut off, 1 empty, 1 rejected by parse()" in str(found)
+    assert [each.call.answer for each in found.calls][:2] == ["yes", ""]
+
+
+def test_canned_replies_and_lengths_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same long answer to many prompts, and one much longer than all others; no labels."""
+    canned = "I am sorry, but I cannot help you with this question."
+    spans = [task("t")]
+    spans += [answered(f"c{number}", canned) for number in range(6)]
+    spans += [answered(f"l{number}", '{"kind": "invoice"}') for number in range(20)]
+    spans += [answered(f"n{number}", f"{number} " * (8 + number % 5)) for number in range(30)]
+    spans += [answered("long", "word " * 2000)]
+    found = reported(monkeypatch, spans)
+
+    assert {e.call.span_id for e in found.calls if "canned" in e.call.signals} == {
+        *(f"c{number}" for number in range(6)),
+    }
+    assert [e.call.span_id for e in found.calls if "odd_length" in e.call.signals] == ["long"]
+    same = {"llm.request.fingerprint": "one"}
+    again = reported(
+        monkeypatch, [task("t"), *(answered(f"{n}", canned, **same) for n in range(9))]
+    )
+    assert again.quality.signals == {}
+
+
+def test_terminal_is_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Escape sequences of a prompt, a function's name or an error are no escape sequences."""
+    asked = {"messages": [{"role": "user", "content": "\x1b]0;owned\x07 \x9b31m \u202e x\r\n"}]}
+    failed = call("a", "t", 1, **{"mlflow.spanInputs": asked, "model": "m\x1b[2J"})
+    failed.status, failed.error = "ERROR", "\x1b[31mError: x"
+    found = reported(monkeypatch, [task("t"), failed])
+
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", f"{found}{found!r}")
 
 
 def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +298,67 @@ def test_page_is_private_and_escapes_prompts(
     assert "<script>alert" not in found._repr_html_()
 
 
+def test_page_says_first_what_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Job, date, length and model; then how much, how good, how fast, what was wasted."""
+    name = "{{data}} of {{plotly}}"
+    spans = [
+        task("t"),
+        answered("a", "yes"),
+        answered("b", "no", **{"llm.request.fingerprint": "a"}),
+        call("c", "t", 3, model=name),
+    ]
+    found = reported(monkeypatch, spans, prices={"gpt-test": (0.3, 0.3), name: (0.3, 0.3)})
+    text = found.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+
+    above = text.partition("<section>")[0]
+    cards = re.findall(r"class='word'>(.*?)<.*?class='number'>(.*?)<", above)
+    assert [word for word, _ in cards] == ["How much", "How good", "How fast", "Wasted"]
+    assert [number for _, number in cards] == ["$0.000099", "100 %", "1.00 s", "$0.000033"]
+    assert "Thu 01 Jan 1970, 00:00 UTC &middot; took 10.0 s" in above
+    assert "dropDuplicates() the input" in text
+    assert "href='http://mlflow/#/experiments/7/traces?selectedEvaluationId=tr-1" in above
+    # What comes from outside is not looked through for places to fill in.
+    assert text.count("{{data}} of {{plotly}}") >= 2
+    assert text.count('id="data"') == 1
+
+
+def test_table_of_a_large_job_has_the_calls_that_matter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A thousand of them: dearest, slowest, failed, repeated, and with a signal; all are summed."""
+    spans = [task("t"), *(answered(f"c{number}", f"answer {number}") for number in range(3000))]
+    spans[17].status = "ERROR"
+    spans[1900] = call("slow", "t", 1, 99)
+    spans[2100] = answered("odd", "", "length")
+    spans[2500] = answered("again", "answer 5", **{"llm.request.fingerprint": "c4"})
+    found = reported(monkeypatch, spans)
+    text = found.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    listed = {cells[15] for cells in data["calls"]}
+    assert len(listed) == 1000
+    assert {"c16", "slow", "odd", "again"} <= listed
+    assert "The 1,000 of 3,000 calls that matter" in text
+
+
+def test_page_is_private_wherever_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over a file that others may read, and where a link points to one."""
+    found = reported(monkeypatch, [task("t"), call("a", "t", 1)])
+    readable, link = tmp_path / "there.html", tmp_path / "link.html"
+    readable.write_text("theirs")
+    readable.chmod(0o644)
+    link.symlink_to(readable)
+
+    found.to_html(link)
+    assert readable.read_text() == "theirs"
+    assert (link.is_symlink(), link.stat().st_mode & 0o777) == (False, 0o600)
+    found.to_html(readable)
+    assert readable.stat().st_mode & 0o777 == 0o600
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link.html", "there.html"]
+
+
 def test_rows_for_pandas_and_filter(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each call, with the user's keys, by which a report is narrowed."""
     spans = [task("t"), *(call(f"{n}", "t", n, **{"annotation.doc_id": n}) for n in range(1, 4))]
@@ -197,8 +383,8 @@ def test_users_request_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of"),
-        ({"traces": "tr-1", "run_id": "r"}, "exactly one of"),
+        ({"traces": "tr-1", "run_id": "r"}, "traces and run_id are named: take one"),
+        ({"start": datetime(2020, 1, 1)}, "go with experiment_id"),
         ({"traces": 7}, "neither a trace nor the id"),
         ({"traces": "tr-1", "prices": {"m": 3}}, "the price of 'm' is 3"),
         ({"traces": "tr-1", "prices": {"m": (-1, 2)}}, "at least 0"),
@@ -229,9 +415,14 @@ def test_store_is_read(database: Destination, tmp_path: Path) -> None:
     ):
         found = report_function(**source)
         assert [each.call.span_id for each in found.calls] == [made.span_id]
+    (row,) = report_function(root.trace_id).to_pandas(content=True).to_dict("records")
+    assert row["inputs"] == {"model": "m", "messages": []}
+    assert (row["outputs"], row["tags"], row["span_id"]) == (None, {}, made.span_id)
+    with pytest.raises(ValueError, match="rows=0"):
+        next(found.frames(rows=0))
     nothing = report_function(experiment_id="0", end=datetime(2020, 1, 1))
     assert "There are no traces" in nothing.notes[0]
-    with pytest.raises(StoreError, match="tr-0"):
+    with pytest.raises(StoreError, match=r"^there is no trace tr-0 in sqlite:.*mlflow\.db$"):
         report_function("tr-0")
     with mlflow.start_run() as other:
         found.log("report.json")
@@ -241,6 +432,31 @@ def test_store_is_read(database: Destination, tmp_path: Path) -> None:
         found.log()
 
 
+def test_last_job_is_the_default(database: Destination) -> None:
+    """The latest job of the current experiment: neither a linked trace nor one of other origin."""
+
+    def trace(name: str, job: str | None = "") -> str:
+        with mlflow.start_span(name) as root:
+            if job is not None:
+                metadata = {"mlflow_ctx_autolog.trace_id": job or root.trace_id}
+                mlflow.update_current_trace(metadata=metadata)
+        mlflow.flush_trace_async_logging()
+        return str(root.trace_id)
+
+    with pytest.raises(StoreError, match="there is no job in the experiment 0"):
+        report_function()
+    first = trace("job")
+    trace("other", None)
+    assert report_function().trace_ids == [first]
+    second = trace("job")
+    trace("linked", second)
+    assert report_function().trace_ids == [second]
+    assert last_jobs(database.tracking_uri or "", 2) == [second, first]
+    trace("other")
+    with pytest.raises(StoreError, match="only one job named 'other'"):
+        last_jobs(database.tracking_uri or "", 2)
+
+
 def test_command(database: Destination, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The command prints the report, as JSON on request, and fails on an unknown trace."""
     with mlflow.start_span("Completions", span_type="CHAT_MODEL") as made:
@@ -248,7 +464,7 @@ def test_command(database: Destination, capsys: pytest.CaptureFixture[str], tmp_
     mlflow.flush_trace_async_logging()
 
     assert main(["report", made.trace_id, "--html", str(tmp_path / "r.html")]) == 0
-    assert "1 calls made" in capsys.readouterr().out
+    assert "1 call made 1 request" in capsys.readouterr().out
     assert (tmp_path / "r.html").exists()
     assert main(["report", made.trace_id, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["calls"] == 1
