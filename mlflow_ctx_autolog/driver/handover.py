@@ -74,7 +74,7 @@ class Driver:
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.instrumentor = SparkInstrumentor(self.submit)
-        self.propagator = ActionPropagator(self._moment, self._tell)
+        self.propagator = ActionPropagator(self._moment, self._tell, self.executed_plans.expect)
         self.batches = BatchFunctions(tracing.activate)
         self._carriers = Carriers()
         self._session: Any = None
