@@ -76,12 +76,20 @@ def _job(job: Any) -> list[Any]:
 
 def _settings(spark: Any) -> list[str]:
     # Of the session, or of the server; what differs between two runs of the same.
-    changing = ("spark.app.", "spark.driver.port", "spark.local", "spark.repl", "spark.sql.warehouse")
+    changing = (
+        "spark.app.",
+        "spark.driver.port",
+        "spark.local",
+        "spark.repl",
+        "spark.sql.warehouse",
+    )
     found = spark.conf.getAll
     found = dict(found() if callable(found) else found) if found is not None else {}
     if hasattr(spark, "_jsparkSession"):
         found.update(spark.sparkContext.getConf().getAll())
-    return [f"{name}={normal(value)}" for name, value in found.items() if not name.startswith(changing)]
+    return [
+        f"{name}={normal(value)}" for name, value in found.items() if not name.startswith(changing)
+    ]
 
 
 def session_facts(spark: Any) -> dict[str, int]:

@@ -37,13 +37,24 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("names", nargs="+")
     options = parser.parse_args()
-    faulthandler.dump_traceback_later(500, exit=True)
+    faulthandler.dump_traceback_later(1700, exit=True)
     import functions
     import job
     import workload
 
     # Workers cannot import these.
-    for module in (functions, workload, job, callables, driver, errors, libraries, plans, streams, ways):
+    for module in (
+        functions,
+        workload,
+        job,
+        callables,
+        driver,
+        errors,
+        libraries,
+        plans,
+        streams,
+        ways,
+    ):
         cloudpickle.register_pickle_by_value(module)
     spark = _session(options.engine)
     facts: dict[str, Any] = {}
@@ -52,6 +63,7 @@ def main() -> None:
         if options.database is not None:
             _enable(options.database)
         for name in options.names:
+            print(name, flush=True)
             facts[name] = run.facts_of(PROGRAMS[name])
         session = session_facts(spark)
         traced = run.traced_calls() if options.database is not None else {}

@@ -98,9 +98,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("engine", "program"), CASES)
-def test_all_facts_are_the_same(
-    runs: Callable[[str], Twice], engine: str, program: str
-) -> None:
+def test_all_facts_are_the_same(runs: Callable[[str], Twice], engine: str, program: str) -> None:
     found = runs(engine)
     plain, traced = found.plain["programs"][program], found.traced["programs"][program]
     assert "failed" not in plain, plain["failed"]
@@ -128,9 +126,7 @@ def test_the_calls_are_in_the_traces(
 
 
 @pytest.mark.parametrize("engine", [CLASSIC])
-def test_what_stays_until_the_end_is_a_fixed_few(
-    runs: Callable[[str], Twice], engine: str
-) -> None:
+def test_what_stays_until_the_end_is_a_fixed_few(runs: Callable[[str], Twice], engine: str) -> None:
     """However many functions, plans and jobs there were: one broadcast, and one accumulator."""
     found = runs(engine)
     plain, traced = found.plain["session"], found.traced["session"]

@@ -160,7 +160,7 @@ def decorated_functions(job: Job) -> None:
 def remembering_functions(job: Job) -> None:
     ask = job.ask()
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def remembered(number: int) -> str:
         return ask(number)
 
@@ -265,7 +265,9 @@ def named_and_default_arguments(job: Job) -> None:
     job.rows("default", job.documents(rows=2).select(marked("id")))
     job.error(
         "named",
-        lambda: job.rows("named", job.documents(rows=2).select(marked(number="id", mark=f.lit("!")))),
+        lambda: job.rows(
+            "named", job.documents(rows=2).select(marked(number="id", mark=f.lit("!")))
+        ),
     )
 
 

@@ -12,13 +12,13 @@ from job import CLASSIC, CONNECT, Job, program
 from pyspark.sql import functions as f
 
 
-class TwoArguments(Exception):
+class TwoArgumentsError(Exception):
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first)
         self.second = second
 
 
-class WithoutText(Exception):
+class WithoutTextError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
@@ -53,8 +53,8 @@ def _raising(error: Callable[[], BaseException]) -> Callable[[int], str]:
 
 _ROW_BY_ROW: dict[str, Callable[[int], str]] = {
     "plain": _raising(lambda: ValueError("plain")),
-    "two arguments": _raising(lambda: TwoArguments("a", "b")),
-    "without text": _raising(WithoutText),
+    "two arguments": _raising(lambda: TwoArgumentsError("a", "b")),
+    "without text": _raising(WithoutTextError),
     "chained": _chained,
     "while handling": _within,
     "noted": _noted,

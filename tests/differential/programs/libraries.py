@@ -27,7 +27,9 @@ def pandas_on_spark(job: Job) -> None:
     by_column.__annotations__["return"] = ps.Series[str]
     frame = pandas_api(job.documents())
     job.calls("rows", lambda: job.note("rows", sorted(frame.apply(by_row, axis=1).to_numpy())))
-    job.calls("column", lambda: job.note("column", sorted(frame.transform(by_column)["id"].to_numpy())))
+    job.calls(
+        "column", lambda: job.note("column", sorted(frame.transform(by_column)["id"].to_numpy()))
+    )
     # Without a type: it is called on the driver first.
     job.calls("untyped", lambda: job.note("untyped", sorted(frame["id"].map(str).to_numpy())))
     job.note("plan", frame.apply(by_row, axis=1).to_frame().spark.frame().schema.simpleString())

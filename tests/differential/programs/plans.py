@@ -105,13 +105,13 @@ def a_cache_found_by_plans_built_anew(job: Job) -> None:
 def a_cache_found_from_another_session(job: Job) -> None:
     ask = _ask_all(job)
     with job.span("first"):
-        job.calls(
-            "cached", lambda: job.documents().withColumn("a", ask("id")).cache().count()
-        )
+        job.calls("cached", lambda: job.documents().withColumn("a", ask("id")).cache().count())
         other = job.spark.newSession()
         job.rows("same span", other.range(0, 4, 1, 2).withColumn("a", ask("id")))
     with job.span("second"):
-        job.rows("another span", job.spark.newSession().range(0, 4, 1, 2).withColumn("a", ask("id")))
+        job.rows(
+            "another span", job.spark.newSession().range(0, 4, 1, 2).withColumn("a", ask("id"))
+        )
 
 
 @program(has_span=False, is_traced=False)
@@ -237,7 +237,9 @@ def rdds_in_a_chain(job: Job) -> None:
     asked = rows.map(ask).filter(bool).map(lambda answer: (answer, 1))
     job.note("lineage", asked.toDebugString().decode())
     job.calls("count", lambda: job.note("count", asked.count()))
-    job.calls("reduce", lambda: job.note("reduced", sorted(asked.reduceByKey(int.__add__).collect())))
+    job.calls(
+        "reduce", lambda: job.note("reduced", sorted(asked.reduceByKey(int.__add__).collect()))
+    )
     asked.cache().count()
     job.calls("cached", lambda: job.note("again", asked.count()))
 

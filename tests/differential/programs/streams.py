@@ -67,16 +67,16 @@ def what_listeners_hear_of_a_stream(job: Job) -> None:
     heard: list[str] = []
 
     class Listener(StreamingQueryListener):
-        def onQueryStarted(self, event: Any) -> None:
+        def onQueryStarted(self, event: Any) -> None:  # noqa: N802
             heard.append(f"started {event.name is not None}")
 
-        def onQueryProgress(self, event: Any) -> None:
+        def onQueryProgress(self, event: Any) -> None:  # noqa: N802
             heard.append(f"progress {event.progress.numInputRows}")
 
-        def onQueryIdle(self, event: Any) -> None:
+        def onQueryIdle(self, event: Any) -> None:  # noqa: N802
             pass
 
-        def onQueryTerminated(self, event: Any) -> None:
+        def onQueryTerminated(self, event: Any) -> None:  # noqa: N802
             heard.append(f"terminated {event.exception}")
 
     ask = job.ask()
