@@ -44,7 +44,8 @@ from traced_job import Job
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.stores.tracking_store import send, span_record
+from mlflow_ctx_autolog.stores.sending import send
+from mlflow_ctx_autolog.stores.tracking_store import span_record
 from mlflow_ctx_autolog.testing import Collector, OpenAIEndpoint, Request, TrackingServer
 
 HERE = Path(__file__).parent

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sqlite3
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -87,12 +86,13 @@ def _recover(path: Path, tracking_uri: str | None) -> int:
     from mlflow_ctx_autolog.driver.ledger import write_stored_totals
     from mlflow_ctx_autolog.exceptions import StoreError
     from mlflow_ctx_autolog.stores.otlp import is_collector
-    from mlflow_ctx_autolog.stores.tracking_store import send_to, spans_of
+    from mlflow_ctx_autolog.stores.sending import send_to
+    from mlflow_ctx_autolog.stores.tracking_store import spans_of
 
     if not path.exists():
         print(f"{path} does not exist")
         return 2
-    paths = spool_files(path) if path.is_dir() else [path]
+    paths = spool_files(path, refused=True) if path.is_dir() else [path]
     if not paths:
         print(f"There are no spools in {path}: nothing is left to recover.")
     status = 0
@@ -110,7 +110,7 @@ def _recover(path: Path, tracking_uri: str | None) -> int:
         except BlockingIOError:
             print(f"{each}: left alone, since the process that writes it is alive")
             continue
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             print(f"{each}: cannot be read: {error}")
             status = 2
             continue

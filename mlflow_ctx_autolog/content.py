@@ -6,10 +6,12 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.spans.record import SpanRecord
 
 __all__ = ["ContentPolicy"]
 
@@ -79,6 +81,21 @@ class ContentPolicy:
         """
         found = {name: self._attribute_or_none(name, value) for name, value in attributes.items()}
         return {name: value for name, value in found.items() if value is not None}
+
+    def record(self, span: SpanRecord) -> SpanRecord:
+        """Return a span with the content that may be sent."""
+        attributes = self.attributes(span.attributes)
+        if not self.changes_content and attributes == span.attributes and not span.events:
+            return span
+        return replace(
+            span,
+            attributes=attributes,
+            events=tuple(
+                replace(event, attributes=self.attributes(event.attributes))
+                for event in span.events
+            ),
+            message=self.text(span.message),
+        )
 
     def text(self, text: str | None) -> str | None:
         """Return what to send of a text that may quote content, such as a status' description."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from types import TracebackType
 from typing import Any
+
+from mlflow_ctx_autolog.log_ins import without_log_ins
 
 __all__ = [
     "BudgetExceeded",
@@ -26,6 +29,15 @@ _warned: set[tuple[str, str]] = set()
 _warned_lock = threading.Lock()
 
 
+def _forget_lock() -> None:
+    # Another thread of the parent may have held it.
+    global _warned_lock
+    _warned_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
+
+
 def shortened(text: str) -> str:
     """Return a text as long as a message can bear."""
     return text if len(text) <= 200 else f"{text[:197]}..."
@@ -37,7 +49,7 @@ def warn_once(logger: logging.Logger, subject: str, message: str) -> None:
         if (logger.name, subject) in _warned:
             return
         _warned.add((logger.name, subject))
-    logger.warning("%s", message)
+    logger.warning("%s", without_log_ins(message))
 
 
 def without_own_frames(error: BaseException) -> None:
@@ -96,6 +108,9 @@ class StoreError(CtxAutologError):
         refused: Whether it answered that it will not have this, rather than not now.
         retry_after: Seconds that it asks to be left alone, if it does.
         unsupported: Whether it does not know what it was asked: an old release, a file store.
+        failed: Whether it answered that it failed over this, as over one span among many.
+        redirect: The address that it sends to instead, where nothing was sent.
+        rejected: How many of the spans it has refused for good, having taken the others.
     """
 
     def __init__(
@@ -105,11 +120,17 @@ class StoreError(CtxAutologError):
         refused: bool = False,
         retry_after: float | None = None,
         unsupported: bool = False,
+        failed: bool = False,
+        redirect: str | None = None,
+        rejected: int = 0,
     ) -> None:
-        super().__init__(message)
+        super().__init__(without_log_ins(message))
         self.refused = refused
         self.retry_after = retry_after
         self.unsupported = unsupported
+        self.failed = failed
+        self.redirect = redirect
+        self.rejected = rejected
 
 
 class BudgetExceeded(CtxAutologError):  # noqa: N818 - what it is, rather than what went wrong

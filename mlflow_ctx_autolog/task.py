@@ -16,6 +16,7 @@ from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.model_calls.budget import Budget
+from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext
 from mlflow_ctx_autolog.usage import Amounts, Tally
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Work",
     "current_task",
     "current_work",
+    "driver_span",
+    "driver_trace_id",
     "forget_tasks",
     "look_elsewhere",
     "note_starter",
@@ -30,6 +33,17 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+
+def driver_span(context: DriverContext) -> SpanContext | None:
+    """Return the driver's span that came with a context; None where there was none."""
+    return SpanContext.from_headers(context.traceparent, context.tracestate)
+
+
+def driver_trace_id(context: DriverContext) -> str | None:
+    """Return MLflow's id of the driver's trace, if its spans are recorded."""
+    span = driver_span(context)
+    return span.mlflow_trace_id if span is not None and span.is_sampled else None
 
 
 @dataclass(eq=False)
@@ -43,9 +57,9 @@ class Task:
         relay: A Spark accumulator for the task's receipt, and for spans that cannot be stored
             from here; None where there is none.
         span_processors: What the driver's MLflow has each span go through before it ends.
-        span: The task's span, an ``mlflow.entities.Span``.
-        parent: What is active in the function when it begins, parent of what has no other; opaque
-            here, it comes from :mod:`~mlflow_ctx_autolog.tracing`.
+        span: The task's span.
+        parent: What is active in the function when it begins, parent of what has no other: the
+            task's span, or the driver's where that is not recorded.
         budget: What its calls may spend; None where there is no limit.
         placement: Decides where its spans are stored; None where all are in the trace of its span.
         linked: The trace for those that are not, once there is one.
@@ -69,8 +83,8 @@ class Task:
     attempt_id: int | None = None
     relay: Any = None
     span_processors: Sequence[Callable[[Any], None]] = ()
-    span: Any = None
-    parent: Any = None
+    span: OpenSpan | None = None
+    parent: SpanContext | None = None
     budget: Budget | None = None
     placement: Any = None
     linked: Any = None
@@ -144,7 +158,20 @@ class Task:
     @property
     def span_id(self) -> str:
         """The id of the task's span."""
-        return self.elsewhere or str(self.span.span_id)
+        if self.elsewhere is not None or self.span is None:
+            return str(self.elsewhere)
+        return self.span.context.span_id
+
+    @property
+    def trace_id(self) -> str:
+        """MLflow's id of the trace that its span is in."""
+        found = driver_trace_id(self.context)
+        return found or ("" if self.span is None else self.span.mlflow_trace_id)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether its spans are made, rather than dropped by sampling."""
+        return self.parent is None or self.parent.is_sampled
 
     def counts(self) -> dict[str, int]:
         """Return the counts so far as attributes of the task's span."""
@@ -203,10 +230,10 @@ class Work(NamedTuple):
     """
 
     task: Task
-    parent: Any = None
+    parent: SpanContext | None = None
 
     @property
-    def parent_or_task(self) -> Any:
+    def parent_or_task(self) -> SpanContext | None:
         """What new spans are below, where no span is active."""
         return self.task.parent if self.parent is None else self.parent
 

@@ -40,6 +40,7 @@ class TaskReceipt:
         requests: Fingerprints of the calls, where the driver wants to know of repeats.
         silence: Why its model calls left no span, where that is known.
         sampled_out: Spans that ended in it besides, which sampling has left out.
+        set_aside: Of those that wait, kept in a file since the store does not have them.
     """
 
     trace_id: str
@@ -58,6 +59,7 @@ class TaskReceipt:
     requests: Sequence[str] = ()
     silence: str | None = None
     sampled_out: int = 0
+    set_aside: int = 0
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
@@ -144,6 +146,8 @@ class Receipt:
         first_error: The first reason why a store did not take spans, if there was one.
         seconds_waiting: How long the ends of tasks waited for their spans, in all.
         sampled_out: Spans that ended besides, which sampling has left out.
+        set_aside: Spans, or what is known of the trace, that the store does not have, and that are
+            kept in a file for ``recover``.
     """
 
     trace_id: str | None
@@ -155,6 +159,7 @@ class Receipt:
     first_error: str | None = None
     seconds_waiting: float = 0.0
     sampled_out: int = 0
+    set_aside: int = 0
 
     @classmethod
     def of(
@@ -167,6 +172,7 @@ class Receipt:
         waiting: int,
         lost: int,
         first_error: str | None,
+        set_aside: int = 0,
     ) -> Receipt:
         """Return a receipt with what the receipts of its tasks say.
 
@@ -182,6 +188,7 @@ class Receipt:
             first_error=next((task.first_error for task in tasks if task.first_error), first_error),
             seconds_waiting=sum(task.seconds_waiting for task in tasks),
             sampled_out=sum(task.sampled_out for task in tasks),
+            set_aside=set_aside + sum(task.set_aside for task in tasks),
         )
 
     @property
@@ -196,6 +203,8 @@ class Receipt:
         parts = [f"{self.made:,} spans made", stored]
         if self.waiting:
             parts.append(f"{self.waiting:,} waiting")
+        if self.set_aside:
+            parts.append(f"{self.set_aside:,} set aside")
         if self.lost:
             parts.append(f"{self.lost:,} lost")
         if self.sampled_out:

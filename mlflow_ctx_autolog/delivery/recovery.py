@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_ctx_autolog.delivery.spool import (
-    LAST_NUMBER,
-    Destination,
-    Record,
-    SpoolFile,
-    first_of,
-    spool_files,
-)
-from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.delivery.records import Destination, Record
+from mlflow_ctx_autolog.delivery.segments import REFUSED, DamagedError, Segment, spool_files
+from mlflow_ctx_autolog.delivery.spool import REASON, first_of, put_aside
+from mlflow_ctx_autolog.exceptions import StoreError, warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 
 __all__ = ["Recovered", "Recovery", "recover"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 Send = Callable[[Destination, Sequence[Record]], None]
 
@@ -31,6 +25,8 @@ Send = Callable[[Destination, Sequence[Record]], None]
 _BATCH, _BATCH_BYTES = 200, 4_000_000
 # Seconds after which a file with nothing in it has no process that is about to write to it.
 _TIME_TO_SET_UP = 60.0
+# Single records that the store may fail over before it is taken to be down, where it takes none.
+_FAILURES = 3
 
 
 @dataclass
@@ -39,7 +35,7 @@ class Recovered:
 
     Args:
         stored: Records that were delivered.
-        left: Records that are still in the file.
+        left: Records that are still in the file, or set aside in another.
         problem: Why they are, or what is damaged; None if all is well.
         is_damaged: Whether some could not be read.
     """
@@ -53,8 +49,9 @@ class Recovered:
 def recover(path: Path, send: Send) -> Recovered:
     """Deliver what is in a spool file, and remove from it what was delivered; it, when empty.
 
-    Of a damaged file, what lies before and after the damage is delivered, and the file is
-    renamed to ``.damaged``.
+    What the store refuses, or fails over while it takes the others, is set aside in a file of its
+    own. Of a damaged file, what lies around the damage is delivered, and the file is renamed to
+    ``.damaged``.
 
     Args:
         path: The file.
@@ -62,102 +59,125 @@ def recover(path: Path, send: Send) -> Recovered:
 
     Raises:
         BlockingIOError: The process that writes it is alive.
+        DamagedError: It is damaged beyond reading, or no spool.
         OSError: It cannot be opened.
-        sqlite3.Error: It is damaged beyond reading.
     """
     age = time.time() - path.stat().st_mtime
-    file = SpoolFile.open(path)
+    segment = Segment.open(path)
     found = Recovered()
     try:
-        if age < _TIME_TO_SET_UP and not file.is_set_up():
-            raise BlockingIOError(f"{path} is being made by a process that is alive")
-        # Else its process was killed before it had written anything.
-        if file.is_set_up():
-            _deliver(file, file.destination(), send, found)
+        if not segment.is_set_up():
+            if age < _TIME_TO_SET_UP:
+                raise BlockingIOError(f"{path} is being made by a process that is alive")
+            # Its process was killed before it had written anything.
+            segment.delete()
+            return found
+        destination = segment.destination()
+        damage = segment.scan()
+        readable = len(segment)
+        _Pass(segment, destination, send, found).run()
+        if damage:
+            found.is_damaged = True
+            said = f"{found.problem}; " if found.problem else ""
+            found.problem = (
+                f"{said}it is damaged: {readable} records could be read, and {damage:,} bytes not"
+            )
+        if not len(segment) and not damage:
+            segment.delete()
+        elif not len(segment):
+            found.problem = f"{found.problem}; it is {segment.set_aside()} now"
     finally:
-        file.close()
-    if found.is_damaged and not found.left:
-        found.problem = f"{found.problem}; it is {file.set_aside()} now"
-    elif not found.left:
-        file.delete()
+        segment.close()
     return found
 
 
-def _deliver(file: SpoolFile, destination: Destination, send: Send, found: Recovered) -> None:
-    above, below = 0, LAST_NUMBER
-    # From the oldest to the damage, if there is one, then from the newest back to it.
-    for newest_first in (False, True):
-        limit = _BATCH
-        while True:
-            batch, damage = _first_batch(file.records(above, below, newest_first, limit))
-            if batch:
-                try:
-                    _send_what_is_taken(file, destination, batch, send, found)
-                except Exception as error:
-                    found.problem = str(error)
-                    found.left = _count(file, above, below) or len(batch)
-                    return
-                numbers = [number for number, _ in batch]
-                if newest_first:
-                    below = min(numbers)
-                else:
-                    above = max(numbers)
-            if damage is not None and limit > 1:
-                # One by one, since a reader looks ahead.
-                limit = 1
-            elif damage is not None:
-                found.is_damaged = True
-                found.problem = f"it is damaged ({damage}); what could not be read is lost"
+class _Pass:
+    """Delivers what one file holds."""
+
+    def __init__(
+        self, segment: Segment, destination: Destination, send: Send, found: Recovered
+    ) -> None:
+        self._segment = segment
+        self._destination = destination
+        self._send = send
+        self._found = found
+        self._is_of_refused = segment.path.name.endswith(REFUSED)
+        self._failed: list[tuple[int, Record, str]] = []
+        self._aside: Path | None = None
+
+    def run(self) -> None:
+        reasons = []
+        if self._is_of_refused:
+            reasons = [number for number, record in self._records() if record.kind == REASON]
+        pending = [number for number in self._segment.numbers() if number not in reasons]
+        while pending:
+            batch = list(first_of(self._records(pending), _BATCH, _BATCH_BYTES))
+            if not batch:
                 break
-            elif not batch:
-                return
+            pending = pending[len(batch) :]
+            try:
+                self._send_what_is_taken(batch)
+            except Exception as error:
+                self._found.problem = str(StoreError(str(error)))
+                break
+        if self._found.stored:
+            # Those that it has failed over among many that it took.
+            for number, record, reason in self._failed:
+                self._set_aside(number, record, reason)
+        if self._failed and self._found.problem is None:
+            self._found.problem = self._failed[0][2]
+        left = [number for number in self._segment.numbers() if number not in reasons]
+        self._found.left += len(left)
+        if not left:
+            for number in reasons:
+                self._segment.remove(number)
 
+    def _records(self, numbers: Sequence[int] | None = None) -> Iterator[tuple[int, Record]]:
+        for number in self._segment.numbers() if numbers is None else numbers:
+            yield number, self._segment.read(number)
 
-def _count(file: SpoolFile, above: int, below: int) -> int | None:
-    try:
-        return file.count(above, below)
-    except sqlite3.Error:
-        return None
+    def _send_what_is_taken(self, batch: Sequence[tuple[int, Record]]) -> None:
+        """Send a batch, where it is refused in ever smaller parts, and remove what is taken."""
+        try:
+            self._send(self._destination, [record for _, record in batch])
+        except StoreError as error:
+            if error.rejected:
+                # It has the others, and is not to be sent these again.
+                self._found.problem = str(error)
+                self._take_off(batch, len(batch) - error.rejected)
+            elif not (error.refused or error.failed):
+                raise
+            elif len(batch) > 1:
+                half = len(batch) // 2
+                self._send_what_is_taken(batch[:half])
+                self._send_what_is_taken(batch[half:])
+            elif error.refused:
+                self._set_aside(*batch[0], str(error))
+            else:
+                self._failed.append((*batch[0], str(error)))
+                if len(self._failed) >= _FAILURES and not self._found.stored:
+                    raise
+        else:
+            self._take_off(batch, len(batch))
 
+    def _take_off(self, batch: Sequence[tuple[int, Record]], stored: int) -> None:
+        self._found.stored += stored
+        with suppress(OSError):
+            for number, _ in batch:
+                self._segment.remove(number)
 
-def _send_what_is_taken(
-    file: SpoolFile,
-    destination: Destination,
-    batch: Sequence[tuple[int, Record]],
-    send: Send,
-    found: Recovered,
-) -> None:
-    """Send a batch, where it is refused one by one, and remove from the file what is taken."""
-    try:
-        send(destination, [record for _, record in batch])
-    except StoreError as error:
-        if not error.refused:
-            raise
-        if len(batch) == 1:
-            found.problem = str(error)
-            found.left += 1
+    def _set_aside(self, number: int, record: Record, reason: str) -> None:
+        self._found.problem = reason
+        if self._is_of_refused:
             return
-        for one in batch:
-            _send_what_is_taken(file, destination, [one], send, found)
-    else:
-        found.stored += len(batch)
-        with suppress(sqlite3.Error):
-            file.remove([number for number, _ in batch])
-
-
-def _first_batch(
-    records: Generator[tuple[int, Record], None, None],
-) -> tuple[list[tuple[int, Record]], sqlite3.Error | None]:
-    """Return the first records, and the damage that ended them, if one did."""
-    batch: list[tuple[int, Record]] = []
-    try:
-        with closing(records):
-            # Not all at once: what was read before the damage is kept.
-            for numbered in first_of(records, _BATCH, _BATCH_BYTES):
-                batch.append(numbered)
-    except sqlite3.Error as error:
-        return batch, error
-    return batch, None
+        with suppress(OSError):
+            aside = put_aside(
+                self._destination, self._segment.path.parent, record, reason, self._aside
+            )
+            self._aside = aside
+            self._segment.remove(number)
+            self._found.left += 1
+            self._found.problem = f"{reason}; it is in {aside} now"
 
 
 class Recovery:
@@ -190,9 +210,13 @@ class Recovery:
         for path in spool_files(directory):
             try:
                 found = recover(path, self._send)
-            except (OSError, sqlite3.Error):
-                # Its process is alive, or it is somebody else's, or beyond reading: not for each
-                # task to tell.
+            except DamagedError as error:
+                text = f"The spool {path} was left behind, and is left there: {error}."
+                warn_once(_logger, str(path), text)
+                continue
+            except Exception:
+                # Its process is alive, or it is somebody else's: not for each task to tell. And
+                # none keeps the pass from those that come after it.
                 continue
             if found.is_damaged:
                 _logger.warning("The spool %s was left behind: %s.", path, found.problem)

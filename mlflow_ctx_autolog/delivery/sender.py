@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
@@ -12,16 +11,21 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool
+from mlflow_ctx_autolog.delivery.records import Destination, Record
+from mlflow_ctx_autolog.delivery.spool import Spool
 from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.log_ins import safe_logger, without_credentials
 
 __all__ = ["Counts", "Deliveries", "Delivery"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
+
+
+# Bytes that any disk should take in a second.
+_DISK = 50e6
 
 
 @dataclass
@@ -31,28 +35,31 @@ class Counts:
     made: int = 0
     delivered: int = 0
     lost: int = 0
+    set_aside: int = 0
 
     @property
     def waiting(self) -> int:
-        """Spans that are neither stored nor lost."""
+        """Spans that are neither stored nor lost, those that were set aside among them."""
         return self.made - self.delivered - self.lost
 
 
 class Delivery:
-    """Stores finished spans from threads of its own, so that no caller waits for the store.
+    """Stores finished spans from a thread of its own, so that no caller waits for the store.
 
-    - :meth:`submit` never raises, and waits neither for the store nor for a slow disk. Where
-      neither disk nor memory has room, the new span is dropped and counted as lost.
-    - One thread writes what comes into the spool, another sends it from there, so that what a
-      killed process has not sent can still be sent by another.
-    - Spans are sent in batches, oldest first. The first goes after ``config.send_interval``, or
-      when ``config.batch_size`` have gathered; the longer a task lasts, and the slower the store
-      answers, the longer the interval and the larger the batches, so that many workers do not
-      overrun the store.
+    - :meth:`submit` never raises, and does not wait for the store. It appends to the spool, so
+      that what a killed process has not sent can still be sent by another. Once the disk is slow,
+      another thread does so, until it is prompt again. Where neither disk nor memory has room,
+      the new span is dropped and counted as lost.
+    - Another thread sends what is in the spool, in batches, oldest first. The first goes after
+      ``config.send_interval``, or when ``config.batch_size`` have gathered; the longer it goes
+      on, and the slower the store answers, the longer the interval and the larger the batches, so
+      that many workers do not overrun the store. Tasks need not wait for that: what several have
+      made goes together.
     - A batch that the store does not take is tried again, with a growing pause or the one that
       the store asks for. One that it refuses is halved, until the span in it that it refuses is
-      alone, and the others go first. One warning names the reason; another says when the store
-      takes spans again.
+      alone: that is set aside in a file, with the reason. So is one that the store fails over
+      again and again while it takes the others. One warning names the reason; another says when
+      the store takes spans again.
     - Records that only the driver can store are kept until :meth:`take`.
     - A forked child starts with an empty queue: the parent still has, and sends, what it held.
 
@@ -66,13 +73,20 @@ class Delivery:
         store_is_down: Whether the last flush was in vain, and nothing was stored since.
         is_unsupported: Whether the store has answered last that it takes no single spans.
         delivered: Records stored so far.
-        lost: Records dropped so far.
-        first_error: The first reason why the store did not take what waits or was lost; None
-            where all is well.
+        lost: Records dropped so far, or refused by a store that has not said which.
+        set_aside: Records that the store does not have, and that wait in a file for ``recover``.
+        first_error: The first reason why the store did not take what waits, was set aside or
+            lost; None where all is well.
     """
 
-    # How long a caller lets the writer take, in seconds, to have a span safe on the disk.
+    # How long a caller waits for others that are writing, in seconds, to have its span safe on the
+    # disk; and for room in memory, where the disk is slow and memory full.
     _patience_with_disk = 0.001
+    _patience_without_room = 1.0
+    # A write that takes longer, in seconds, is one of a slow disk: callers go there no more until
+    # so much time has passed.
+    _slow_write = 0.02
+    _time_of_slow_disk = 5.0
     # How long those who can wait do so, in seconds, for a disk that is slower than they are.
     _patience_for_room = 10.0
     # The pause after the first failed attempt, and the longest one, in seconds.
@@ -86,8 +100,12 @@ class Delivery:
     _patience_when_down = 1.0
     # Bytes of payload in one request, unless one span is larger.
     _request_bytes = 4_000_000
-    # How long the threads stay, in seconds, when there is nothing to do.
+    # How long the threads stay, in seconds, when there is nothing to do; and the empty file.
     _idle_time = 60.0
+    _linger = 2.0
+    # How often the store may fail over a batch before the batch is suspected rather than the store,
+    # and over one record, besides once, before that is to blame.
+    _failures_of_store, _failures_of_one = 3, 1
 
     def __init__(
         self,
@@ -101,6 +119,10 @@ class Delivery:
         self._reset()
         _deliveries.add(self)
 
+    def _begin_anew(self) -> None:
+        self._spool.leave_to_parent()
+        self._reset()
+
     def _reset(self) -> None:
         self._spool = self._new_spool()
         self._lock = threading.Lock()
@@ -110,20 +132,21 @@ class Delivery:
         self._settled = threading.Condition(self._lock)  # What a flush waits for.
         self._incoming: deque[Record] = deque()
         self._incoming_bytes = 0
-        self._submitted_count = 0
-        self._written_count = 0
-        self._disk_is_prompt = True
+        self._being_written = 0
+        self._slow_until = 0.0
         self._is_full = False
         self._writer: threading.Thread | None = None
 
         self._sender: threading.Thread | None = None
+        self._is_idle = False
         self._oldest_since = 0.0
         self._last_sent = 0.0
         self._sending_since: float | None = None
         self._answer_seconds = 0.0
         self._batches = 0
         self._batch_limit: int | None = None
-        self._refused: set[str] = set()
+        # By key: records stored when it was suspected first, and how often it has failed alone.
+        self._suspects: dict[str, tuple[int, int]] = {}
         self._flushes = 0
         self._hurries = False
         self._attempts = 0
@@ -136,6 +159,8 @@ class Delivery:
         self._counts: dict[str, Counts] = {}
         self.delivered = 0
         self.lost = 0
+        self.set_aside = 0
+        self._rejected = 0  # Of those lost, the ones that had been in the spool.
         self.first_error: str | None = None
 
     def _new_spool(self) -> Spool:
@@ -155,12 +180,12 @@ class Delivery:
     @property
     def waiting(self) -> int:
         """Records that are not stored yet."""
-        return len(self._incoming) + len(self._spool) + self._unbooked
+        return len(self._incoming) + len(self._spool) + self._being_written + self._unbooked
 
     @property
     def holds_only_refused(self) -> bool:
-        """Whether the store answers, and will have none of what waits."""
-        return bool(self._refused) and len(self._refused) >= len(self._spool)
+        """Whether the store answers, and has all but what was set aside."""
+        return self.set_aside > 0 and not self.waiting
 
     def counts(self, owner: str) -> Counts:
         """Return what became of the spans that were submitted under ``owner``."""
@@ -178,15 +203,18 @@ class Delivery:
         Returns when it is safe on the disk, or at once where the disk takes its time.
         """
         with self._lock:
-            if self._has_room(record):
-                number = self._enter(record)
-                if self._disk_is_prompt:
-                    self._disk_is_prompt = self._written.wait_for(
-                        lambda: self._written_count >= number, self._patience_with_disk
-                    )
-            else:
-                self._count_made(record)
-                self._lose([record])
+            self._count_made(record)
+            # Nor is one overtaken that goes by the other thread.
+            is_prompt = not self._incoming and time.monotonic() >= self._slow_until
+            self._being_written += 1
+        try:
+            if not (is_prompt and self._write_now(record)):
+                self._enter(record, self._patience_without_room)
+        finally:
+            with self._lock:
+                self._being_written -= 1
+                if self._flushes:
+                    self._settled.notify_all()
 
     def submit_all(self, records: Sequence[Record], *, at_once: bool = False) -> None:
         """Take records that nobody's call waits for: returns when there is room for them.
@@ -199,26 +227,58 @@ class Delivery:
         with self._lock:
             self._hurries |= at_once
             for record in records:
-                has_room = partial(self._has_room, record)
-                if self._written.wait_for(has_room, max(0.0, deadline - time.monotonic())):
-                    self._enter(record)
-                else:
-                    self._count_made(record)
-                    self._lose([record])
+                self._count_made(record)
+        for record in records:
+            self._enter(record, max(0.0, deadline - time.monotonic()))
 
-    def _has_room(self, record: Record) -> bool:
-        limit = self._config.max_waiting_bytes
-        return not self._incoming or self._incoming_bytes + len(record.payload) <= limit
+    def _write_now(self, record: Record) -> bool:
+        """Write a record to the spool in this thread; return whether others have let it."""
+        began = time.monotonic()
+        rejected = self._spool.add([record], self._patience_with_disk)
+        if rejected is None:
+            return False
+        self._note_written(1, rejected, time.monotonic() - began - len(record.payload) / _DISK)
+        return True
 
-    def _enter(self, record: Record) -> int:
-        self._incoming.append(record)
-        self._incoming_bytes += len(record.payload)
-        self._submitted_count += 1
-        self._count_made(record)
-        if self._writer is None:
-            self._writer = self._start(self._write, "writer")
-        self._came.notify()
-        return self._submitted_count
+    def _note_written(self, count: int, rejected: Sequence[Record], seconds: float) -> None:
+        """See to what follows from it that records are in the spool; mostly, that is nothing."""
+        waiting = len(self._spool)
+        is_slow = seconds > self._slow_write
+        # Waking the sender for each span would cost more than storing it.
+        batch = self._batch_size()
+        is_full = batch <= waiting < batch + count + 16
+        is_wanted = self._sender is None or self._is_idle or self._flushes or self._hurries
+        if not (is_wanted or is_full or rejected or is_slow):
+            return
+        with self._lock:
+            if rejected:
+                self._lose(rejected)
+            if is_slow:
+                self._slow_until = time.monotonic() + self._time_of_slow_disk
+            if self._sender is None and self.destination.tracking_uri is not None:
+                self._sender = self._start(self._deliver, "sender")
+            self._due.notify()
+
+    def _enter(self, record: Record, patience: float) -> None:
+        """Have the other thread write a record; lose it where memory has no room in time."""
+
+        def has_room() -> bool:
+            limit = self._config.max_waiting_bytes
+            return not self._incoming or self._incoming_bytes + len(record.payload) <= limit
+
+        with self._lock:
+            if not self._written.wait_for(has_room, patience):
+                self._lose([record])
+                return
+            self._incoming.append(record)
+            self._incoming_bytes += len(record.payload)
+            if self._writer is None:
+                self._writer = self._start(self._write, "writer")
+            self._came.notify()
+
+    @property
+    def _is_written(self) -> bool:
+        return not self._incoming and not self._being_written
 
     def hurry(self) -> None:
         """Send what waits now, without waiting for it."""
@@ -229,7 +289,7 @@ class Delivery:
     def flush(self, timeout: float, *, give_up: bool = False) -> bool:
         """Send all that waits now; return whether it was stored within ``timeout`` seconds.
 
-        What the store has refused once more, by itself, is not waited for.
+        What was set aside is not waited for.
 
         Args:
             timeout: Seconds to wait at most.
@@ -240,12 +300,13 @@ class Delivery:
         """
         deadline = time.monotonic() + timeout
         with self._lock:
-            self._settled.wait_for(lambda: not self._incoming, timeout)
+            self._flushes += 1
+            self._settled.wait_for(lambda: self._is_written, timeout)
+            self._flushes -= 1
             if self.destination.tracking_uri is None:
                 return self.waiting == 0
-            goal = self.delivered + self.waiting
-            attempted = self._attempts
-            attempts = attempted + (1 if self.store_is_down or self._failures else 2)
+            goal = self.delivered + self.set_aside + self._rejected + self.waiting
+            attempts = self._attempts + (1 if self.store_is_down or self._failures else 2)
             if give_up and self.store_is_down:
                 deadline = min(deadline, time.monotonic() + self._patience_when_down)
             if give_up and self._expected_seconds() > deadline - time.monotonic():
@@ -260,12 +321,12 @@ class Delivery:
             self._due.notify()
 
             def is_stored() -> bool:
-                return self.waiting == 0 or (self.delivered >= goal and not self._refused)
+                done = self.delivered + self.set_aside + self._rejected
+                return self.waiting == 0 or done >= goal
 
             def is_over() -> bool:
                 has_tried = self._failures > 0 and self._attempts >= attempts
-                is_refused = self.holds_only_refused and self._attempts > attempted
-                return is_stored() or is_refused or (give_up and has_tried)
+                return is_stored() or (give_up and has_tried)
 
             self._settled.wait_for(is_over, max(0.0, deadline - time.monotonic()))
             self._flushes -= 1
@@ -282,14 +343,17 @@ class Delivery:
     def take(self) -> list[Record]:
         """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive."""
         with self._lock:
-            if not self._settled.wait_for(lambda: not self._incoming, self._patience_when_down):
+            self._flushes += 1
+            is_written = self._settled.wait_for(lambda: self._is_written, self._patience_when_down)
+            self._flushes -= 1
+            if not is_written:
                 # The disk hangs.
                 return []
         found = self._spool.peek(len(self._spool), 1 << 62)
         self._spool.remove(number for number, _ in found)
         self._spool.discard()
         with self._lock:
-            self._refused.clear()
+            self._suspects.clear()
         return [record for _, record in found]
 
     def _count_made(self, record: Record) -> None:
@@ -315,13 +379,21 @@ class Delivery:
             self._counts_of(record).lost += 1
         if not self._is_full:
             self._is_full = True
+            disk = self._spool.disk_problem or "it takes too long to write"
+            if self._config.spool_max_bytes == 0:
+                disk = "spool_max_bytes=0 allows none"
+            store = self.first_error
             _logger.warning(
-                "%d finished spans wait for the tracking store %s, and neither the spool nor "
-                "memory has room for more; further spans of this process are lost until the "
-                "store takes some. An earlier warning says why it does not; spool_max_bytes and "
-                "max_waiting_bytes can be raised.",
+                "Finished spans of this process are lost until there is room for them again. "
+                "Neither disk nor memory has any: of the spool, %s; %s, and %s bytes of "
+                "max_waiting_bytes are on their way to the disk. %d wait for the tracking store "
+                "%s, which %s. spool_max_bytes and max_waiting_bytes can be raised.",
+                disk,
+                self._spool.memory_problem,
+                f"{self._incoming_bytes:,}",
                 self.waiting,
-                self.destination.tracking_uri,
+                without_credentials(self.destination.tracking_uri),
+                "has not refused any" if store is None else f"does not take them: {store}",
             )
 
     def _write(self) -> None:
@@ -331,33 +403,22 @@ class Delivery:
                     self._writer = None
                     return
                 records = list(self._incoming)
-            rejected = self._spool.add(records)
+            began = time.monotonic()
+            rejected = self._spool.add(records) or []
+            seconds = time.monotonic() - began
             with self._lock:
                 for record in records:
                     self._incoming.popleft()
                     self._incoming_bytes -= len(record.payload)
-                if rejected:
-                    self._lose(rejected)
-                was_empty = len(self._spool) <= len(records)
-                if was_empty:
-                    self._oldest_since = time.monotonic()
-                self._written_count += len(records)
-                self._disk_is_prompt = True
                 self._written.notify_all()
                 self._settled.notify_all()
-                if self._sender is None and self.destination.tracking_uri is not None:
-                    self._sender = self._start(self._deliver, "sender")
-                # Waking the sender for each span would cost more than storing it.
-                is_wanted = was_empty or self._flushes or self._hurries
-                if is_wanted or len(self._spool) >= self._batch_size():
-                    self._due.notify()
-            # Now, since nobody waits for the writer: it is a matter of milliseconds.
-            self._spool.write_back()
+            size = sum(len(record.payload) for record in records)
+            self._note_written(len(records), rejected, seconds - size / _DISK)
 
     def _deliver(self) -> None:
         while True:
             with self._lock:
-                if not self._due.wait_for(lambda: len(self._spool) > 0, self._idle_time):
+                if not self._wait_for_records():
                     self._sender = None
                     return
                 while len(self._spool) and (pause := self._due_at() - time.monotonic()) > 0:
@@ -379,6 +440,18 @@ class Delivery:
             else:
                 self._sending_since = None
                 self._stored(batch, time.monotonic() - started)
+
+    def _wait_for_records(self) -> bool:
+        """Wait until there is something to send; return whether there is, before it is too long."""
+        self._is_idle = True
+        came = self._due.wait_for(lambda: len(self._spool) > 0, self._linger)
+        if not came:
+            # Nobody is to find an empty file.
+            self._spool.discard()
+            came = self._due.wait_for(lambda: len(self._spool) > 0, self._idle_time)
+        self._is_idle = False
+        self._oldest_since = max(self._oldest_since, time.monotonic())
+        return came
 
     def _expected_seconds(self) -> float:
         """Return what the store's last answer took, or what the next has taken already."""
@@ -404,44 +477,129 @@ class Delivery:
         return max(not_before, self._oldest_since + min(interval, self._longest_interval))
 
     def _failed(self, error: Exception, batch: Sequence[tuple[int, Record]]) -> None:
-        # Apart from those of other processes, which have all seen the store return.
-        scatter = random.uniform(0.75, 1.25)
-        refused = isinstance(error, StoreError) and error.refused
-        retry_after = error.retry_after if isinstance(error, StoreError) else None
-        # Else it was taken, or replaced, on its way.
-        is_there = refused and len(batch) == 1 and self._spool.move_to_end(*batch[0])
-        with self._lock:
-            if refused and len(batch) > 1:
+        known = error if isinstance(error, StoreError) else StoreError(repr(error))
+        if known.rejected:
+            self._rejected_in_part(known, batch)
+            return
+        is_suspected = known.failed and self._failures >= self._failures_of_store
+        if len(batch) > 1 and (known.refused or is_suspected):
+            with self._lock:
                 self._batch_limit = math.ceil(len(batch) / 2)
+                for _, record in batch if is_suspected else ():
+                    self._suspects.setdefault(record.key, (self.delivered, 0))
+            if known.refused:
                 return
-            if is_there and batch[0][1].key not in self._refused:
-                self._refused.add(batch[0][1].key)
-                if not self.holds_only_refused:
-                    # The others first.
-                    return
+        elif batch and known.refused:
+            if self._put_aside(*batch[0], known):
+                return
+        elif batch and is_suspected and self._is_to_blame(*batch[0], known):
+            return
+        with self._lock:
             self._attempts += 1
             self._failures += 1
-            pause = self._first_pause * 2.0 ** min(self._failures - 1, 16)
-            if retry_after is None:
-                pause = min(pause, self._longest_pause) * scatter
-            else:
-                pause = retry_after + scatter
-            self._wants_to_be_left_alone = retry_after is not None
-            self._retry_at = time.monotonic() + pause
-            self.is_unsupported = isinstance(error, StoreError) and error.unsupported
-            reason = str(error) if isinstance(error, StoreError) else repr(error)
-            self.first_error = self.first_error or reason
+            failures = self._failures
+            if is_suspected and len(self._spool) > 1:
+                # To find the span that it fails over is a matter of a few attempts.
+                failures = 1
+            self._retry_at = time.monotonic() + self._pause(failures, known.retry_after)
+            self._wants_to_be_left_alone = known.retry_after is not None
+            self.is_unsupported = known.unsupported
+            self.first_error = self.first_error or str(known)
             self._settled.notify_all()
         if self._failures == 1:
             _logger.warning(
                 "The tracking store %s did not take %d finished spans: %s. They are kept and "
                 "sent again; check that this process can reach the store and may write to "
                 "experiment %s.",
-                self.destination.tracking_uri,
+                without_credentials(self.destination.tracking_uri),
                 self.waiting,
-                reason,
+                known,
                 self.destination.experiment_id,
             )
+
+    def _pause(self, failures: int, retry_after: float | None) -> float:
+        # Apart from those of other processes, which have all seen the store return.
+        scatter = random.uniform(0.75, 1.25)
+        if retry_after is not None:
+            return retry_after + scatter
+        return min(self._first_pause * 2.0 ** min(failures - 1, 16), self._longest_pause) * scatter
+
+    def _is_to_blame(self, number: int, record: Record, error: StoreError) -> bool:
+        """Whether a record is what the store fails over, as it has taken others meanwhile.
+
+        It is set aside then; else the others go first.
+        """
+        with self._lock:
+            stored_then, failures = self._suspects.get(record.key, (self.delivered, 0))
+            self._suspects[record.key] = (stored_then, failures + 1)
+            is_to_blame = self.delivered > stored_then and failures >= self._failures_of_one
+        if is_to_blame and self._put_aside(number, record, error):
+            return True
+        if len(self._spool) > 1:
+            self._spool.move_to_end(number, record)
+        return False
+
+    def _put_aside(self, number: int, record: Record, error: StoreError) -> bool:
+        """Take a record out of the way that the store does not have; return whether it is."""
+        file = self._spool.set_aside(number, record, str(error))
+        where = f"{record.kind} {record.key} is kept in {file}, for mlflow-ctx-autolog recover"
+        if file is None:
+            if not self._spool.remove([number]):
+                # It was taken, or replaced, on its way.
+                return True
+            where = f"{record.kind} {record.key} is lost, since no file can be had to keep it in"
+        with self._lock:
+            self._attempts += 1
+            self._suspects.pop(record.key, None)
+            counts = self._counts_of(record)
+            if file is None:
+                self._rejected += 1
+                self.lost += 1
+                counts.lost += 1
+            else:
+                self.set_aside += 1
+                counts.set_aside += 1
+            self._failures = 0
+            self._grow_batches()
+            reason = f"{error}; {where}"
+            self.first_error = self.first_error or reason
+            self._settled.notify_all()
+        _logger.warning(
+            "The tracking store %s does not take one of the finished spans: %s.",
+            without_credentials(self.destination.tracking_uri),
+            reason,
+        )
+        return True
+
+    def _rejected_in_part(self, error: StoreError, batch: Sequence[tuple[int, Record]]) -> None:
+        """Enter that the store has some of a batch, and will not have the others, whichever."""
+        stored = self._spool.remove(number for number, _ in batch)
+        with self._lock:
+            self._attempts += 1
+            self._failures = 0
+            there = [record for number, record in batch if number in stored]
+            lost, taken = there[: error.rejected], there[error.rejected :]
+            for record in lost:
+                self._counts_of(record).lost += 1
+            for record in taken:
+                self._counts_of(record).delivered += 1
+            self.lost += len(lost)
+            self._rejected += len(lost)
+            self.delivered += len(taken)
+            self.first_error = self.first_error or str(error)
+            self._settled.notify_all()
+        _logger.warning(
+            "The tracking store %s has refused %d of %d finished spans, without saying which; "
+            "they are lost: %s.",
+            without_credentials(self.destination.tracking_uri),
+            len(lost),
+            len(batch),
+            error,
+        )
+
+    def _grow_batches(self) -> None:
+        if self._batch_limit is not None:
+            self._batch_limit = min(2 * self._batch_limit, self._config.batch_size)
 
     def _stored(self, batch: Sequence[tuple[int, Record]], seconds: float) -> None:
         self._unbooked = len(batch)
@@ -457,20 +615,19 @@ class Delivery:
             self._retry_at = 0.0
             self._wants_to_be_left_alone = self.store_is_down = self._is_full = False
             self.is_unsupported = False
-            if self._batch_limit is not None:
-                self._batch_limit = min(2 * self._batch_limit, self._config.batch_size)
+            self._grow_batches()
             self.delivered += len(stored)
             for number, record in batch:
-                self._refused.discard(record.key)
+                self._suspects.pop(record.key, None)
                 if number in stored:
                     self._counts_of(record).delivered += 1
-            if not self._refused and not self.lost:
+            if not self.set_aside and not self.lost:
                 self.first_error = None
             self._settled.notify_all()
         if failures:
             _logger.warning(
                 "The tracking store %s takes spans again after %d failed attempts.",
-                self.destination.tracking_uri,
+                without_credentials(self.destination.tracking_uri),
                 failures,
             )
 
@@ -515,7 +672,7 @@ _deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()
 
 def _reset_all() -> None:
     for delivery in _deliveries:
-        delivery._reset()
+        delivery._begin_anew()
 
 
 os.register_at_fork(after_in_child=_reset_all)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlflow_ctx_autolog.delivery.spool import without_credentials
+from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.versions import SUPPORTED
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlflow_ctx_autolog import autolog, tracing
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.delivery.spool import Destination, without_credentials
+from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.diagnosis import probe
 from mlflow_ctx_autolog.diagnosis.checks import (
     SPARK_SETTINGS,
@@ -29,7 +29,9 @@ from mlflow_ctx_autolog.diagnosis.checks import (
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.handover import driver, settings, transport
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
+from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.access import access
 from mlflow_ctx_autolog.versions import SUPPORTED
 
 __all__ = ["Diagnosis", "diagnose", "doctor"]
@@ -238,7 +240,7 @@ class _Examination:
 
     def _find_experiment(self) -> None:
         # Only where the store answers: MLflow asks it for minutes where it does not.
-        if all(problem is None for problem in store.access(self._uri).values()):
+        if all(problem is None for problem in access(self._uri).values()):
             try:
                 self._experiment_id = tracing.current_experiment_id()
             except Exception as error:

@@ -102,12 +102,13 @@ def _facts_by_the_library(
         ``tracing`` and, if there is one, ``spool``: what is wrong with them, None if nothing is;
         ``sampling_ratio``;
         ``layers``: modules of others on the OpenAI client's calls; ``store``: see
-        :func:`mlflow_ctx_autolog.stores.tracking_store.access`; ``span_id``: of the span that was
+        :func:`mlflow_ctx_autolog.stores.access.access`; ``span_id``: of the span that was
         written.
     """
     from mlflow_ctx_autolog.delivery.spool import directory_problem
     from mlflow_ctx_autolog.model_calls.openai_calls import layers_on_calls
-    from mlflow_ctx_autolog.stores.tracking_store import access, span_record
+    from mlflow_ctx_autolog.stores.access import access
+    from mlflow_ctx_autolog.stores.tracking_store import span_record
     from mlflow_ctx_autolog.tracing import lone_span, sampling_ratio, tracing_problem
 
     facts: dict[str, Any] = {

@@ -20,12 +20,12 @@ from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
+from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import LINKED_TRACE, SPARK_FACTS, TRACE_KEY
 from mlflow_ctx_autolog.stores.tracking_store import (
     count_spans,
     current_tracking_uri,
     read_trace,
-    send,
     span_record,
     span_table,
     spans_of,
@@ -493,9 +493,9 @@ class Ledger:
             give_up = give_up_if_down and delivery.store_is_down
             answered = delivery.flush(timeout, give_up=give_up)
             stored = None
-            if answered or delivery.holds_only_refused:
-                # Those that the store refuses do not arrive, however long one waits.
-                refused = 0 if answered else delivery.waiting
+            if answered:
+                # Those that the store does not have do not arrive, however long one waits.
+                refused = delivery.set_aside + sum(task.set_aside for task in book.tasks())
                 # With some time left to ask once more.
                 until = deadline - 0.2 * timeout if patient else 0.0
                 stored = self._within(deadline, self._ask, book, refused, until)
@@ -517,6 +517,7 @@ class Ledger:
                 waiting=waiting,
                 lost=lost + lost_here,
                 first_error=delivery.first_error,
+                set_aside=delivery.set_aside,
             )
             book.is_complete = receipt.complete
         _logger.info("Trace %s: %s", receipt.trace_id, receipt)

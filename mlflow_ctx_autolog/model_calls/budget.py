@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import Callable, Mapping
 
 from mlflow_ctx_autolog.config import Config, Price
-from mlflow_ctx_autolog.delivery.host_account import HostAccount, open_account
+from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import BudgetExceeded, warn_once
 from mlflow_ctx_autolog.usage import Amounts
 
@@ -18,22 +17,39 @@ _logger = logging.getLogger(__name__)
 # Attribute of the span of a call that was not made, since there is nothing left to spend.
 NOT_SENT = "llm.request.not_sent"
 
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS spent (model TEXT PRIMARY KEY, calls INTEGER, repeats INTEGER, "
-    "tokens INTEGER, cost REAL)",
-    "CREATE TABLE IF NOT EXISTS request (fingerprint TEXT PRIMARY KEY)",
-    "CREATE TABLE IF NOT EXISTS elsewhere (handover TEXT PRIMARY KEY, calls INTEGER, cost REAL)",
-)
-_ADD = (
-    "INSERT INTO spent VALUES (?, ?, ?, ?, ?) ON CONFLICT (model) DO UPDATE SET "
-    "calls = calls + excluded.calls, repeats = repeats + excluded.repeats, "
-    "tokens = tokens + excluded.tokens, cost = cost + excluded.cost"
-)
-# What the driver knew and this host did not, when it first heard of this use of a function.
-_REMEMBER = (
-    "INSERT OR IGNORE INTO elsewhere SELECT ?, max(0, ? - coalesce(sum(calls), 0)), "
-    "max(0, ? - coalesce(sum(cost), 0)) FROM spent"
-)
+
+class _Spent:
+    """What the calls of a job have come to, as far as a host's processes have told.
+
+    Attributes:
+        models: Of each model calls, repeats among them, tokens and cost.
+        requests: The fingerprints of all requests.
+        elsewhere: Calls and cost that the driver knew and this host did not, when it first heard
+            of a use of a function, by that.
+    """
+
+    def __init__(self) -> None:
+        self.models: dict[str, list[float]] = {}
+        self.requests: set[str] = set()
+        self.elsewhere: dict[str, tuple[float, float]] = {}
+
+    def enter(self, event: Event) -> None:
+        match event:
+            case ["spent", str(model), *amounts] if len(amounts) == 4:
+                known = self.models.setdefault(model, [0, 0, 0, 0.0])
+                self.models[model] = [a + b for a, b in zip(known, amounts, strict=True)]
+            case ["request", *requests]:
+                self.requests.update(map(str, requests))
+            case ["elsewhere", str(handover), calls, cost]:
+                self.elsewhere.setdefault(handover, (float(calls), float(cost)))
+
+    def events(self) -> list[Event]:
+        spent = [["spent", model, *amounts] for model, amounts in self.models.items()]
+        elsewhere = [["elsewhere", handover, *known] for handover, known in self.elsewhere.items()]
+        return [*spent, ["request", *self.requests], *elsewhere]
+
+    def sum(self, place: int) -> float:
+        return sum(amounts[place] for amounts in self.models.values())
 
 
 class Budget:
@@ -50,7 +66,7 @@ class Budget:
     def __init__(
         self,
         config: Config,
-        account: HostAccount,
+        account: HostAccount[_Spent],
         handover: str,
         known: Mapping[str, float],
         price_of: Callable[[str], Price | None],
@@ -59,9 +75,10 @@ class Budget:
         self._account = account
         self._handover = handover
         self._price_of = price_of
-        with account.changing() as connection:
-            spent = (known.get("calls", 0), known.get("cost", 0.0))
-            connection.execute(_REMEMBER, (handover, *spent))
+        with account.changing() as (spent, tell):
+            if handover not in spent.elsewhere:
+                calls = max(0, known.get("calls", 0) - spent.sum(0))
+                tell("elsewhere", handover, calls, max(0.0, known.get("cost", 0.0) - spent.sum(3)))
 
     def admit(self, model: str, request: str | None) -> None:
         """Count a request that is about to be sent to a model.
@@ -74,25 +91,22 @@ class Budget:
             BudgetExceeded: It may not be sent.
         """
         try:
-            with self._account.changing() as connection:
-                self._admit(connection, model, request)
-        except sqlite3.Error as error:
+            with self._account.changing() as (spent, tell):
+                self._admit(spent, tell, model, request)
+        except OSError as error:
             warn_once(_logger, "budget", f"A call is not held against the budget, since {error}")
 
-    def _admit(self, connection: sqlite3.Connection, model: str, request: str | None) -> None:
-        question = "SELECT model, calls, repeats, tokens, cost FROM spent ORDER BY model"
-        rows = connection.execute(question).fetchall()
-        question = "SELECT calls, cost FROM elsewhere WHERE handover = ?"
-        calls, cost = connection.execute(question, (self._handover,)).fetchone()
-        parts = [f"{name}: {_shown(*amounts)}" for name, *amounts in rows]
+    def _admit(
+        self, spent: _Spent, tell: Callable[..., None], model: str, request: str | None
+    ) -> None:
+        calls, cost = spent.elsewhere.get(self._handover, (0.0, 0.0))
+        parts = [f"{name}: {_shown(*amounts)}" for name, amounts in sorted(spent.models.items())]
         if calls or cost:
-            parts.append(f"on other hosts: {calls:,} calls, ${cost:,.4f}")
-        calls += sum(row[1] for row in rows)
-        repeats = sum(row[2] for row in rows)
-        cost += sum(row[4] for row in rows)
-
-        question = "SELECT 1 FROM request WHERE fingerprint = ?"
-        is_repeat = connection.execute(question, (request,)).fetchone() is not None
+            parts.append(f"on other hosts: {calls:,.0f} calls, ${cost:,.4f}")
+        calls += spent.sum(0)
+        repeats = spent.sum(1)
+        cost += spent.sum(3)
+        is_repeat = request in spent.requests
         config = self._config
         reason = None
         if config.max_calls is not None and calls >= config.max_calls:
@@ -111,11 +125,11 @@ class Budget:
                 f"A call of {model!r} was not made: {reason}. Spent so far: "
                 f"{'; '.join(parts) or 'nothing'}. Raise the limit in enable(), or see with "
                 "report() what was paid for twice.",
-                {"calls": calls, "repeats": repeats, "cost": cost},
+                {"calls": int(calls), "repeats": int(repeats), "cost": cost},
             )
-        connection.execute(_ADD, (model, 1, int(is_repeat), 0, 0.0))
-        if request is not None:
-            connection.execute("INSERT OR IGNORE INTO request VALUES (?)", (request,))
+        tell("spent", model, 1, int(is_repeat), 0, 0.0)
+        if request is not None and not is_repeat:
+            tell("request", request)
 
     def paid(self, model: str, usage: Amounts, cost: float | None) -> float:
         """Enter what an answer has cost; return that, 0 where it is not known.
@@ -129,9 +143,9 @@ class Budget:
             cost = self._cost(model, usage)
         tokens = int(usage.get("total_tokens", 0))
         try:
-            with self._account.changing() as connection:
-                connection.execute(_ADD, (model, 0, 0, tokens, cost))
-        except sqlite3.Error as error:
+            with self._account.changing() as (_, tell):
+                tell("spent", model, 0, 0, tokens, cost)
+        except OSError as error:
             warn_once(_logger, "budget", f"A cost is not held against the budget, since {error}")
         return cost
 
@@ -168,9 +182,9 @@ def open_budget(
     """
     if not config.has_budget:
         return None
-    account = open_account(config.spool_directory, job, "budget", _TABLES)
+    account = open_account(config.spool_directory, job, "budget", _Spent)
     return Budget(config, account, handover, known, price_of)
 
 
-def _shown(calls: int, repeats: int, tokens: int, cost: float) -> str:
-    return f"{calls:,} calls ({repeats:,} repeated), {tokens:,} tokens, ${cost:,.4f}"
+def _shown(calls: float, repeats: float, tokens: float, cost: float) -> str:
+    return f"{calls:,.0f} calls ({repeats:,.0f} repeated), {tokens:,.0f} tokens, ${cost:,.4f}"

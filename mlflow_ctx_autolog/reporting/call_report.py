@@ -24,6 +24,7 @@ from mlflow_ctx_autolog.reporting.causes import (
     skewed_hosts,
 )
 from mlflow_ctx_autolog.reporting.text import lines, tables
+from mlflow_ctx_autolog.stores import reading
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.stored_trace import (
     LINKED_TRACE,
@@ -377,7 +378,7 @@ def report(
     priced = checked_prices(prices or {})
     uri = tracking_uri or store.current_tracking_uri()
     if traces is None:
-        ids = store.find_traces(
+        ids = reading.find_traces(
             uri, run_id, experiment_id, _milliseconds(start), _milliseconds(end)
         )
     else:
@@ -397,10 +398,10 @@ def report(
 
 def _read_job(uri: str, trace_id: str, note: Callable[[str], None]) -> StoredTrace:
     """Return a trace, or that of its job, with the spans of the traces linked to its tasks."""
-    trace = store.read_stored_trace(uri, trace_id, is_wanted)
+    trace = reading.read_stored_trace(uri, trace_id, is_wanted)
     job_trace_id = trace.metadata.get(TRACE_KEY, trace_id)
     if job_trace_id != trace.trace_id:
-        trace = store.read_stored_trace(uri, job_trace_id, is_wanted)
+        trace = reading.read_stored_trace(uri, job_trace_id, is_wanted)
 
     def spans() -> Iterator[StoredSpan]:
         linked: list[str] = []
@@ -410,7 +411,7 @@ def _read_job(uri: str, trace_id: str, note: Callable[[str], None]) -> StoredTra
             yield span
         for linked_id in linked:
             try:
-                yield from store.read_stored_trace(uri, linked_id, is_wanted).spans
+                yield from reading.read_stored_trace(uri, linked_id, is_wanted).spans
             except StoreError as error:
                 note(f"The linked trace {linked_id} of {trace.trace_id} cannot be read: {error}")
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
+import logging
 import os
+import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-import requests
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from mlflow_ctx_autolog.delivery.records import Record
+from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, warn_once
+from mlflow_ctx_autolog.stores.answers import Answer, failure
+from mlflow_ctx_autolog.stores.http import TLS, exchange
 
-from mlflow_ctx_autolog.delivery.spool import Record
-from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
-from mlflow_ctx_autolog.stores.answers import failure, root_cause
+__all__ = ["collector_uri", "is_collector", "send_to_collector"]
 
-__all__ = ["collector_uri", "is_collector", "otlp_record", "send_to_collector"]
+_logger = logging.getLogger(__name__)
 
 # Before the collector's own address, which so is told from a tracking server's.
 _SCHEME = "otlp+"
-# Seconds that the collector may take to answer one request.
-_ANSWER_TIME = 30.0
-_PROTOCOL = "http/protobuf"
+# Seconds that the collector may take for one exchange, where no variable says; and at most.
+_ANSWER_TIME, _LONGEST_TIME = 30.0, 300.0
+_PROTOCOL, _PROTOBUF = "http/protobuf", "application/x-protobuf"
 
 
 def is_collector(uri: str | None) -> bool:
@@ -79,64 +81,103 @@ def _has_exporter() -> bool:
         return False
 
 
-def otlp_record(span: Any, owner: str = "") -> Record:
-    """Return a finished span of OpenTelemetry's SDK as a record, as its own exporters encode it.
-
-    Raises:
-        ImportError: opentelemetry-exporter-otlp-proto-http is not installed.
-    """
-    from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-
-    payload = encode_spans([span]).SerializeToString()
-    return Record("span", format(span.context.span_id, "016x"), bytes(payload), owner)
-
-
 def send_to_collector(
     uri: str, records: Sequence[Record], environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Send spans in one request, with the headers that this process's variables name.
+    """Send spans in one request, as OpenTelemetry's variables of this process say.
 
     Raises:
         StoreError: The collector does not answer, or does not take them all.
     """
+    if not records:
+        return
     # OTLP messages one after the other are one message with the spans of all.
     body = b"".join(record.payload for record in records)
-    headers = {"Content-Type": "application/x-protobuf", **_headers(environ)}
-    if _variable(environ, "COMPRESSION") == "gzip":
-        headers["Content-Encoding"] = "gzip"
+    headers = {"Content-Type": _PROTOBUF, **_headers(environ)}
+    compression = (_variable(environ, "COMPRESSION") or "none").lower()
+    if compression == "gzip":
         body = gzip.compress(body)
-    try:
-        answer = requests.post(
-            uri.removeprefix(_SCHEME),
-            data=body,
-            headers=headers,
-            timeout=_ANSWER_TIME,
-            verify=_variable(environ, "CERTIFICATE") or True,
-            allow_redirects=False,
-        )
-    except requests.RequestException as error:
-        raise StoreError(f"it cannot be reached: {root_cause(error)}") from error
-    if not 200 <= answer.status_code < 300:
-        raise failure(answer, "set OTEL_EXPORTER_OTLP_HEADERS where this process runs")
-    _check_all_were_taken(answer.content)
+    elif compression == "deflate":
+        body = zlib.compress(body)
+    if compression in ("gzip", "deflate"):
+        headers["Content-Encoding"] = compression
+    url = uri.removeprefix(_SCHEME)
+    answer = exchange(
+        "POST",
+        url,
+        headers=headers,
+        body=body,
+        seconds=_seconds(environ),
+        tls=TLS(
+            _variable(environ, "CERTIFICATE") or True,
+            _variable(environ, "CLIENT_CERTIFICATE"),
+            _variable(environ, "CLIENT_KEY"),
+        ),
+    )
+    if not 200 <= answer.status < 300:
+        raise failure(answer, "set OTEL_EXPORTER_OTLP_HEADERS where this process runs", url)
+    _check_all_were_taken(answer)
 
 
-def _check_all_were_taken(content: bytes) -> None:
-    try:
-        answer = ExportTraceServiceResponse.FromString(content)
-    except Exception:
-        # Collectors that answer in JSON, or not at all, have taken everything.
+def _check_all_were_taken(answer: Answer) -> None:
+    """Raise where an answer says that spans were rejected, or is no collector's.
+
+    Raises:
+        StoreError: It is so. Those that were taken with them must not be sent again.
+    """
+    if answer.kind in ("text/html", "application/xhtml+xml"):
+        raise StoreError(f"it answered with {answer.kind}, as no collector does")
+    if not answer.content:
         return
-    rejected = answer.partial_success.rejected_spans
+    try:
+        if answer.kind == "application/json":
+            partial = json.loads(answer.content).get("partialSuccess") or {}
+            rejected = int(partial.get("rejectedSpans") or 0)
+            reason = str(partial.get("errorMessage") or "")
+        else:
+            from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+                ExportTraceServiceResponse,
+            )
+
+            parsed = ExportTraceServiceResponse.FromString(answer.content)
+            rejected = parsed.partial_success.rejected_spans
+            reason = parsed.partial_success.error_message
+    except Exception:
+        raise StoreError(f"it answered with {answer.kind} that no collector says") from None
     if rejected:
-        reason = answer.partial_success.error_message
-        raise StoreError(f"it rejected {rejected} spans: {reason}", refused=True)
+        raise StoreError(f"it rejected {rejected} spans: {reason}", rejected=rejected)
 
 
 def _headers(environ: Mapping[str, str]) -> dict[str, str]:
-    # https://opentelemetry.io/docs/specs/otel/protocol/exporter/#specifying-headers-via-environment-variables
-    pairs = (pair.partition("=") for pair in (_variable(environ, "HEADERS") or "").split(","))
-    return {name.strip(): unquote(value.strip()) for name, found, value in pairs if found}
+    text = _variable(environ, "HEADERS")
+    if not text:
+        return {}
+    from opentelemetry.util.re import parse_env_headers
+
+    # Whose warning would quote one that it cannot read, with whatever secret is in it.
+    logger = logging.getLogger("opentelemetry.util.re")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        found = dict(parse_env_headers(text, liberal=True))
+    finally:
+        logger.disabled = was_disabled
+    given = [each for each in text.split(",") if each.strip()]
+    if len(found) < len(given):
+        warn_once(
+            _logger,
+            "headers",
+            f"Of the {len(given)} headers in OTEL_EXPORTER_OTLP_HEADERS, {len(found)} can be read; "
+            "each must be name=value, with what is no letter or digit in the value as %XX.",
+        )
+    return found
+
+
+def _seconds(environ: Mapping[str, str]) -> float:
+    try:
+        seconds = float(_variable(environ, "TIMEOUT") or _ANSWER_TIME)
+    except ValueError:
+        return _ANSWER_TIME
+    return min(seconds, _LONGEST_TIME) if seconds > 0 else _ANSWER_TIME
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str | None:

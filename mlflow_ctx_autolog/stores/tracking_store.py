@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import mlflow
@@ -18,15 +14,9 @@ import mlflow.tracing.provider as mlflow_provider
 from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
 from mlflow.environment_variables import MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT
-from mlflow.exceptions import MlflowException, MlflowNotImplementedException
-from mlflow.protos.service_pb2 import (
-    GetTrace,
-    GetTraceInfoV3,
-    QueryTraceMetrics,
-    StartTraceV3,
-)
-from mlflow.tracing.client import TracingClient
-from mlflow.tracing.constant import SpanAttributeKey, SpanMetricKey
+from mlflow.protos.service_pb2 import GetTrace, QueryTraceMetrics, StartTraceV3
+from mlflow.tracing.constant import SpanMetricKey
+from mlflow.tracing.otel.translation import sanitize_attributes
 from mlflow.tracing.utils.otlp import (
     MLFLOW_EXPERIMENT_ID_HEADER,
     OTLP_TRACES_PATH,
@@ -35,35 +25,35 @@ from mlflow.tracing.utils.otlp import (
 )
 from mlflow.utils.proto_json_utils import message_to_json, parse_dict
 from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX as TRACES_PATH
-from mlflow.utils.rest_utils import http_request
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, TracesData
 
-from mlflow_ctx_autolog.delivery.spool import Destination, Record
+from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
-from mlflow_ctx_autolog.stores.answers import excerpt, failure, root_cause
-from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
-from mlflow_ctx_autolog.stores.stored_trace import TRACE_KEY, StoredSpan, StoredTrace
-
-try:
-    from mlflow.utils.workspace_context import ServerWorkspaceContext
-except ImportError:
-    # Of a release without workspaces, whose name nobody sets.
-    ServerWorkspaceContext = None
+from mlflow_ctx_autolog.log_ins import has_log_in
+from mlflow_ctx_autolog.stores.mlflow_client import (
+    ask,
+    client_of,
+    in_its_workspace,
+    is_remote,
+    own_errors,
+    request,
+    store_of,
+)
+from mlflow_ctx_autolog.stores.stored_trace import TRACE_KEY
+from mlflow_ctx_autolog.stores.tracking_server import check_has_spans, check_has_trace
 
 __all__ = [
-    "access",
+    "PROBE_TAG",
     "count_spans",
     "current_tracking_uri",
     "delete_trace",
     "exports_to_collector",
-    "find_traces",
     "is_of_this_host",
     "log_text",
-    "read_stored_trace",
+    "otlp_record",
     "read_trace",
-    "send",
-    "send_to",
+    "send_by_mlflow",
     "span_record",
     "span_table",
     "spans_of",
@@ -74,38 +64,8 @@ __all__ = [
     "worker_tracking_uri",
 ]
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 # Tag of a trace that was made to try the store, where it cannot be deleted.
 PROBE_TAG = "mlflow_ctx_autolog.probe"
-
-# Seconds that the store may take to answer one request, and to answer whether it is there.
-_ANSWER_TIME = 30.0
-_PROBE_TIME = 5.0
-_EXPERIMENT_PATH = "/api/2.0/mlflow/experiments/get"
-_MISSING = "RESOURCE_DOES_NOT_EXIST"
-# Seconds that it may take to return all spans of a trace.
-_READING_TIME = 300.0
-# Traces that are found at most, and in one request.
-_TRACES_FOUND, _TRACES_AT_ONCE = 1000, 100
-# Where MLflow's own UI reads a trace's spans, in the form in which they are stored.
-_SPANS_PATH = "/ajax-api/2.0/mlflow/get-trace-artifact"
-
-
-def _in_its_workspace(
-    ask: Callable[Concatenate[Destination, P], T],
-) -> Callable[Concatenate[Destination, P], T]:
-    """Have MLflow speak of the destination's workspace, on whatever thread it is asked."""
-
-    @functools.wraps(ask)
-    def asks(destination: Destination, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        if destination.workspace is None or ServerWorkspaceContext is None:
-            return ask(destination, *args, **kwargs)
-        with ServerWorkspaceContext(destination.workspace):
-            return ask(destination, *args, **kwargs)
-
-    return asks
 
 
 def current_tracking_uri() -> str:
@@ -154,7 +114,7 @@ def store_version() -> str | None:
     uri = mlflow.get_tracking_uri()
     if urlsplit(uri).scheme not in ("http", "https"):
         return str(mlflow.__version__)
-    store = _client(uri).store
+    store = client_of(uri).store
     version = store._get_server_version(store.get_host_creds())
     if version is None:
         # MLflow remembers for good that it could not read the server's version, which is also
@@ -180,12 +140,12 @@ def worker_tracking_uri() -> tuple[str | None, str]:
         span_table()
         kind = "a Databricks workspace" if is_databricks_uri(uri) else "MLflow's file store"
         return None, f"{kind} does not take spans from other processes"
-    parts = urlsplit(uri)
-    if parts.password is not None or "password" in parts.query.lower():
-        return None, "the tracking URI holds a password, which is not sent to workers"
-    if parts.username is not None:
-        # Which is where a token stands that needs no password.
-        return None, "the tracking URI holds a user name, which is not sent to workers"
+    if has_log_in(uri):
+        # Whatever is not known as harmless may be one, and stays home.
+        return None, (
+            "the tracking URI holds a user, a password, or parameters that may be one, and they "
+            "are not sent to workers"
+        )
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///")).absolute()
         return f"sqlite:///{path}", f"workers write to the file {path}, which they must share"
@@ -218,13 +178,20 @@ def spans_of(records: Sequence[Record]) -> list[Span]:
         Exception: A payload is not OTLP.
     """
     return [
-        Span.from_otel_proto(span, **({"resource": resource.resource} if _TAKES_RESOURCE else {}))
+        _read(span, **({"resource": resource.resource} if _TAKES_RESOURCE else {}))
         for record in records
         if record.kind == "span"
         for resource in TracesData.FromString(record.payload).resource_spans
         for scope in resource.scope_spans
         for span in scope.spans
     ]
+
+
+def _read(message: Any, **resource: Any) -> Span:
+    span = Span.from_otel_proto(message, **resource)
+    # What came as JSON is JSON, not the text of it: as the store has it when it comes by HTTP.
+    span._span._attributes = sanitize_attributes(dict(span._span.attributes or {}))
+    return span
 
 
 # In older releases of MLflow a span's resource was not read.
@@ -236,18 +203,26 @@ def trace_record(info: TraceInfo) -> Record:
     return Record("trace", str(info.trace_id), json.dumps(info.to_dict()).encode())
 
 
-@_in_its_workspace
-def send(destination: Destination, records: Sequence[Record]) -> None:
-    """Store records, spans in one request. Storing a record again replaces it.
+def otlp_record(span: Any, owner: str = "") -> Record:
+    """Return a finished span of OpenTelemetry's SDK as a record, as its own exporters encode it.
+
+    Raises:
+        ImportError: opentelemetry-exporter-otlp-proto-http is not installed.
+    """
+    from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+
+    payload = encode_spans([span]).SerializeToString()
+    return Record("span", format(span.context.span_id, "016x"), bytes(payload), owner)
+
+
+@in_its_workspace
+def send_by_mlflow(destination: Destination, records: Sequence[Record]) -> None:
+    """Store records by MLflow's own client, with whatever log-in it makes.
 
     Raises:
         StoreError: The store does not answer, or refuses them.
     """
     spans = [record for record in records if record.kind == "span"]
-    uri = destination.tracking_uri
-    if uri is not None and is_collector(uri):
-        send_to_collector(uri, spans)
-        return
     if spans:
         _send_spans(destination, spans)
     for record in records:
@@ -255,31 +230,15 @@ def send(destination: Destination, records: Sequence[Record]) -> None:
             _send_trace_info(destination, TraceInfo.from_dict(json.loads(record.payload)))
 
 
-def send_to(
-    tracking_uri: str | None, destination: Destination, records: Sequence[Record]
-) -> Destination:
-    """Store records in ``tracking_uri``, wherever they were to go; return where they went.
-
-    Without one, those that had no address of their own go to MLflow's configured store.
-
-    Raises:
-        StoreError: The store does not answer, or refuses them.
-    """
-    uri = tracking_uri or destination.tracking_uri or current_tracking_uri()
-    used = replace(destination, tracking_uri=uri)
-    send(used, records)
-    return used
-
-
 def _send_spans(destination: Destination, records: Sequence[Record]) -> None:
-    store = _store(destination)
-    if not _is_remote(store) or is_databricks_uri(destination.tracking_uri):
+    store = store_of(destination)
+    if not is_remote(store) or is_databricks_uri(destination.tracking_uri):
         try:
             spans = spans_of(records)
         except Exception as error:
             raise StoreError(f"this is no span: {error!r}", refused=True) from error
-        with _own_errors():
-            _client(str(destination.tracking_uri)).log_spans(destination.experiment_id, spans)
+        with own_errors():
+            client_of(str(destination.tracking_uri)).log_spans(destination.experiment_id, spans)
         return
     headers = {
         "Content-Type": "application/x-protobuf",
@@ -287,22 +246,18 @@ def _send_spans(destination: Destination, records: Sequence[Record]) -> None:
     }
     # OTLP messages one after the other are one message with the spans of all.
     body = b"".join(record.payload for record in records)
-    answer = _request(store, "POST", OTLP_TRACES_PATH, extra_headers=headers, data=body)
-    kind = answer.headers.get("Content-Type", "nothing")
-    if not kind.startswith(("application/x-protobuf", "application/json")):
-        raise StoreError(
-            f"{store.get_host_creds().host} answered with {kind}, as no MLflow server does"
-        )
+    check_has_spans(request(store, "POST", OTLP_TRACES_PATH, extra_headers=headers, data=body))
 
 
 def _send_trace_info(destination: Destination, info: TraceInfo) -> None:
-    store = _store(destination)
-    if not _is_remote(store):
-        with _own_errors():
+    store = store_of(destination)
+    if not is_remote(store):
+        with own_errors():
             store.start_trace(info)
         return
     message = StartTraceV3(trace=Trace(info=info, data=TraceData(spans=[])).to_proto())
-    _ask(store, "POST", TRACES_PATH, json=json.loads(message_to_json(message)))
+    content = json.loads(message_to_json(message))
+    check_has_trace(request(store, "POST", TRACES_PATH, json=content))
 
 
 def count_spans(destination: Destination, trace_id: str) -> int:
@@ -330,18 +285,18 @@ def sum_of_costs(destination: Destination, trace_id: str) -> dict[str, float]:
     return found
 
 
-@_in_its_workspace
+@in_its_workspace
 def _metric(
     destination: Destination, trace_id: str, name: str, aggregation: AggregationType
 ) -> float | None:
-    store = _store(destination)
+    store = store_of(destination)
     question: dict[str, Any] = {
         "experiment_ids": [destination.experiment_id],
         "metric_name": name,
         "filters": [f"trace.metadata.{TRACE_KEY} = '{trace_id}'"],
     }
     view, aggregations = MetricViewType.SPANS, [MetricAggregation(aggregation)]
-    if _is_remote(store):
+    if is_remote(store):
         message = QueryTraceMetrics(
             view_type=view.to_proto(),
             aggregations=[each.to_proto() for each in aggregations],
@@ -349,10 +304,10 @@ def _metric(
             **question,
         )
         document = json.loads(message_to_json(message))
-        answer = _ask(store, "POST", f"{TRACES_PATH}/metrics", json=document)
+        answer = ask(store, "POST", f"{TRACES_PATH}/metrics", json=document)
         values = [point.get("values", {}) for point in answer.get("data_points", [])]
     else:
-        with _own_errors():
+        with own_errors():
             points = store.query_trace_metrics(
                 view_type=view, aggregations=aggregations, **question
             )
@@ -361,7 +316,7 @@ def _metric(
     return sum(amounts) if amounts else None
 
 
-@_in_its_workspace
+@in_its_workspace
 def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list[Span]]:
     """Return what the store has of a trace: its info and all its spans.
 
@@ -370,283 +325,39 @@ def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list
     """
     # Not by the client's method, which takes what this process knows of an open trace for what is
     # stored.
-    store = _store(destination)
+    store = store_of(destination)
     try:
-        if _is_remote(store):
+        if is_remote(store):
             question = {"trace_id": trace_id, "allow_partial": "true"}
             answer = GetTrace.Response()
-            parse_dict(_ask(store, "GET", f"{TRACES_PATH}/get", params=question), answer)
+            parse_dict(ask(store, "GET", f"{TRACES_PATH}/get", params=question), answer)
             trace = Trace.from_proto(answer.trace)
         else:
-            with _own_errors():
+            with own_errors():
                 trace = store.get_trace(trace_id, allow_partial=True)
     except StoreError as error:
         if not error.unsupported:
             raise
         # A store for whole traces keeps the spans in a file.
-        with _own_errors():
-            trace = _client(str(destination.tracking_uri)).get_trace(trace_id)
+        with own_errors():
+            trace = client_of(str(destination.tracking_uri)).get_trace(trace_id)
     return trace.info, list(trace.data.spans)
 
 
-@_in_its_workspace
+@in_its_workspace
 def delete_trace(destination: Destination, trace_id: str) -> None:
     """Delete a trace with all its spans; where that is not allowed, tag it as a probe.
 
     Raises:
         StoreError: The store allows neither.
     """
-    client = _client(str(destination.tracking_uri))
+    client = client_of(str(destination.tracking_uri))
     try:
-        with _own_errors():
+        with own_errors():
             client.delete_traces(destination.experiment_id, trace_ids=[trace_id])
     except StoreError:
-        with _own_errors():
+        with own_errors():
             client.set_trace_tag(trace_id, PROBE_TAG, "true")
-
-
-def access(
-    tracking_uri: str,
-    experiment_id: str | None = None,
-    records: Sequence[Record] = (),
-    workspace: str | None = None,
-) -> dict[str, str | None]:
-    """Return how far this process gets with a tracking store, in seconds rather than minutes.
-
-    Args:
-        tracking_uri: The store.
-        experiment_id: An experiment in it; None to ask no further than for the log-in.
-        records: What to store there, to see whether that is allowed.
-        workspace: The workspace of the server that the experiment is in.
-
-    Returns:
-        For each step that was taken what is wrong there, None where nothing is. The steps are
-        ``"reach"``, ``"login"``, ``"experiment"`` and ``"write"``; the first that fails is the
-        last.
-    """
-    destination = Destination(tracking_uri, experiment_id or "0", workspace=workspace)
-    last, problem = _try_experiment(destination)
-    if experiment_id is None and last == "experiment":
-        last, problem = "login", None
-    elif problem is None and records:
-        last, problem = _try_write(destination, records)
-    steps = ("reach", "login", "experiment", "write")
-    return {**dict.fromkeys(steps[: steps.index(last)]), last: problem}
-
-
-@_in_its_workspace
-def _try_experiment(destination: Destination) -> tuple[str, str | None]:
-    """Return the last step towards reading an experiment, and what is wrong there."""
-    named = f"the experiment {destination.experiment_id}"
-    try:
-        store = _store(destination)
-        if _is_remote(store):
-            question = {"experiment_id": destination.experiment_id}
-            answer = _exchange(store, "GET", _EXPERIMENT_PATH, timeout=_PROBE_TIME, params=question)
-            if answer.status_code == 401:
-                return "login", "it answered 401 to this process's log-in"
-            if answer.status_code == 403:
-                return "experiment", f"this log-in may not read {named}"
-            document = _json_object(answer) or {}
-            experiment = document.get("experiment")
-            stage = experiment.get("lifecycle_stage") if isinstance(experiment, dict) else None
-            is_missing = document.get("error_code") == _MISSING
-            if stage is None and not is_missing:
-                return "reach", f"it answered {answer.status_code}, and with no experiment"
-        else:
-            with _own_errors():
-                stage, is_missing = _local_stage(store, destination.experiment_id)
-    except StoreError as error:
-        return "reach", str(error)
-    if is_missing:
-        return "experiment", f"{named} does not exist"
-    return "experiment", None if stage == "active" else f"{named} is {stage}"
-
-
-def _try_write(destination: Destination, records: Sequence[Record]) -> tuple[str, str | None]:
-    """Return the last step towards storing spans, and what is wrong there."""
-    try:
-        send(destination, records)
-    except StoreError as error:
-        # To take whole traces only is no failure.
-        return ("experiment", None) if error.unsupported else ("write", str(error))
-    return "write", None
-
-
-def _local_stage(store: Any, experiment_id: str) -> tuple[str | None, bool]:
-    try:
-        return str(store.get_experiment(experiment_id).lifecycle_stage), False
-    except MlflowException as error:
-        if error.error_code != _MISSING:
-            raise
-        return None, True
-
-
-def read_stored_trace(
-    tracking_uri: str, trace_id: str, wanted: Callable[[str], bool]
-) -> StoredTrace:
-    """Return what is needed of a trace, however large it is.
-
-    Args:
-        tracking_uri: Where it is stored.
-        trace_id: MLflow's id.
-        wanted: Which attributes of its spans to keep, by their names.
-
-    Raises:
-        StoreError: The store does not answer, or has no such trace.
-    """
-    destination = Destination(tracking_uri, "")
-    store = _store(destination)
-    if _is_remote(store):
-        question = {"request_id": trace_id}
-        try:
-            answer = _ask(store, "GET", f"{TRACES_PATH}/{trace_id}")
-            found = GetTraceInfoV3.Response()
-            parse_dict(answer, found)
-            info = TraceInfo.from_proto(found.trace.trace_info)
-            content = _request(
-                store, "GET", _SPANS_PATH, params=question, timeout=_READING_TIME
-            ).content
-            return _stored_trace(info, _spans_in(content), wanted)
-        except StoreError as error:
-            if error.unsupported and "RESOURCE_DOES_NOT_EXIST" in str(error):
-                raise StoreError(f"there is no trace {trace_id} in {tracking_uri}") from error
-            if not error.unsupported:
-                raise
-    info, spans = read_trace(destination, trace_id)
-    return _stored_trace(info, (span.to_dict() for span in spans), wanted)
-
-
-def _stored_trace(
-    info: TraceInfo, spans: Iterable[dict[str, Any]], wanted: Callable[[str], bool]
-) -> StoredTrace:
-    return StoredTrace(
-        str(info.trace_id),
-        str(info.experiment_id),
-        str(getattr(info.state, "value", info.state)),
-        dict(info.trace_metadata),
-        (_stored_span(span, str(info.trace_id), wanted) for span in spans),
-    )
-
-
-def _spans_in(content: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the spans of a trace's JSON one by one, since all at once take far more memory."""
-    text = content.decode()
-    del content
-    decoder = json.JSONDecoder()
-    position = text.find("[", text.find('"spans"')) + 1
-    while position:
-        while position < len(text) and text[position] in ", \r\n\t":
-            position += 1
-        if position >= len(text) or text[position] != "{":
-            return
-        span, position = decoder.raw_decode(text, position)
-        yield span
-
-
-def _stored_span(
-    document: dict[str, Any], trace_id: str, wanted: Callable[[str], bool]
-) -> StoredSpan:
-    if "span_id" not in document:
-        # As releases before 3 have stored it.
-        document = Span.from_dict(document).to_dict()
-    attributes = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in document.get("attributes", {}).items()
-    }
-    status = document.get("status") or {}
-    events = document.get("events") or []
-    kind = attributes.get(SpanAttributeKey.SPAN_TYPE, "")
-    return StoredSpan(
-        trace_id,
-        _span_id(document["span_id"]) or "",
-        _span_id(document.get("parent_span_id")),
-        str(document.get("name")),
-        kind.strip('"'),
-        int(document["start_time_unix_nano"]),
-        _whole(document.get("end_time_unix_nano")),
-        str(status.get("code", "")).removeprefix("STATUS_CODE_"),
-        {name: value for name, value in attributes.items() if wanted(name)},
-        next((_exception(event) for event in events if event.get("name") == "exception"), None),
-        next(
-            (_whole(event.get("time_unix_nano")) for event in events if _is_chunk(event)),
-            None,
-        ),
-    )
-
-
-def _span_id(text: str | None) -> str | None:
-    if not text:
-        return None
-    # Eight bytes, in base64; some releases have used hexadecimal digits.
-    return text.removeprefix("0x") if len(text) >= 16 else base64.b64decode(text).hex()
-
-
-def _whole(nanoseconds: Any) -> int | None:
-    return None if nanoseconds is None else int(nanoseconds)
-
-
-def _exception(event: dict[str, Any]) -> str:
-    attributes = event.get("attributes") or {}
-    kind = str(attributes.get("exception.type", "error")).rpartition(".")[2]
-    return f"{kind}: {excerpt(str(attributes.get('exception.message', '')))}"
-
-
-def _is_chunk(event: dict[str, Any]) -> bool:
-    return str(event.get("name")).startswith("mlflow.chunk.item.")
-
-
-def find_traces(
-    tracking_uri: str,
-    run_id: str | None,
-    experiment_id: str | None,
-    start: int | None,
-    end: int | None,
-) -> list[str]:
-    """Return the ids of the traces of a run, or of an experiment, the latest first.
-
-    Args:
-        tracking_uri: Where to look.
-        run_id: The run, if not an experiment.
-        experiment_id: The experiment, if not a run.
-        start: Milliseconds since the epoch at which the first may have begun.
-        end: The same for the last.
-
-    Raises:
-        StoreError: The store does not answer, or has no such run or experiment.
-    """
-    client = _client(tracking_uri)
-    conditions = [
-        f"trace.timestamp_ms {sign} {moment}"
-        for sign, moment in ((">=", start), ("<=", end))
-        if moment is not None
-    ]
-    found: list[str] = []
-    with _own_errors():
-        mlflow_client = mlflow.MlflowClient(tracking_uri)
-        if run_id is not None:
-            experiment_id = str(mlflow_client.get_run(run_id).info.experiment_id)
-            conditions.append(f"trace.run_id = '{run_id}'")
-        else:
-            mlflow_client.get_experiment(experiment_id)
-        token: str | None = None
-        while len(found) < _TRACES_FOUND:
-            page = client.search_traces(
-                experiment_ids=[str(experiment_id)],
-                filter_string=" AND ".join(conditions) or None,
-                max_results=_TRACES_AT_ONCE,
-                order_by=["timestamp_ms DESC"],
-                page_token=token,
-                include_spans=False,
-            )
-            # A linked trace stands for the one that it is linked to.
-            found += [
-                str(trace.info.trace_metadata.get(TRACE_KEY, trace.info.trace_id)) for trace in page
-            ]
-            token = page.token
-            if not token:
-                break
-    return list(dict.fromkeys(found))
 
 
 def log_text(text: str, name: str) -> None:
@@ -658,78 +369,3 @@ def log_text(text: str, name: str) -> None:
     if mlflow.active_run() is None:
         raise RuntimeError("No MLflow run is active; log inside with mlflow.start_run():")
     mlflow.log_text(text, name)
-
-
-@functools.lru_cache(maxsize=8)
-def _client(tracking_uri: str) -> TracingClient:
-    return TracingClient(tracking_uri)
-
-
-def _store(destination: Destination) -> Any:
-    with _own_errors():
-        return _client(str(destination.tracking_uri)).store
-
-
-def _is_remote(store: Any) -> bool:
-    return hasattr(store, "get_host_creds")
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    """Turn what MLflow raises into a :class:`StoreError`."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except (NotImplementedError, MlflowNotImplementedException) as error:
-        raise StoreError(str(error), unsupported=True) from error
-    except Exception as error:
-        refused = isinstance(error, MlflowException) and error.get_http_status_code() == 400
-        text = f"{type(error).__name__}: {excerpt(str(error))}"
-        raise StoreError(text, refused=refused) from error
-
-
-def _ask(store: Any, method: str, path: str, **content: Any) -> dict[str, Any]:
-    """Make one request whose answer is a JSON object, and return that."""
-    document = _json_object(_request(store, method, path, **content))
-    if document is None:
-        raise StoreError(f"{store.get_host_creds().host} did not answer in JSON to {path}")
-    return document
-
-
-def _json_object(answer: Any) -> dict[str, Any] | None:
-    """Return the JSON object of an answer; None where it is none."""
-    try:
-        document = answer.json()
-    except ValueError:
-        document = None
-    return document if isinstance(document, dict) else None
-
-
-def _exchange(
-    store: Any, method: str, path: str, *, timeout: float = _ANSWER_TIME, **content: Any
-) -> Any:
-    """Make one request, with MLflow's own log-in, and without its retries of several minutes."""
-    try:
-        return http_request(
-            host_creds=store.get_host_creds(),
-            endpoint=path,
-            method=method,
-            max_retries=0,
-            raise_on_status=False,
-            timeout=timeout,
-            **content,
-        )
-    except MlflowException as error:
-        raise StoreError(f"it cannot be reached: {root_cause(error)}") from error
-
-
-def _request(store: Any, method: str, path: str, **content: Any) -> Any:
-    """Make one request that has to succeed."""
-    answer = _exchange(store, method, path, **content)
-    if answer.status_code == 200:
-        return answer
-    raise failure(
-        answer,
-        "set MLflow's MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD, where this process runs",
-    )

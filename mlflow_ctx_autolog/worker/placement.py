@@ -7,36 +7,23 @@ is linked to its task, unless it failed or is among the slowest. Sampling comes 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
 from mlflow_ctx_autolog.config import Sampling
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.delivery.host_account import HostAccount, open_account
+from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import warn_once
-from mlflow_ctx_autolog.worker.tracing import Branch
+from mlflow_ctx_autolog.worker.open_spans import Branch
 
-__all__ = ["Place", "Placement", "Quota", "Slowest", "open_placement"]
+__all__ = ["Jobs", "Place", "Placement", "Quota", "Slowest", "open_placement"]
 
 _logger = logging.getLogger(__name__)
 
-# One file for all jobs, since each batch of a stream may be one.
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS job (job TEXT PRIMARY KEY, seen REAL)",
-    "CREATE TABLE IF NOT EXISTS taken (job TEXT, kind TEXT, spans INTEGER, "
-    "PRIMARY KEY (job, kind))",
-    "CREATE TABLE IF NOT EXISTS slowest (job TEXT, seconds REAL)",
-)
-_ADD = (
-    "INSERT INTO taken VALUES (?, ?, ?) ON CONFLICT (job, kind) DO UPDATE SET "
-    "spans = spans + excluded.spans"
-)
-# Seconds after the last task of a job that it is remembered.
-_KEPT = 24 * 3600.0
+# Jobs that a host remembers: each batch of a stream may be one.
+_JOBS = 1000
 # Seconds that a call may be kept waiting for another process.
 _PATIENCE = 0.005
 # Spans that a process takes of the quota at once.
@@ -53,6 +40,47 @@ class Place(Enum):
     NOWHERE = "nowhere, since sampling leaves it out"
 
 
+class Jobs:
+    """What the traces of a host's jobs have taken, those that were told of last.
+
+    Attributes:
+        taken: Of each trace, how many spans of each kind.
+        slowest: Of each trace, the seconds that its slowest calls took.
+    """
+
+    def __init__(self) -> None:
+        self.taken: dict[str, Counter[str]] = {}
+        self.slowest: dict[str, list[float]] = {}
+
+    def enter(self, event: Event) -> None:
+        """Learn of spans that were taken, or of a slow call."""
+        match event:
+            case ["taken", str(job), str(kind), int(spans)]:
+                taken = self.taken.pop(job, Counter())
+                taken[kind] += spans
+                self.taken[job] = taken
+            case ["slow", str(job), seconds, int(count)]:
+                known = self.slowest.pop(job, [])
+                self.slowest[job] = sorted([*known, float(seconds)])[-count:]
+        for each in (self.taken, self.slowest):
+            while len(each) > _JOBS:
+                del each[next(iter(each))]
+
+    def events(self) -> list[Event]:
+        """Return what tells it anew."""
+        taken = [
+            ["taken", job, kind, spans]
+            for job, kinds in self.taken.items()
+            for kind, spans in kinds.items()
+        ]
+        slow = [
+            ["slow", job, seconds, len(known)]
+            for job, known in self.slowest.items()
+            for seconds in known
+        ]
+        return [*taken, *slow]
+
+
 class Quota:
     """Shares out how many spans a trace takes, among the processes of a host.
 
@@ -62,7 +90,7 @@ class Quota:
         job: Names the trace there.
     """
 
-    def __init__(self, limits: dict[str, int], account: HostAccount, job: str) -> None:
+    def __init__(self, limits: dict[str, int], account: HostAccount[Jobs], job: str) -> None:
         self._limits = limits
         self._account = account
         self._job = job
@@ -81,12 +109,11 @@ class Quota:
 
     def _stock_up(self, kind: str) -> None:
         try:
-            with self._account.changing() as connection:
-                question = "SELECT coalesce(sum(spans), 0) FROM taken WHERE job = ? AND kind = ?"
-                (taken,) = connection.execute(question, (self._job, kind)).fetchone()
+            with self._account.changing() as (jobs, tell):
+                taken = jobs.taken.get(self._job, Counter())[kind]
                 given = max(0, min(_AT_ONCE, self._limits[kind] - taken))
-                connection.execute(_ADD, (self._job, kind, given))
-        except sqlite3.Error as error:
+                tell("taken", self._job, kind, given)
+        except OSError as error:
             _warn(error)
             given = 1
         self._stock[kind] += given
@@ -96,12 +123,13 @@ class Quota:
     def give_back(self) -> None:
         """Leave to others what was not needed. To be called at the end of a task."""
         with self._lock:
-            left = [(self._job, kind, -spans) for kind, spans in self._stock.items() if spans]
+            left = {kind: spans for kind, spans in self._stock.items() if spans}
             if left:
                 try:
-                    with self._account.changing() as connection:
-                        connection.executemany(_ADD, left)
-                except sqlite3.Error as error:
+                    with self._account.changing() as (_, tell):
+                        for kind, spans in left.items():
+                            tell("taken", self._job, kind, -spans)
+                except OSError as error:
                     _warn(error)
             self._stock.clear()
             # Others may have given back.
@@ -120,7 +148,7 @@ class Slowest:
         job: Names the job there.
     """
 
-    def __init__(self, count: int, account: HostAccount, job: str) -> None:
+    def __init__(self, count: int, account: HostAccount[Jobs], job: str) -> None:
         self._count = count
         self._account = account
         self._job = job
@@ -132,23 +160,20 @@ class Slowest:
         if seconds <= self._floor:
             return False
         try:
-            with self._account.changing() as connection:
-                question = "SELECT seconds FROM slowest WHERE job = ? ORDER BY seconds"
-                known = [slow for (slow,) in connection.execute(question, (self._job,))]
+            with self._account.changing() as (jobs, tell):
+                known = jobs.slowest.get(self._job, [])
                 if len(known) >= self._count:
                     self._floor = known[-self._count]
                 if seconds <= self._floor:
                     return False
-                floor = "DELETE FROM slowest WHERE job = ? AND seconds <= ?"
-                connection.execute(floor, (self._job, self._floor))
-                connection.execute("INSERT INTO slowest VALUES (?, ?)", (self._job, seconds))
-        except sqlite3.Error as error:
+                tell("slow", self._job, seconds, self._count)
+        except OSError as error:
             _warn(error)
             return False
         return True
 
 
-def _warn(error: sqlite3.Error) -> None:
+def _warn(error: OSError) -> None:
     warn_once(_logger, "placement", f"A trace may get larger than it should, since {error}")
 
 
@@ -237,12 +262,11 @@ def open_placement(context: DriverContext, trace_id: str) -> Placement | None:
         return None
     if context.traceparent is None:
         # Each task is a trace of its own.
-        account = HostAccount(None, _TABLES, _PATIENCE)
+        account = HostAccount(None, Jobs, _PATIENCE)
     else:
         account = open_account(
-            context.config.spool_directory, "all", "placement", _TABLES, patience=_PATIENCE
+            context.config.spool_directory, "all", "placement", Jobs, patience=_PATIENCE
         )
-        _remember(account, trace_id)
     quota, slowest = None, _SLOWEST
     if limit is not None:
         eighth = max(1, limit // 8)
@@ -253,19 +277,3 @@ def open_placement(context: DriverContext, trace_id: str) -> Placement | None:
         Slowest(slowest, account, trace_id),
         None if sampling is None else Sampling.parse(sampling),
     )
-
-
-def _remember(account: HostAccount, job: str) -> None:
-    """Keep what is known of a job, and forget those that have long been over."""
-    now = time.time()
-    try:
-        with account.changing() as connection:
-            connection.execute("INSERT OR REPLACE INTO job VALUES (?, ?)", (job, now))
-            over = connection.execute("DELETE FROM job WHERE seen < ?", (now - _KEPT,))
-            if over.rowcount:
-                for table in ("taken", "slowest"):
-                    connection.execute(
-                        f"DELETE FROM {table} WHERE job NOT IN (SELECT job FROM job)"
-                    )
-    except sqlite3.Error as error:
-        _warn(error)

@@ -9,52 +9,37 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
+from mlflow_ctx_autolog.config import Price
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.recovery import Recovery
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
-from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
-from mlflow_ctx_autolog.model_calls.flavors import Autologs
-from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
-from mlflow_ctx_autolog.stores.otlp import is_collector, otlp_record
-from mlflow_ctx_autolog.stores.tracking_store import send, span_record, spans_of, trace_record
+from mlflow_ctx_autolog.spans.otlp import decode
+from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
+from mlflow_ctx_autolog.stores.otlp import is_collector
+from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
-    current_task,
     current_work,
+    driver_span,
+    driver_trace_id,
     forget_tasks,
     look_elsewhere,
     open_tasks,
 )
-from mlflow_ctx_autolog.tracing import (
-    active_context,
-    context_of,
-    cost_of,
-    deactivate_spans,
-    filter_open_span,
-    filtered,
-    for_collector,
-    has_failed,
-    headers_of,
-    is_client_call,
-    list_price,
-    model_asked,
-    priced,
-    snapshot,
-    trace_id_of,
-    usage_of,
-)
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 from mlflow_ctx_autolog.worker.children import Children, Parent
-from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace, lifted
-from mlflow_ctx_autolog.worker.placement import Place
+from mlflow_ctx_autolog.worker.mlflow_loading import MLflowInWorker
+from mlflow_ctx_autolog.worker.open_spans import Branch, OpenSpans
+from mlflow_ctx_autolog.worker.router import TraceRouter
+from mlflow_ctx_autolog.worker.task_calls import CallRecording
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
-from mlflow_ctx_autolog.worker.tracing import Branch, WorkerTracing, info_of_own_trace
 
 __all__ = [
     "WorkerProcess",
@@ -74,16 +59,30 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self.deliveries = Deliveries(lambda destination: Delivery(destination, send))
-        self.tracing: WorkerTracing[Task] = WorkerTracing(
-            self._submit, current_task, self._change, _parent_of_new_spans
+        self.open_spans = OpenSpans()
+        self.mlflow = MLflowInWorker(self.open_spans.started, self._ended)
+        self.router = TraceRouter(
+            self.deliveries, self.open_spans, self.mlflow, self._submit_to_parent
+        )
+        self.calls = CallRecording(
+            self.active_span, self.mlflow.problem, self._call_started, self._call_ended
         )
         self._recovery = Recovery(self._adopt)
-        self._openai_calls = OpenAICalls(only_in_tasks=True)
-        self._autologs = Autologs()
-        self._threads = ThreadHandovers(_work_here)
+        self._threads = ThreadHandovers(self._work_here)
         self._parent: Parent | None = None
-        self._children = Children(_work_here, self._answer_child, join, lambda: self._parent)
+        self._children = Children(self._work_here, self._answer_child, join, lambda: self._parent)
         self._environment: dict[str, str | None] = {}
+
+    def active_span(self) -> SpanContext | None:
+        """Return what a span that starts here and now is below; None for nothing.
+
+        That is the span of MLflow's that is active, if there is one, since tasks and calls have
+        none of their own between; else that of the work that is done here.
+        """
+        found = self.mlflow.active()
+        if found is None and (work := current_work()) is not None:
+            found = work.parent_or_task
+        return found
 
     def switch_on(self, task: Task) -> None:
         """Prepare for a task that is about to be opened."""
@@ -95,128 +94,48 @@ class WorkerProcess:
         self._install(task.context)
 
     def _install(self, context: DriverContext) -> None:
-        self.tracing.install()
-        self._openai_calls.install()
-        self._autologs.install(context.autologs)
+        self.calls.install()
+        self.mlflow.install(context)
         self._threads.install()
         self._children.install()
 
-    def announce(self, task: Task) -> None:
-        """Send the task's span ahead, so that what lies beneath it is never an orphan."""
-        span = snapshot(task.span)
-        if span is not None:
-            self._send_ahead(task, task.content, span)
+    def task_started(self, task: Task) -> None:
+        """Enter a task's span, and send it ahead."""
+        if task.span is not None and task.is_recorded:
+            span = task.span
+            context = span.context
+            self.open_spans.started(
+                task, context.span_id, span.parent_id, span.snapshot, is_tasks=True
+            )
+            self.router.announce(task)
 
     def settle(self, task: Task) -> None:
-        """See to the task's spans that are open when it ends.
+        """See to the spans of a task that are open when it ends; those of unread streams end."""
+        self.calls.close_unread(task)
+        self.router.settle(task)
 
-        Those of streams that it has left unread end. The others, of calls that have not returned,
-        are sent ahead as they are, lest they be lost with the process.
-        """
-        self._openai_calls.close_answers(task)
-        content = _unprocessed_content(task)
+    def task_ended(self, span: SpanRecord) -> None:
+        """Take a task's span that has ended."""
+        self._ended(span)
 
-        def send_ahead(span: Any, branch: Branch) -> None:
-            if task.placement is None or task.placement.place_open(branch) is Place.MAIN:
-                self._send_ahead(task, content, span)
+    def _ended(self, span: SpanRecord) -> None:
+        self.router.take(span)
 
-        self.tracing.show_open(task, task.span, send_ahead)
-        if task.placement is not None:
-            task.placement.close()
-        if task.linked is not None:
-            self._submit_linked_trace(task, task.linked, is_over=True)
+    def _call_started(self, task: Task, span: OpenSpan) -> None:
+        self.open_spans.started(task, span.context.span_id, span.parent_id, span.snapshot)
 
-    def _send_ahead(self, task: Task, content: ContentPolicy, span: Any) -> None:
-        # A collector takes a span that is sent again for another one.
-        if not is_collector(task.context.tracking_uri):
-            # Not counted: it is sent, and counted, when it ends.
-            record = span_record(filtered(span, content))
-            self.deliveries.to(task.destination).submit(record)
+    def _call_ended(self, span: SpanRecord) -> None:
+        self.router.take(span, is_call=True)
 
-    def _submit(self, task: Task, span: Any, branch: Branch | None) -> None:
-        # What the store never sees, it cannot price.
-        is_sampled = task.context.config.sampling is not None
-        usage, cost = usage_of(span), priced(span) if is_sampled else cost_of(span)
-        # No span goes through the driver's processors after the end of its task.
-        sent = filtered(span, task.content if task.is_open else _unprocessed_content(task))
-        self._count_answer(task, span, usage, cost)
-        if task.elsewhere is not None and branch is not None:
-            self._submit_to_parent(task, span, usage, cost, _record(task, sent), branch)
-            return
-        task.count_span(span.span_id, span.parent_id, usage, cost)
-        if branch is None:
-            delivery = self.deliveries.to(task.destination)
-            delivery.submit(_record(task, sent))
-            info = info_of_own_trace(span, task.context)
-            if info is not None and not is_collector(task.context.tracking_uri):
-                delivery.submit(trace_record(info))
-        else:
-            seconds = (span.end_time_ns - span.start_time_ns) / 1e9
-            self._store(task, sent.span_id, branch, has_failed(span), seconds, lambda: sent)
-
-    def _store(
-        self,
-        task: Task,
-        span_id: str,
-        branch: Branch,
-        failed: bool,
-        seconds: float,
-        span: Callable[[], Any],
-        record: Record | None = None,
-    ) -> None:
-        """Store a span below a task's where that is decided."""
-        place = Place.MAIN
-        if task.placement is not None:
-            place = task.placement.place(branch, span_id, failed=failed, seconds=seconds)
-        if place is Place.NOWHERE:
-            task.count_sampled_out()
-            return
-        around = branch.outer if span_id == branch.top else branch
-        has_parent = around is not None and around.place is place
-        if place is Place.LINKED:
-            linked = task.link(lambda: self._new_linked_trace(task))
-            record = _record(task, linked.moved(span(), is_top=not has_parent))
-        elif around is not None and task.placement is not None and not has_parent:
-            record = _record(task, lifted(span(), task.span))
-        self.deliveries.to(task.destination).submit(record or _record(task, span()))
-
-    def _new_linked_trace(self, task: Task) -> LinkedTrace:
-        linked = LinkedTrace(task.span, task.context)
-        # So that both are known of each other, whatever becomes of the task.
-        if task.is_open:
-            self.announce(task)
-        self._submit_linked_trace(task, linked, is_over=not task.is_open)
-        return linked
-
-    def _submit_linked_trace(self, task: Task, linked: LinkedTrace, *, is_over: bool) -> None:
-        delivery = self.deliveries.to(task.destination)
-        delivery.submit(span_record(linked.root(), task.span_id if is_over else ""))
-        delivery.submit(trace_record(linked.info(is_over=is_over)))
-
-    def _count_answer(self, task: Task, span: Any, usage: Amounts, cost: Amounts) -> None:
-        if not is_client_call(span):
-            return
-        failed, paid = has_failed(span), 0.0
-        if task.budget is not None and not failed:
-            paid = task.budget.paid(model_asked(span), usage, cost.get("total_cost"))
-        task.count_answer(failed, paid)
-
-    def _change(self, task: Task, span: Any) -> None:
-        """Have a span go through what the driver's MLflow has its own spans go through."""
-        for processor in task.span_processors:
-            try:
-                processor(span)
-            except Exception as error:
-                reason = (
-                    f"A span processor of the driver raised {type(error).__name__} on a worker, "
-                    "so the content of that span is withheld."
-                )
-                filter_open_span(span, ContentPolicy(task.context.config, withholds=reason))
+    def _work_here(self) -> Work | None:
+        """Return the work of this moment, to be handed over with the span that is active."""
+        work = current_work()
+        return None if work is None else work._replace(parent=self.active_span())
 
     def join(self, parent: Parent) -> None:
         """Take part in the tasks of another process, whose child this one is."""
         forget_tasks()
-        deactivate_spans()
+        self.mlflow.deactivate_spans()
         self._parent = parent
         look_elsewhere(functools.partial(_ask_parent, parent))
         if (work := current_work()) is not None:
@@ -225,11 +144,11 @@ class WorkerProcess:
     def _submit_to_parent(
         self,
         task: Task,
-        span: Any,
-        usage: Amounts,
-        cost: Amounts,
+        span: SpanRecord,
         record: Record,
         branch: Branch,
+        usage: Amounts,
+        cost: Amounts,
     ) -> None:
         """Have the parent count and deliver a span, so that it is in the task's receipt."""
         message = {
@@ -237,8 +156,8 @@ class WorkerProcess:
             "calls": task.take_calls(),
             "span": [span.span_id, span.parent_id, usage, cost],
             "branch": [branch.top, branch.above, branch.outer and branch.outer.top],
-            "failed": has_failed(span),
-            "seconds": (span.end_time_ns - span.start_time_ns) / 1e9,
+            "failed": span.has_failed,
+            "seconds": span.seconds,
             "payload": base64.b64encode(record.payload).decode(),
         }
         if self._parent is None or not self._parent.ask(message):
@@ -254,7 +173,8 @@ class WorkerProcess:
             work = current_work()
         if work is None:
             return None
-        headers = headers_of(work.parent_or_task)
+        parent = work.parent_or_task
+        headers = {} if parent is None else parent.headers
         context = replace(
             work.task.context,
             traceparent=headers.get("traceparent"),
@@ -269,15 +189,14 @@ class WorkerProcess:
                 payload = base64.b64decode(message["payload"])
                 task.count_call(int(message["calls"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
-                record = Record("span", span_id, payload, task.span_id)
-                self._store(
+                self.router.store(
                     task,
                     span_id,
                     self._branch_of_child(task, span_id, *message["branch"]),
-                    bool(message["failed"]),
-                    float(message["seconds"]),
-                    functools.partial(_span_of, record),
-                    record,
+                    failed=bool(message["failed"]),
+                    seconds=float(message["seconds"]),
+                    span=functools.partial(_span_of, payload),
+                    record=Record("span", span_id, payload, task.span_id),
                 )
                 return True
         return False
@@ -288,11 +207,11 @@ class WorkerProcess:
         """Return the branch that a child's span lies in, by what the child knows of it."""
         found: Branch | None = task.child_branches.get(top)
         if found is None:
-            branch = self.tracing.branch_below(top, above)
+            branch = self.open_spans.branch_below(top, above)
             branch.outer = branch.outer or task.child_branches.get(outer or "")
             # Unless a thread that answers the same child was faster.
-            found = cast(Branch, task.child_branches.setdefault(top, branch))
-        self.tracing.count_below(above)
+            found = task.child_branches.setdefault(top, branch)
+        self.open_spans.count_below(above)
         if span_id == top:
             del task.child_branches[top]
         return found
@@ -309,18 +228,17 @@ class WorkerProcess:
     def switch_off(self) -> None:
         """Give the process back as it was, unless a task is open."""
         if not open_tasks():
-            # The patches of autolog stay, asleep: to make them anew for each task costs more.
+            # The patches of the client stay, asleep: to make them anew for each task costs more.
             _set_environment(self._environment)
             self._environment = {}
-            self._autologs.uninstall()
+            self.mlflow.uninstall()
             self._threads.uninstall()
             self._children.uninstall()
-            self.tracing.uninstall()
 
     def remove(self) -> None:
         """Take back everything, unless a task is open."""
         if not open_tasks():
-            self._openai_calls.uninstall()
+            self.calls.uninstall()
             self.switch_off()
 
 
@@ -375,25 +293,19 @@ def content_policy(
 def budget_of(context: DriverContext) -> Budget | None:
     """Return what the calls of a task may spend; None where the settings set no limit."""
     prices = context.config.prices
+
+    @functools.lru_cache(maxsize=256)
+    def list_price(model: str) -> Price | None:
+        return worker_process().mlflow.price_of(model)
+
     return open_budget(
         context.config,
-        job=trace_id_of(context) or str(context.session_id),
+        job=driver_trace_id(context) or str(context.session_id),
         # What the driver knew is so for all tasks of an action.
         handover=str(sorted(context.spent.items())),
         known=context.spent,
         price_of=lambda model: prices.get(model) or list_price(model),
     )
-
-
-def _work_here() -> Work | None:
-    """Return the work of this moment, to be handed over with the span that is active."""
-    work = current_work()
-    return None if work is None else work._replace(parent=active_context())
-
-
-def _parent_of_new_spans() -> Any:
-    work = current_work()
-    return None if work is None else work.parent_or_task
 
 
 def _ask_parent(parent: Parent) -> Work | None:
@@ -407,7 +319,7 @@ def _work_elsewhere(span_id: str, text: str) -> Work:
     # The user's functions stay with the parent; where spans must go through them, content is
     # withheld here.
     content, _ = content_policy(context)
-    task = Task(context, content, elsewhere=span_id, is_open=True, parent=context_of(context))
+    task = Task(context, content, elsewhere=span_id, is_open=True, parent=driver_span(context))
     task.budget = budget_of(context)
     return Work(task)
 
@@ -423,22 +335,8 @@ def remove() -> None:
         worker_process().remove()
 
 
-def _span_of(record: Record) -> Any:
-    (span,) = spans_of([record])
-    return span
-
-
-def _record(task: Task, span: Any) -> Record:
-    if is_collector(task.context.tracking_uri):
-        return otlp_record(for_collector(span), task.span_id)
-    return span_record(span, task.span_id)
-
-
-def _unprocessed_content(task: Task) -> ContentPolicy:
-    """Return what may be sent of a span that the driver's span processors have not seen."""
-    if not task.span_processors:
-        return task.content
-    return ContentPolicy(task.context.config.updated({"capture_content": False}))
+def _span_of(payload: bytes) -> SpanRecord:
+    return next(decode(payload))
 
 
 def _is_set_up() -> bool:

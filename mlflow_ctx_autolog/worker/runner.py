@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -18,20 +17,9 @@ from typing import Any
 from mlflow_ctx_autolog import __version__
 from mlflow_ctx_autolog.context import BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
-from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
 from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
-from mlflow_ctx_autolog.model_calls.openai_calls import autolog_is_on
-from mlflow_ctx_autolog.task import Task, current_task, open_tasks
-from mlflow_ctx_autolog.tracing import (
-    active_context,
-    is_recorded,
-    parent_activated,
-    task_span_activated,
-    trace_id_of,
-    tracing_problem,
-)
-from mlflow_ctx_autolog.worker.placement import open_placement
-from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
+from mlflow_ctx_autolog.task import Task, current_task, driver_trace_id, open_tasks
+from mlflow_ctx_autolog.worker import attempt
 from mlflow_ctx_autolog.worker.spark_task import (
     action_session,
     action_text,
@@ -41,16 +29,11 @@ from mlflow_ctx_autolog.worker.spark_task import (
     on_task_end,
     row_count,
     skips_rest,
-    task_attributes,
 )
 
 __all__ = ["Submission", "attach", "load_submitted", "process_id", "read_carrier"]
 
 _logger = logging.getLogger(__name__)
-
-# How long the end of a task whose spans can go home waits for the store: a share of the time that
-# the task took, and at least so many seconds, unless the last task has waited in vain.
-_SHARE_OF_TASK, _PATIENCE = 0.05, 1.0
 
 _process_token = uuid.uuid4().hex
 
@@ -116,16 +99,14 @@ def attach(
 def _attached(context: DriverContext, name: str) -> Iterator[DriverContext]:
     surrounding = current_task()
     if context.process_id == process_id():
+        from mlflow_ctx_autolog.tracing import parent_activated
+
         with parent_activated(context):
             yield context
     elif surrounding is not None and surrounding.context.is_of_span(context):
         yield context
     else:
-        with (
-            _opened(context, name) as task,
-            task.active(),
-            task_span_activated(task.span, context),
-        ):
+        with _opened(context, name) as task, task.active():
             yield context
 
 
@@ -239,7 +220,7 @@ def _begin_or_warn(submission: Submission) -> Task | None:
         context = submission.context()
         if submission.repeated:
             on_task_end(_finish_open_tasks)
-        return _begin(context, submission.name, submission.relay, submission.filters)
+        return attempt.begin(context, submission.name, submission.relay, submission.filters)
     except CarrierError as error:
         if submission.required:
             raise
@@ -249,7 +230,7 @@ def _begin_or_warn(submission: Submission) -> Task | None:
     warn_once(_logger, "begin", f"This worker's calls are not traced, since {problem}")
     if submission.relay is not None:
         # Nobody reads the log of a worker.
-        trace_id = None if context is None else trace_id_of(context)
+        trace_id = None if context is None else driver_trace_id(context)
         receipt = TaskReceipt(trace_id or "", uuid.uuid4().hex, made=0, silence=problem)
         submission.relay.add([(receipt.to_json(), None, "", [])])
     return None
@@ -341,12 +322,12 @@ def _run_once(
     try:
         result = task.run(function, *(_counted(task, arg) for arg in args), **kwargs)
     except BaseException as error:
-        _finish(task, error)
+        attempt.finish(task, error)
         raise
     if isinstance(result, Iterator) or _is_lazy(result):
         return _Steps(result, _steps(task, iter(result), ends_task=True))
     task.rows_out += _rows_of(result)
-    _finish(task)
+    attempt.finish(task)
     return result
 
 
@@ -390,7 +371,7 @@ class _RepeatedCalls:
         try:
             result = task.run(self._function, *args, **kwargs)
         except BaseException as error:
-            _finish(task, error)
+            attempt.finish(task, error)
             raise
         task.rows_out += 1
         return result
@@ -400,7 +381,7 @@ class _RepeatedCalls:
             result = task.run(self._function, *(_counted(task, arg) for arg in args), **kwargs)
         except BaseException as error:
             if not skips_rest(error):
-                _finish(task, error)
+                attempt.finish(task, error)
             raise
         is_partition = any(isinstance(arg, (Iterator, range)) for arg in args)
         batches = [row_count(arg) for arg in args if is_batch(arg)]
@@ -416,189 +397,19 @@ class _RepeatedCalls:
 
 def _finish_open_tasks(completed: bool) -> None:
     for task in open_tasks():
-        _finish(task, None if completed else GeneratorExit())
+        attempt.finish(task, None if completed else GeneratorExit())
 
 
 @contextmanager
 def _opened(context: DriverContext, name: str) -> Iterator[Task]:
-    task = _begin(context, name)
+    task = attempt.begin(context, name)
     try:
         yield task
     except BaseException as error:
-        _finish(task, error)
+        attempt.finish(task, error)
         raise
     else:
-        _finish(task)
-
-
-def _begin(
-    context: DriverContext, name: str, relay: Any = None, filters: bytes | None = None
-) -> Task:
-    worker = worker_process()
-    attributes = task_attributes()
-    content, span_processors = content_policy(context, filters)
-    task = Task(
-        context,
-        content,
-        attempt_id=attributes.get("spark.task.attempt_id"),
-        relay=relay,
-        span_processors=span_processors,
-        budget=budget_of(context),
-    )
-    for other in open_tasks():
-        # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
-        if other.attempt_id != task.attempt_id:
-            _finish(other, GeneratorExit())
-    if context.application_id is not None:
-        attributes["spark.application.id"] = context.application_id
-    if context.speculation is not None:
-        attributes["spark.speculation"] = context.speculation
-    attributes["spark.task.outcome"] = "running"
-    worker.switch_on(task)
-    task.open()
-    try:
-        task.span = task.run(worker.tracing.start_task_span, name, context, attributes)
-        task.parent = task.run(active_context)
-        task.placement = open_placement(context, trace_id_of(context) or str(task.span.trace_id))
-        worker.announce(task)
-    except BaseException:
-        task.close()
-        worker.switch_off()
-        raise
-    return task
-
-
-def _finish(task: Task, error: BaseException | None = None) -> None:
-    """End the task's span and see its spans off. Never raises. Idempotent."""
-    if not task.is_open:
-        return
-    worker = worker_process()
-    delivery = worker.deliveries.to(task.destination)
-    silence = None
-    try:
-        worker.settle(task)
-        made = delivery.counts(task.span_id).made + 1
-        silence = _reason_for_silence(task, made)
-        receipt = TaskReceipt.attributes(
-            made, task.usage.total, task.cost.total, silence, task.sampled_out
-        )
-        task.span.set_attributes({**task.counts(), **receipt})
-        if error is None:
-            task.span.set_attribute("spark.task.outcome", "completed")
-            task.span.end()
-        elif isinstance(error, GeneratorExit):
-            # Spark had all the rows it wanted.
-            task.span.set_attribute("spark.task.outcome", "closed early")
-            task.span.end()
-        else:
-            task.span.set_attribute("spark.task.outcome", "failed")
-            task.span.record_exception(error)
-            task.span.end(status="ERROR")
-    except Exception as failure:
-        warn_once(_logger, "end", f"The span of a task could not be ended: {failure!r}")
-    finally:
-        task.close()
-    try:
-        _see_off(task, delivery, error, silence)
-    finally:
-        # Not before: the log-in at the store may be among what the task has set.
-        worker.switch_off()
-
-
-def _see_off(
-    task: Task, delivery: Delivery, error: BaseException | None, silence: str | None
-) -> None:
-    """Store what a task that has ended has made, or hand it on to those who can."""
-    # From a task that fails or is closed early, Spark takes nothing home.
-    goes_home = task.relay is not None and error is None
-    started = time.monotonic()
-    timeout = task.context.config.flush_timeout
-    if goes_home:
-        # Rather than hold up a job for a store that is slow, let the driver wait for it.
-        patience = 0.0 if delivery.store_is_down else _PATIENCE
-        timeout = min(timeout, max(patience, _SHARE_OF_TASK * (started - task.began)))
-    is_stored = delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
-    seconds = time.monotonic() - started
-    counts = delivery.counts(task.span_id)
-    delivery.forget(task.span_id)
-    if goes_home:
-        _send_home(task, delivery, counts, seconds, is_stored, silence)
-    elif not is_stored:
-        warn_once(
-            _logger,
-            "flush",
-            f"{delivery.waiting} finished spans of this worker are not stored at the end of the "
-            "task. They are sent later if this worker lives on; else the next task on this host, "
-            "or mlflow-ctx-autolog recover, sends them from the spool.",
-        )
-
-
-def _reason_for_silence(task: Task, made: int) -> str | None:
-    """Return why the task's model calls left no span, if they may have left none for a reason.
-
-    A function that calls no model is none.
-
-    Args:
-        task: The task.
-        made: Spans that it has made, its own among them.
-    """
-    trace_id = trace_id_of(task.context)
-    if not is_recorded(task.span):
-        is_expected = task.context.traceparent is not None and trace_id is None
-        return None if is_expected else (tracing_problem() or "sampling dropped the task's span")
-    if made > 1:
-        return None
-    if task.calls:
-        # Else they have not returned yet.
-        problem = tracing_problem()
-        return None if problem is None else f"{task.calls} calls were made, but {problem}"
-    return None if autolog_is_on() else "MLflow's OpenAI autolog is switched off in the worker"
-
-
-def _send_home(
-    task: Task,
-    delivery: Delivery,
-    counts: Counts,
-    seconds: float,
-    is_stored: bool,
-    silence: str | None,
-) -> None:
-    """Hand back the task's receipt, and what this worker could not store, along with the task."""
-    receipt = TaskReceipt(
-        trace_id=trace_id_of(task.context) or str(task.span.trace_id),
-        task_span_id=task.span_id,
-        made=counts.made,
-        delivered=counts.delivered,
-        waiting=counts.waiting,
-        lost=counts.lost,
-        first_error=None if is_stored else delivery.first_error,
-        seconds_waiting=seconds,
-        usage=task.usage.total,
-        cost=task.cost.total,
-        calls=task.calls,
-        errors=task.errors,
-        spent=task.spent,
-        requests=task.requests,
-        silence=silence,
-        sampled_out=task.sampled_out,
-    )
-    arrivals = [_arrival(receipt.to_json(), delivery, is_stored)]
-    for other in worker_process().deliveries.all():
-        # Left by workers that are gone, and only this driver can store it.
-        if other is not delivery and _is_for_driver_of(task, other) and other.waiting:
-            arrivals.append(_arrival(None, other, False))
-    task.relay.add(arrivals)
-
-
-def _is_for_driver_of(task: Task, delivery: Delivery) -> bool:
-    destination = delivery.destination
-    return destination.tracking_uri is None and (destination.driver_id == task.context.process_id)
-
-
-def _arrival(receipt: str | None, delivery: Delivery, is_stored: bool) -> Any:
-    destination = delivery.destination
-    records = [] if is_stored else [tuple(record[:3]) for record in delivery.take()]
-    return receipt, destination.tracking_uri, destination.experiment_id, records
+        attempt.finish(task)
 
 
 class _Steps:
@@ -633,15 +444,15 @@ def _steps(task: Task, iterator: Iterator[Any], *, ends_task: bool) -> Iterator[
             task.run(_close, iterator)
         finally:
             if ends_task:
-                _finish(task, closed)
+                attempt.finish(task, closed)
         raise
     except BaseException as error:
         if not skips_rest(error):
-            _finish(task, error)
+            attempt.finish(task, error)
         raise
     else:
         if ends_task:
-            _finish(task)
+            attempt.finish(task)
 
 
 def _close(iterator: Iterator[Any]) -> None:

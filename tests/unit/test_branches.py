@@ -18,8 +18,8 @@ from workload import StoredTrace, stored_trace, stored_traces
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task
+from mlflow_ctx_autolog.worker.open_spans import Branch
 from mlflow_ctx_autolog.worker.process import worker_process
-from mlflow_ctx_autolog.worker.tracing import Branch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -138,7 +138,7 @@ def test_spans_that_end_at_once_in_a_child_process_are_in_one_branch(
         return Branch(top, above)
 
     process = worker_process()
-    monkeypatch.setattr(process, "tracing", Mock(branch_below=branch_below))
+    monkeypatch.setattr(process, "open_spans", Mock(branch_below=branch_below))
     context = ctx_autolog.DriverContext("1")
     task = Task(context, ContentPolicy(context.config), is_open=True)
     with ThreadPoolExecutor(2) as threads:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from mlflow_ctx_autolog.cli import main
-from mlflow_ctx_autolog.delivery.spool import Destination, Record, SpoolFile
+from mlflow_ctx_autolog.delivery.segments import Segment
+from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.stores import tracking_store as store_module
+from mlflow_ctx_autolog.stores import sending, tracking_store
 
 DESTINATION = Destination("http://a", "1")
 SPANS = [Record("span", f"{number}", b"payload") for number in range(3)]
@@ -37,13 +38,13 @@ class Store:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store()
-    monkeypatch.setattr(store_module, "send_to", store.send_to)
-    monkeypatch.setattr(store_module, "spans_of", lambda records: [])
+    monkeypatch.setattr(sending, "send_to", store.send_to)
+    monkeypatch.setattr(tracking_store, "spans_of", lambda records: [])
     return store
 
 
 def left_behind(folder: Path) -> Path:
-    file = SpoolFile.create(DESTINATION, folder, 1 << 20)
+    file = Segment.create(DESTINATION, folder)
     file.add(list(enumerate(SPANS, start=1)))
     file.close()
     return file.path
@@ -115,7 +116,7 @@ def test_file_in_use_is_left_alone(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The spool of a process that is alive is no failure, and does not stop the command."""
-    file = SpoolFile.create(DESTINATION, tmp_path, 1 << 20)
+    file = Segment.create(DESTINATION, tmp_path)
     left_behind(tmp_path)
 
     assert main(["recover", str(tmp_path)]) == 0
@@ -129,12 +130,13 @@ def test_file_that_cannot_be_read(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is no spool is a failure, and does not stop the command."""
-    (tmp_path / "0.spool").write_bytes(b"no database" * 1000)
+    broken = tmp_path / f"mlflow-ctx-autolog-{'0' * 32}.spool"
+    broken.write_bytes(b"no spool" * 1000)
     left_behind(tmp_path)
 
     assert main(["recover", str(tmp_path)]) == 2
     printed = capsys.readouterr().out
-    assert f"{tmp_path / '0.spool'}: cannot be read: " in printed
+    assert f"{broken}: cannot be read: it is no spool" in printed
     assert "3 stored" in printed
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,9 +18,10 @@ import pytest
 
 from mlflow_ctx_autolog import Config
 from mlflow_ctx_autolog.delivery import sender as delivery_module
-from mlflow_ctx_autolog.delivery.recovery import recover
+from mlflow_ctx_autolog.delivery.recovery import Recovered, recover
+from mlflow_ctx_autolog.delivery.segments import Segment
 from mlflow_ctx_autolog.delivery.sender import Counts, Deliveries, Delivery
-from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, SpoolFile, spool_files
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, spool_files
 from mlflow_ctx_autolog.exceptions import StoreError
 
 A = Destination("http://a", "1")
@@ -65,6 +65,8 @@ class Store:
         self.error: Exception | None = None
         # Keys of what it will never have.
         self.refuses: set[str] = set()
+        # Keys of what it breaks down over.
+        self.fails_over: set[str] = set()
         # Keys of each request, with "!" in front of those refused.
         self.log: list[str] = []
         self._changed = threading.Condition()
@@ -77,6 +79,8 @@ class Store:
             error = self.error
             if self.refuses & {record.key for record in records}:
                 error = StoreError("it answered 400", refused=True)
+            if self.fails_over & {record.key for record in records}:
+                error = StoreError("it answered 500", failed=True)
             keys = " ".join(record.key for record in records)
             self.log.append(f"! {keys}" if error else keys)
             self._changed.notify_all()
@@ -125,9 +129,9 @@ class Disk:
         self._answering.wait()
 
     def hold_up(self, delivery: Delivery, record: Record) -> None:
-        """Hang, and be writing this record."""
+        """Hang, and be writing this record, for a call that waits."""
         self.hang()
-        delivery.submit(record)
+        threading.Thread(target=delivery.submit, args=(record,), daemon=True).start()
         assert self.called.wait(LONG)
 
     def hang(self) -> None:
@@ -144,20 +148,20 @@ def store() -> Iterator[Store]:
     yield store
     # Lets the sender thread of a failed test go.
     store.recover()
-    store.refuses = set()
+    store.refuses = store.fails_over = set()
     store.answer()
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk = Disk()
-    real = SpoolFile.add
+    real = Segment.add
 
-    def add(file: SpoolFile, numbered: Any) -> list[int]:
+    def add(segment: Segment, numbered: Any) -> None:
         disk.wait()
-        return real(file, numbered)
+        real(segment, numbered)
 
-    monkeypatch.setattr(SpoolFile, "add", add)
+    monkeypatch.setattr(Segment, "add", add)
     yield disk
     disk.answer()
 
@@ -301,15 +305,19 @@ def test_new_settings_do_not_wait_for_a_disk_that_hangs(
 def test_spans_that_a_hanging_disk_has_no_room_for_are_lost(
     store: Store, disk: Disk, settings: Settings
 ) -> None:
-    """While the disk hangs, memory is bounded: spans beyond it are lost, and nobody waits."""
-    delivery = Delivery(A, store, settings(max_waiting_bytes=1_000_000))
+    """While the disk hangs, memory is bounded: spans beyond it are lost, and nobody waits long."""
+
+    class Impatient(Delivery):
+        _patience_without_room = 0.05
+
+    delivery = Impatient(A, store, settings(max_waiting_bytes=1_000_000))
     disk.hold_up(delivery, span(0, size=400_000))
     submit_all(delivery, spans(names(1, 5), size=400_000))
 
-    assert (delivery.waiting, delivery.lost) == (2, 3)
+    assert (delivery.waiting, delivery.lost) == (3, 2)
     disk.answer()
     assert delivery.flush(LONG)
-    assert store.stored == ["0", "1"]
+    assert store.stored == ["0", "1", "2"]
 
 
 def test_those_who_can_wait_do_so_for_a_slow_disk(
@@ -375,10 +383,8 @@ def test_threads_do_not_keep_the_process_alive(store: Store, settings: Settings)
     store.wait_for(lambda: store.attempts == 1)
 
     started = set(threading.enumerate()) - before
-    assert sorted(thread.name for thread in started) == [
-        "mlflow-ctx-autolog-sender",
-        "mlflow-ctx-autolog-writer",
-    ]
+    # None to write: the calls do that themselves, as long as the disk is prompt.
+    assert [thread.name for thread in started] == ["mlflow-ctx-autolog-sender"]
     assert all(thread.daemon for thread in started)
 
 
@@ -900,15 +906,44 @@ def test_store_that_takes_no_spans_is_known_until_it_does(store: Store, unhurrie
 # A record that the store refuses.
 
 
-def test_flush_does_not_wait_for_what_is_refused(store: Store, unhurried: Config) -> None:
-    """A record that the store never takes does not cost each flush its whole timeout."""
-    store.refuses = {"0"}
-    delivery = Delivery(A, store, unhurried)
-    submit_all(delivery, spans(names(3)))
+def set_aside(spools: Path) -> list[Path]:
+    return sorted(spools.glob("*.refused.spool"))
 
-    assert in_time(delivery.flush, LONG) is False
-    assert in_time(delivery.flush, LONG) is False
-    assert sorted(store.stored) == ["1", "2"]
+
+def test_what_is_refused_is_set_aside(
+    store: Store, unhurried: Config, spools: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a file that says why and is kept for recovery; it is waited for and sent no more."""
+    store.refuses = {"1"}
+    delivery = Delivery(C, store, unhurried)
+    submit_all(delivery, spans(names(3), "task"))
+
+    assert in_time(delivery.flush, LONG) is True
+    assert sorted(store.stored) == ["0", "2"]
+    assert (delivery.waiting, delivery.set_aside, delivery.holds_only_refused) == (0, 1, True)
+    assert delivery.counts("task") == Counts(made=3, delivered=2, set_aside=1)
+    assert delivery.counts("task").waiting == 1
+
+    [file] = set_aside(spools)
+    assert b"it answered 400" in file.read_bytes()
+    assert b"payload of 1" in file.read_bytes()
+    assert b"payload of 2" not in file.read_bytes()
+    assert f"it answered 400; span 1 is kept in {file}" in str(delivery.first_error)
+    [warning] = warnings_of(caplog, "http://c does not take one")
+    assert "it answered 400; span 1 is kept" in warning
+
+    attempts = store.attempts
+    delivery.submit(span(3))
+    assert in_time(delivery.flush, LONG) is True
+    assert store.attempts == attempts + 1
+    # Not by those who send what dead processes have left, but by whoever asks for it.
+    assert spool_files(spools) == []
+    assert spool_files(spools, refused=True) == [file]
+    found = recover(file, store)
+    assert (found.stored, found.left, found.problem) == (0, 1, "it answered 400")
+    store.refuses = set()
+    assert recover(file, store) == Recovered(stored=1)
+    assert set_aside(spools) == []
 
 
 def test_batch_that_is_refused_is_halved(store: Store, unhurried: Config) -> None:
@@ -916,43 +951,12 @@ def test_batch_that_is_refused_is_halved(store: Store, unhurried: Config) -> Non
     store.refuses = {"5"}
     delivery = QuickToRetry(A, store, unhurried)
     submit_all(delivery, spans(names(8)))
-    assert delivery.flush(LONG) is False
-    store.wait_for(lambda: len(store.stored) == 7)
-    until(lambda: delivery.waiting == 1)
+    assert delivery.flush(LONG)
 
     assert sorted(store.stored) == [name for name in names(8) if name != "5"]
     assert store.log[:3] == ["! 0 1 2 3 4 5 6 7", "0 1 2 3", "! 4 5 6 7"]
-    assert "! 5" in store.log
+    assert store.log.count("! 5") == 1
     assert delivery.delivered == 7
-
-
-def test_record_that_is_refused_goes_last(store: Store, settings: Settings) -> None:
-    """A record that is refused is sent again after the others, and waits until it is taken."""
-    store.refuses = {"0"}
-    delivery = QuickToRetry(A, store, settings(send_interval=0.01))
-    submit_all(delivery, spans(names(4)))
-    delivery.flush(0.01)
-    store.wait_for(lambda: len(store.stored) == 3)
-    refusals = store.log.count("! 0")
-    store.wait_for(lambda: store.log.count("! 0") > refusals)
-
-    store.refuses = set()
-    assert flushed(delivery)
-    assert store.stored == ["1", "2", "3", "0"]
-
-
-def test_single_refused_record_is_a_failure(
-    store: Store, unhurried: Config, caplog: pytest.LogCaptureFixture
-) -> None:
-    """That the store refuses a record is warned of once, with its reason."""
-    store.refuses = {"0"}
-    delivery = QuickToRetry(A, store, unhurried)
-    delivery.submit(span(0))
-
-    assert delivery.flush(LONG, give_up=True) is False
-    store.wait_for(lambda: store.attempts >= 4)
-    [warning] = warnings_of(caplog, "did not take")
-    assert "1 finished spans: it answered 400" in warning
 
 
 def test_batches_grow_again_after_a_refusal(store: Store, settings: Settings) -> None:
@@ -961,58 +965,40 @@ def test_batches_grow_again_after_a_refusal(store: Store, settings: Settings) ->
     delivery = QuickToRetry(A, store, settings(batch_size=8))
     delivery.submit(span(0))
     delivery.submit(span(1))
-    assert delivery.flush(LONG) is False
+    assert delivery.flush(LONG)
     assert store.stored == ["1"]
-    store.refuses = set()
-    assert flushed(delivery)
 
     delivery.submit_all(spans(names(2, 10)))
     assert delivery.flush(LONG)
     assert store.batches[-1] == names(2, 10)
 
 
-def test_flush_waits_for_those_that_are_not_refused(store: Store, unhurried: Config) -> None:
-    """The end of a task does not give up the others where the store refuses one record."""
-    store.refuses = {"0"}
-    delivery = Delivery(A, store, unhurried)
-    submit_all(delivery, spans(names(8)))
-
-    assert delivery.flush(STALL, give_up=True) is False
-    assert sorted(store.stored) == names(1, 8)
-
-
-def test_flush_is_not_true_while_a_refused_record_waits(store: Store, unhurried: Config) -> None:
-    """Records that come later and are taken do not make up for one that is refused."""
-    store.refuses = {"0"}
-    delivery = QuickToRetry(A, store, unhurried)
-    delivery.submit(span(0))
-    results: list[bool] = []
-    flush = threading.Thread(target=lambda: results.append(delivery.flush(1.0)))
-    flush.start()
-    store.wait_for(lambda: store.attempts >= 2)
-    delivery.submit(span(1))
-    store.wait_for(lambda: store.stored == ["1"])
-    flush.join(LONG)
-
-    assert results == [False]
-
-
-def test_refused_record_on_a_full_disk_holds_up_no_others(
-    store: Store, unhurried: Config, monkeypatch: pytest.MonkeyPatch
+def test_those_that_are_refused_share_a_file(
+    store: Store, settings: Settings, spools: Path
 ) -> None:
-    """Where the disk cannot even reorder, a refused record is not sent over and over at once."""
+    """However many there are."""
+    store.refuses = {*names(20)}
+    delivery = QuickToRetry(A, store, settings(batch_size=4))
+    submit_all(delivery, spans(names(20)))
+    assert delivery.flush(LONG)
 
-    def fail(*_: object) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+    [file] = set_aside(spools)
+    store.refuses = {"7"}
+    found = recover(file, store)
+    assert (found.stored, found.left) == (19, 1)
+    assert file.exists()
 
-    monkeypatch.setattr(SpoolFile, "renumber", fail)
+
+def test_what_is_refused_without_a_disk_is_lost(store: Store, settings: Settings) -> None:
+    """And is counted so, rather than sent for ever."""
     store.refuses = {"0"}
-    delivery = Delivery(A, store, unhurried)
-    delivery.submit_all(spans(names(2)))
-    delivery.hurry()
-    store.wait_for(lambda: store.stored == ["1"] or store.attempts > 20)
+    delivery = QuickToRetry(A, store, settings(spool_max_bytes=0))
+    submit_all(delivery, spans(names(3), "task"))
+    assert delivery.flush(LONG)
 
-    assert store.attempts <= 20
+    assert sorted(store.stored) == ["1", "2"]
+    assert delivery.counts("task") == Counts(made=3, delivered=2, lost=1)
+    assert "no file can be had" in str(delivery.first_error)
 
 
 def test_refused_record_that_was_taken_is_forgotten(store: Store, settings: Settings) -> None:
@@ -1028,7 +1014,75 @@ def test_refused_record_that_was_taken_is_forgotten(store: Store, settings: Sett
     store.wait_for(lambda: store.stored == ["1"])
     until(lambda: delivery.delivered == 1)
 
-    assert delivery._refused == set()
+    assert (delivery.set_aside, delivery.lost, delivery.waiting) == (0, 0, 0)
+
+
+# A store that fails over one record.
+
+
+@pytest.mark.parametrize("poisoned", ["0", "57", "199"])
+def test_record_that_the_store_fails_over_holds_up_no_others(
+    store: Store, unhurried: Config, spools: Path, poisoned: str
+) -> None:
+    """After a few attempts the others go first, and it is set aside as it fails again."""
+    store.fails_over = {poisoned}
+    delivery = QuickToRetry(A, store, unhurried)
+    delivery.submit_all(spans(names(200), "task"))
+
+    assert delivery.flush(LONG)
+    assert sorted(store.stored) == sorted(name for name in names(200) if name != poisoned)
+    assert delivery.counts("task") == Counts(made=200, delivered=199, set_aside=1)
+    assert store.attempts < 60
+    [file] = set_aside(spools)
+    assert b"it answered 500" in file.read_bytes()
+    store.fails_over = set()
+    assert recover(file, store).stored == 1
+
+
+def test_nothing_is_set_aside_while_the_store_fails_over_all(
+    store: Store, settings: Settings, spools: Path
+) -> None:
+    """As a server does whose database is away: what it fails over is not to blame."""
+    store.fail(StoreError("it answered 500", failed=True))
+    delivery = QuickToRetry(A, store, settings(batch_size=4))
+    submit_all(delivery, spans(names(8)))
+    delivery.hurry()
+    store.wait_for(lambda: store.attempts >= 30)
+    assert set_aside(spools) == []
+
+    store.recover()
+    assert flushed(delivery)
+    assert sorted(store.stored) == names(8)
+    assert delivery.set_aside == 0
+
+
+def test_one_alone_that_the_store_fails_over_is_kept(store: Store, unhurried: Config) -> None:
+    """Where there are no others, nobody can tell; it is tried less and less often."""
+    store.fails_over = {"0"}
+    delivery = QuickToRetry(A, store, unhurried)
+    delivery.submit(span(0))
+    assert delivery.flush(0.3) is False
+    assert (delivery.waiting, delivery.set_aside) == (1, 0)
+
+    delivery.submit(span(1))
+    assert delivery.flush(LONG)
+    assert (store.stored, delivery.set_aside) == (["1"], 1)
+
+
+# A store that refuses some, and does not say which.
+
+
+def test_success_in_part_is_not_sent_again(store: Store, unhurried: Config) -> None:
+    """Those that are missing are lost, and said to be."""
+    store.fail(StoreError("it rejected 2 spans: too long", rejected=2))
+    delivery = Delivery(A, store, unhurried)
+    submit_all(delivery, spans(names(5), "task"))
+
+    assert delivery.flush(LONG)
+    assert store.attempts == 1
+    assert delivery.counts("task") == Counts(made=5, delivered=3, lost=2)
+    assert (delivery.delivered, delivery.lost) == (3, 2)
+    assert "rejected 2 spans: too long" in str(delivery.first_error)
 
 
 # Memory and disk have an end.
@@ -1073,16 +1127,40 @@ def test_spool_takes_what_memory_does_not(store: Store, settings: Settings, spoo
     assert store.stored == names(30)
 
 
-def test_log_of_the_spool_is_written_back(store: Store, unhurried: Config, spools: Path) -> None:
-    """By the writer, so that it does not come to be done while a caller waits."""
-    store.hang()
-    delivery = Delivery(A, store, unhurried)
-    for number in range(120):
-        delivery.submit(span(number))
-    (file,) = spools.glob("*.spool")
-    until(lambda: b"payload of 5" in file.read_bytes())
-    store.answer()
-    assert flushed(delivery)
+def test_eight_threads_with_images_lose_nothing(store: Store, settings: Settings) -> None:
+    """Where all at once end spans that together are more than may wait in memory."""
+    delivery = Delivery(A, store, settings(max_waiting_bytes=1_000_000))
+    together = threading.Barrier(8)
+
+    def work(thread: int) -> None:
+        together.wait(LONG)
+        submit_all(delivery, spans((f"{thread}-{n}" for n in range(3)), "task", size=3_000_000))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert delivery.flush(LONG)
+    assert delivery.counts("task") == Counts(made=24, delivered=24)
+
+
+def test_no_delivered_prompt_stays_while_others_wait(
+    store: Store, settings: Settings, spools: Path
+) -> None:
+    """What the store has is wiped out of the file, though the file is needed."""
+    delivery = SlowToRetry(A, store, settings(batch_size=2))
+    store.refuses = {"none"}
+    submit_all(delivery, spans(names(2), size=5000))
+    until(lambda: delivery.delivered == 2)
+    store.fail()
+    submit_all(delivery, spans(names(2, 4), size=5000))
+    assert delivery.flush(0.2) is False
+
+    content = b"".join(path.read_bytes() for path in spools.iterdir())
+    assert b"payload of 2" in content
+    assert b"payload of 0" not in content
+    assert b"payload of 1" not in content
 
 
 def test_nothing_stays_on_the_disk_after_a_flush(

@@ -77,14 +77,14 @@ def test_an_answer_that_is_no_success_is_an_error(
 def test_spans_that_a_collector_rejects_are_refused(
     collector: Collector,
 ) -> None:
-    """A success in part is none, so that the span which is rejected is found."""
+    """How many they are is told; the others must not be sent again."""
     rejected = ExportTracePartialSuccess(rejected_spans=1, error_message="too large")
     answer = ExportTraceServiceResponse(partial_success=rejected)
     collector.body = answer.SerializeToString()
     with pytest.raises(StoreError, match="it rejected 1 spans: too large") as caught:
         _send(collector)
 
-    assert caught.value.refused
+    assert (caught.value.refused, caught.value.rejected) == (False, 1)
 
 
 def test_a_collector_that_is_away_is_an_error() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
 import random
-import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,8 +18,15 @@ import pytest
 from mlflow_ctx_autolog import Config, DriverContext
 from mlflow_ctx_autolog.delivery.host_account import HostAccount
 from mlflow_ctx_autolog.driver import handover
-from mlflow_ctx_autolog.worker.placement import Place, Placement, Quota, Slowest, open_placement
-from mlflow_ctx_autolog.worker.tracing import Branch
+from mlflow_ctx_autolog.worker.open_spans import Branch
+from mlflow_ctx_autolog.worker.placement import (
+    Jobs,
+    Place,
+    Placement,
+    Quota,
+    Slowest,
+    open_placement,
+)
 
 TRACEPARENT = f"00-{'1' * 32}-{'2' * 16}-01"
 
@@ -149,7 +157,7 @@ def test_threads_that_end_spans_of_a_branch_at_once_place_them_alike() -> None:
 
 def test_the_slowest_are_all_told_and_few_others() -> None:
     """Two processes that share an account, of which each knows an older state than there is."""
-    account = HostAccount(None, _tables(), 0.0)
+    account = HostAccount(None, Jobs, 0.0)
     processes = [Slowest(20, account, "tr-1") for _ in range(2)]
     order = random.Random(7).sample(range(10_000), 10_000)
     told = {n for n in order if processes[n % 2].includes(float(n))}
@@ -160,14 +168,8 @@ def test_the_slowest_are_all_told_and_few_others() -> None:
 
 
 def test_calls_that_take_equally_long_are_not_all_the_slowest() -> None:
-    slowest = Slowest(20, HostAccount(None, _tables(), 0.0), "tr-1")
+    slowest = Slowest(20, HostAccount(None, Jobs, 0.0), "tr-1")
     assert sum(slowest.includes(1.0) for _ in range(1000)) <= 20
-
-
-def _tables() -> tuple[str, ...]:
-    from mlflow_ctx_autolog.worker import placement
-
-    return placement._TABLES
 
 
 def test_sampling_keeps_what_it_says(opened: Open) -> None:
@@ -210,7 +212,7 @@ def test_a_disk_that_fails_costs_no_span(
     task = opened(10)
 
     def fail(_: object) -> None:
-        raise sqlite3.OperationalError("disk I/O error")
+        raise OSError("disk I/O error")
 
     monkeypatch.setattr(HostAccount, "changing", fail)
     assert places(task, 200) == {Place.MAIN: 200}
@@ -218,12 +220,50 @@ def test_a_disk_that_fails_costs_no_span(
     assert "A trace may get larger than it should, since disk I/O error" in caplog.text
 
 
-def test_jobs_of_yesterday_are_forgotten(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_long_ago_are_forgotten(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each batch of a stream may be a job, and one file is for all of them."""
     assert places(opened(10), 10, seconds=0.0) == {Place.MAIN: 10}
-    monkeypatch.setattr("mlflow_ctx_autolog.worker.placement._KEPT", -1.0)
-    opened(10, trace="tr-2")
-    monkeypatch.undo()
+    monkeypatch.setattr("mlflow_ctx_autolog.worker.placement._JOBS", 3)
+    for number in range(4):
+        places(opened(10, trace=f"tr-other-{number}"), 10, seconds=0.0)
     assert places(opened(10), 10, seconds=0.0) == {Place.MAIN: 10}
+    assert len(list((tmp_path / "spools").iterdir())) == 1
+
+
+def test_a_file_that_has_grown_is_written_anew(tmp_path: Path) -> None:
+    """In few lines, and those who had read the old ones read the new ones."""
+
+    class Small(HostAccount[Jobs]):
+        _longest = 2000
+
+    def opened() -> Small:
+        path = tmp_path / "account"
+        return Small(io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT), "r+"), Jobs, 0.0)
+
+    quota, other = (Quota({"any": 5000}, opened(), "tr-1") for _ in range(2))
+    assert sum(each.take("any") for _ in range(2000) for each in (quota, other)) == 4000
+    assert (tmp_path / "account").stat().st_size < 2500
+    other.give_back()
+    last = Quota({"any": 5000}, opened(), "tr-1")
+    assert sum(last.take("any") for _ in range(2000)) == 1000
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    """As a process leaves it that is killed while it writes."""
+    path = tmp_path / "account"
+
+    def opened() -> HostAccount[Jobs]:
+        return HostAccount(io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT), "r+"), Jobs, 0.0)
+
+    quota = Quota({"any": 100}, opened(), "tr-1")
+    assert sum(quota.take("any") for _ in range(40)) == 40
+    path.write_bytes(path.read_bytes() + b'\n["taken", "tr-')
+    assert sum(quota.take("any") for _ in range(8)) == 8
+    later = Quota({"any": 100}, opened(), "tr-1")
+    # But for what the first has in stock.
+    assert sum(later.take("any") for _ in range(100)) == 52
 
 
 @pytest.mark.parametrize(

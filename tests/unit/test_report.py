@@ -16,7 +16,7 @@ from mlflow_ctx_autolog import report as report_function
 from mlflow_ctx_autolog.cli import main
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.stores import tracking_store as store_module
+from mlflow_ctx_autolog.stores import reading
 from mlflow_ctx_autolog.stores.stored_trace import StoredSpan, StoredTrace
 
 SECOND = 1_000_000_000
@@ -64,7 +64,7 @@ def reported(
 ) -> CallReport:
     root = span("root", None, "UNKNOWN", arguments.pop("opened", 0), 10)
     trace = StoredTrace("tr-1", "7", state, arguments.pop("metadata", {}), [root, *spans])
-    monkeypatch.setattr(store_module, "read_stored_trace", lambda *_: trace)
+    monkeypatch.setattr(reading, "read_stored_trace", lambda *_: trace)
     return report_function("tr-1", tracking_uri="http://mlflow", **arguments)
 
 

@@ -16,6 +16,7 @@ from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver.ledger import Arrival, Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.sending import send
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_a_stored_task_tells_of_its_silence(
             task.set_attributes({"spark.task.outcome": "completed", **attributes})
             record = tracing.snapshot(task)
         assert record is not None
-        store.send(database, [store.span_record(record)])
+        send(database, [store.span_record(record)])
     mlflow.flush_trace_async_logging()
 
     texts = told(caplog)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
+import json
 import logging
 import os
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -19,12 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_ctx_autolog.delivery import segments as segments_module
 from mlflow_ctx_autolog.delivery import spool as spool_module
+from mlflow_ctx_autolog.delivery.directory import directory_problem, private_file
+from mlflow_ctx_autolog.delivery.segments import DamagedError, Segment
 from mlflow_ctx_autolog.delivery.spool import (
     Destination,
     Record,
     Spool,
-    SpoolFile,
     default_directory,
     spool_files,
 )
@@ -78,11 +79,11 @@ class Disk:
     @contextmanager
     def failing(self, *methods: str) -> Iterator[None]:
         def fail(*_: object) -> None:
-            raise sqlite3.OperationalError("database or disk is full")
+            raise OSError(errno.ENOSPC, "no space left on device")
 
         with self._monkeypatch.context() as patch:
             for method in methods:
-                patch.setattr(SpoolFile, method, fail)
+                patch.setattr(Segment, method, fail)
             yield
 
 
@@ -144,59 +145,6 @@ def test_many_records_come_back_oldest_first(make: MakeSpool) -> None:
     assert len(spool.peek(1000, 50_000)) == 50
     assert spool.remove(number for number, _ in found) == {number for number, _ in found}
     assert len(spool) == 0
-
-
-def test_log_is_written_back(make: MakeSpool, spools: Path, tmp_path: Path) -> None:
-    """What has gathered in the log is in the file itself once nobody waits for a record."""
-    spool = make()
-    alone = tmp_path / "alone.spool"
-
-    def count_without_log() -> int:
-        (path,) = spools.glob("*.spool")
-        alone.write_bytes(path.read_bytes())
-        with contextlib.closing(sqlite3.connect(alone)) as connection:
-            try:
-                return int(connection.execute("SELECT count(*) FROM record").fetchone()[0])
-            except sqlite3.OperationalError:
-                # Not even the table.
-                return 0
-
-    for number in range(110):
-        spool.add([span(str(number))])
-    assert count_without_log() == 0
-    spool.write_back()
-    assert count_without_log() == 110
-    # Not for each record anew.
-    spool.add([span("one more")])
-    spool.write_back()
-    assert count_without_log() == 110
-
-
-class _HandedOver:
-    """A lock that another thread takes as soon as it is free, and then does something."""
-
-    def __init__(self, then: Callable[[], object]) -> None:
-        self._then = then
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        self._then()
-
-
-def test_log_can_be_written_back_between_two_parts_of_a_reading(
-    make: MakeSpool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spool = make()
-    spool.add([span(f"{number:03}") for number in range(100)])
-    file = spool._file
-    assert file is not None
-    written: list[None] = []
-    monkeypatch.setattr(spool, "_lock", _HandedOver(lambda: written.append(file.write_back())))
-
-    assert len(keys(spool)) == 100
-    assert len(written) > 5
 
 
 def test_new_spool_is_empty_and_makes_no_file(make: MakeSpool, spools: Path) -> None:
@@ -339,7 +287,7 @@ def test_default_directory_that_others_can_write_is_not_used(
     assert keys(spool) == ["a", "b"]
     assert files_in(default_directory()) == []
     [warning] = [record.getMessage() for record in caplog.records]
-    assert "can be written by, somebody else" in warning
+    assert "can be written by somebody else" in warning
     assert "spool_directory" in warning
 
 
@@ -380,10 +328,10 @@ def test_no_credentials_on_the_disk(make: MakeSpool, spools: Path, uri: str) -> 
 
 def test_destination_without_credentials_is_kept(make: MakeSpool, spools: Path) -> None:
     """The file says where its records belong, without the user in the address."""
-    spool = make(Destination("https://name:secret@host:5000/path?x=1", "7"))
+    spool = make(Destination("https://name:secret@host:5000/path?sslmode=require&x=1", "7"))
     spool.add([span("a")])
 
-    assert destination_in(spools) == Destination("https://host:5000/path?x=1", "7")
+    assert destination_in(spools) == Destination("https://host:5000/path?sslmode=require", "7")
 
 
 @pytest.mark.parametrize(
@@ -398,8 +346,10 @@ def test_destination_is_kept_as_it_is(make: MakeSpool, spools: Path, uri: str | 
 
 
 def destination_in(folder: Path) -> Destination:
-    [file] = [file for file in spool_module._open_files if file.path.parent == folder]
-    return file.destination()
+    [path] = spool_files(folder)
+    first, _, rest = path.read_bytes().partition(b"\n")
+    assert first == b"mlflow-ctx-autolog spool 2"
+    return Destination(**json.loads(rest.partition(b"\n")[0]))
 
 
 def test_prompts_do_not_stay_when_they_are_delivered(make: MakeSpool, spools: Path) -> None:
@@ -460,7 +410,7 @@ def test_full_file_falls_to_memory_and_then_rejects(
     assert keys(spool) == [record.key for record in kept]
     [path] = spool_files(spools)
     assert path.stat().st_size <= 200_000
-    assert len([r for r in caplog.records if "disk is full" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "spool_max_bytes=200,000" in r.getMessage()]) == 1
 
     spool.remove([number for number, _ in spool.peek(1000, PLENTY)])
     assert len(spool) == 0
@@ -500,7 +450,7 @@ def test_disk_that_is_full_is_not_strewn_with_empty_files(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(spool_module, "without_credentials", fail)
+        patch.setattr(segments_module, "without_credentials", fail)
         spool = make()
         for key in "abc":
             assert spool.add([span(key)]) == []
@@ -541,7 +491,7 @@ def test_disk_that_fails_on_reading_leaves_what_is_in_memory(make: MakeSpool, di
     with disk.failing("add"):
         spool.add([span("in memory")])
 
-    with disk.failing("records"):
+    with disk.failing("read"):
         assert keys(spool) == ["in memory"]
     assert sorted(keys(spool)) == ["in memory", "on disk"]
 
@@ -551,9 +501,7 @@ def test_another_process_cannot_open_the_file(make: MakeSpool, spools: Path) -> 
     with process(HOLDER, spools, 3) as holder:
         [path] = spool_files(spools)
         with pytest.raises(BlockingIOError, match="alive"):
-            SpoolFile.open(path)
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
-            sqlite3.connect(path, timeout=0).execute("SELECT * FROM record").fetchall()
+            Segment.open(path)
         # Not harmed by the attempts.
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -568,20 +516,22 @@ def test_own_file_cannot_be_opened_again(make: MakeSpool, spools: Path) -> None:
 
     for _ in range(2):
         with pytest.raises(BlockingIOError):
-            SpoolFile.open(path)
-    code = "import sys, pathlib; from mlflow_ctx_autolog.delivery.spool import SpoolFile\n"
-    code += "try: SpoolFile.open(pathlib.Path(sys.argv[1]))\nexcept BlockingIOError: print('ready')"
+            Segment.open(path)
+    code = "import sys, pathlib; from mlflow_ctx_autolog.delivery.segments import Segment\n"
+    code += "try: Segment.open(pathlib.Path(sys.argv[1]))\nexcept BlockingIOError: print('ready')"
     with process(code, path):
         pass
     assert keys(spool) == ["a"]
 
 
 def found_in(path: Path) -> list[str]:
-    file = SpoolFile.open(path)
-    try:
-        return [record.key for _, record in file.records()]
-    finally:
-        file.close()
+    return [record.key for record in records_in(path)]
+
+
+def records_in(path: Path) -> list[Record]:
+    with contextlib.closing(Segment.open(path)) as segment:
+        assert segment.scan() == 0
+        return [segment.read(number) for number in segment.numbers()]
 
 
 def test_records_outlive_a_killed_process(spools: Path) -> None:
@@ -591,21 +541,17 @@ def test_records_outlive_a_killed_process(spools: Path) -> None:
         holder.wait()
 
     [path] = spool_files(spools)
-    file = SpoolFile.open(path)
-    try:
-        assert file.destination() == DESTINATION
-        assert [record for _, record in file.records()] == [
-            Record("span", f"{number}", b"payload", "task") for number in range(50)
-        ]
-        assert file.count(10, 21) == 10
-    finally:
-        file.close()
+    assert destination_in(spools) == DESTINATION
+    assert records_in(path) == [
+        Record("span", f"{number}", b"payload", "task") for number in range(50)
+    ]
 
 
 FORKING = """
 import gc, os, sys
 from pathlib import Path
-from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, SpoolFile, spool_files
+from mlflow_ctx_autolog.delivery.segments import Segment
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, spool_files
 
 directory = Path(sys.argv[1])
 spool = Spool(Destination("http://a", "1"), directory, 10_000_000, 10_000_000)
@@ -615,7 +561,7 @@ if child == 0:
     del spool
     gc.collect()
     try:
-        SpoolFile.open(spool_files(directory)[0])
+        Segment.open(spool_files(directory)[0])
     except BlockingIOError:
         own = Spool(Destination("http://a", "1"), directory, 10_000_000, 10_000_000)
         own.add([Record("span", "child", b"payload")])
@@ -637,32 +583,10 @@ def test_forked_child_leaves_the_file_of_its_parent(spools: Path) -> None:
     with process(FORKING, spools) as parent:
         [path] = spool_files(spools)
         with pytest.raises(BlockingIOError):
-            SpoolFile.open(path)
+            Segment.open(path)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         assert found_in(path) == ["before", "after"]
-
-
-def test_no_connection_is_left_open(make: MakeSpool, spools: Path) -> None:
-    """A file that was discarded is closed: another one may be made in its place."""
-    gc.collect()
-    before = list(spool_module._open_files)
-    spool = make()
-    spool.add([span("a")])
-    assert len(spool_module._open_files) == len(before) + 1
-    spool.remove([number_of(spool, "a")])
-    spool.discard()
-
-    assert spool_module._open_files == before
-
-
-def test_damaged_file_is_no_file_in_use(tmp_path: Path) -> None:
-    """Opening something that is no spool says that, and not that somebody has it."""
-    path = tmp_path / "x.spool"
-    path.write_bytes(b"no database" * 1000)
-
-    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
-        SpoolFile.open(path)
 
 
 def test_spool_files_of_others_are_not_listed(
@@ -676,27 +600,166 @@ def test_spool_files_of_others_are_not_listed(
     assert spool_files(spools) == []
 
 
+NAMES = [f"mlflow-ctx-autolog-{digit * 32}.spool" for digit in "ab"]
+
+
 def test_spool_that_vanishes_does_not_hide_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that another process removes meanwhile does not end the list."""
-    for name in ("a.spool", "b.spool"):
+    for name in NAMES:
         (tmp_path / name).touch()
     real = Path.lstat
 
     def lstat(path: Path) -> os.stat_result:
-        if path.name == "a.spool":
+        if path.name == NAMES[0]:
             raise FileNotFoundError(path)
         return real(path)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    assert spool_files(tmp_path) == [tmp_path / "b.spool"]
+    assert spool_files(tmp_path) == [tmp_path / NAMES[1]]
 
 
 def test_spool_files_are_those_that_are_spools(tmp_path: Path) -> None:
-    """Only spools are listed, not what lies beside them; nothing where there is no directory."""
-    for name in ("b.spool", "a.spool", "a.spool-wal", "c.damaged", "d.txt"):
+    """Also an older release's; not what users have put beside them; nothing where nothing is."""
+    older = f"{'c' * 32}.spool"
+    refused = f"mlflow-ctx-autolog-{'d' * 32}.refused.spool"
+    others = ("mine.spool", f"{'c' * 32}.spool-wal", "c.damaged", "d.txt", f"x{older}")
+    for name in (*NAMES, older, refused, *others):
         (tmp_path / name).touch()
 
-    assert spool_files(tmp_path) == [tmp_path / "a.spool", tmp_path / "b.spool"]
+    assert {path.name for path in spool_files(tmp_path)} == {*NAMES, older}
+    assert {path.name for path in spool_files(tmp_path, refused=True)} == {*NAMES, older, refused}
     assert spool_files(tmp_path / "missing") == []
+
+
+def test_what_is_no_spool_is_not_opened_as_one(tmp_path: Path) -> None:
+    """It says that, and not that somebody has it."""
+    path = tmp_path / NAMES[0]
+    path.write_bytes(b"no spool" * 1000)
+
+    with contextlib.closing(Segment.open(path)) as segment:
+        with pytest.raises(DamagedError, match="no spool"):
+            segment.destination()
+        with pytest.raises(DamagedError, match="no spool"):
+            segment.scan()
+
+
+def test_nothing_is_opened_through_a_link(tmp_path: Path) -> None:
+    """Which somebody else may have put there; nor is a pipe waited for."""
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / NAMES[0]).symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic"):
+        Segment.open(tmp_path / NAMES[0])
+    with pytest.raises(OSError, match="symbolic"):
+        private_file(tmp_path, NAMES[0], may_exist=True)
+    os.link(tmp_path / "victim", tmp_path / "hard")
+    with pytest.raises(PermissionError):
+        private_file(tmp_path, "hard", may_exist=True)
+    os.mkfifo(tmp_path / NAMES[1])
+    with pytest.raises(DamagedError, match="no file"):
+        Segment.open(tmp_path / NAMES[1])
+
+
+def test_default_directory_that_is_a_link_is_not_used(
+    make: MakeSpool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it leads to a directory of this user's own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "home").mkdir(mode=0o700)
+    default_directory().symlink_to(tmp_path / "home")
+    spool = make(directory=None)
+
+    assert spool.add([span("a")]) == []
+    assert keys(spool) == ["a"]
+    assert files_in(tmp_path / "home") == []
+
+
+NO_DISK = """
+import resource, signal, sys, tempfile
+from mlflow_ctx_autolog.delivery.directory import directory_problem
+from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool
+
+# Each write fails from now on, in any directory, as on a full disk.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+tempfile.tempdir = None
+spool = Spool(Destination("http://a", "1"), None, 10_000_000, 10_000_000)
+lost = [spool.add([Record("span", f"{number}", b"payload")]) for number in range(3)]
+assert lost == [[], [], []], lost
+assert [record.key for _, record in spool.peek(10, 1000)] == ["0", "1", "2"]
+assert directory_problem(None) is not None
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_without_any_temporary_directory_spans_wait_in_memory() -> None:
+    """Nothing is raised where Python finds no directory that can be written."""
+    with process(NO_DISK):
+        pass
+
+
+def test_large_spool_has_several_files(
+    make: MakeSpool, spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is removed as soon as nothing in it waits, also while others do."""
+    monkeypatch.setattr(spool_module, "_SEGMENT_BYTES", 10_000)
+    spool = make()
+    for number in range(40):
+        spool.add([span(f"{number:02}", 1000)])
+    files = len(spool_files(spools))
+    assert files >= 4
+    assert keys(spool) == [f"{number:02}" for number in range(40)]
+
+    spool.remove(number_of(spool, f"{number:02}") for number in range(20))
+    assert len(spool_files(spools)) == files - 2
+    assert keys(spool) == [f"{number:02}" for number in range(20, 40)]
+    spool.remove(number for number, _ in spool.peek(100, PLENTY))
+    spool.discard()
+    assert files_in(spools) == []
+
+
+def test_what_is_removed_is_wiped(make: MakeSpool, spools: Path) -> None:
+    """Each record by itself, while the others in the file wait."""
+    spool = make()
+    spool.add([span("a", 3000), span("b", 2_500_000), span("c", 3000)])
+    spool.remove([number_of(spool, "b")])
+
+    [path] = spool_files(spools)
+    content = path.read_bytes()
+    assert b"b xxx" not in content
+    assert content.count(b"x" * 2998) == 2
+    assert content.count(b"x" * 3000) == 0
+
+
+def test_half_a_record_is_none(
+    make: MakeSpool, spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk gets full as a record is written, those before and after it are whole."""
+    spool = make()
+    spool.add([span("a", 1000)])
+    real = os.pwrite
+    written = []
+
+    def pwrite(file: int, content: bytes, at: int) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        written.append(real(file, content[:500], at))
+        return written[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        spool.add([span("b", 1000)])
+    assert written == [500]
+    spool.add([span("c", 1000)])
+    assert keys(spool) == ["a", "b", "c"]
+    [path] = spool_files(spools)
+    content = path.read_bytes()
+    assert (content.count(b"b xxx"), content.count(b"c xxx")) == (0, 1)
+
+
+def test_directory_problem_names_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert directory_problem(tmp_path / "new" / "spools") is None
+    assert str(tmp_path / "file") in str(directory_problem(tmp_path / "file"))

@@ -23,6 +23,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.sending import send, send_to
 
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
 JSON = {"Content-Type": "application/json"}
@@ -36,6 +37,8 @@ class Stub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
         self.status, self.headers, self.body = 200, PROTOBUF, b""
+        # Of some paths, another body.
+        self.bodies: dict[str, bytes] = {}
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
 
     @property
@@ -56,9 +59,10 @@ class Answers(BaseHTTPRequestHandler):
         self.send_response(self.server.status)
         for name, value in self.server.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(self.server.body)))
+        content = self.server.bodies.get(self.path, self.server.body)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(self.server.body)
+        self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -107,7 +111,7 @@ def records_of(spans: list[Span]) -> list[Record]:
 def refusal(stub: Stub, spans: list[Span]) -> StoreError:
     """Return what sending spans raises, which took one request."""
     with pytest.raises(StoreError) as caught:
-        store.send(Destination(stub.uri, "7"), records_of(spans))
+        send(Destination(stub.uri, "7"), records_of(spans))
     assert len(stub.requests) == 1
     return caught.value
 
@@ -157,7 +161,7 @@ def test_joined_payloads_are_one_message(spans: list[Span]) -> None:
 
 def test_spans_go_in_one_request(stub: Stub, spans: list[Span]) -> None:
     """All spans of a batch are one OTLP request to their experiment."""
-    store.send(Destination(stub.uri, "7"), records_of(spans))
+    send(Destination(stub.uri, "7"), records_of(spans))
 
     ((path, headers, body),) = stub.requests
     assert path == "/v1/traces"
@@ -168,9 +172,10 @@ def test_spans_go_in_one_request(stub: Stub, spans: list[Span]) -> None:
 
 def test_what_is_known_of_a_trace_goes_after_its_spans(stub: Stub, spans: list[Span]) -> None:
     """A trace's own record is one request to MLflow, in JSON, after those of spans."""
-    stub.will_answer(200, JSON, b"{}")
+    stub.will_answer(200, JSON, b'{"trace": {}}')
+    stub.bodies["/v1/traces"] = b"{}"
     records = [store.trace_record(trace_info("tr-7")), *records_of(spans)]
-    store.send(Destination(stub.uri, "7"), records)
+    send(Destination(stub.uri, "7"), records)
 
     assert [path for path, _, _ in stub.requests] == ["/v1/traces", "/api/3.0/mlflow/traces"]
     info = json.loads(stub.requests[1][2])["trace"]["trace_info"]
@@ -211,27 +216,38 @@ def test_what_may_pass_is_no_refusal(stub: Stub, spans: list[Span], status: int)
 
 
 @pytest.mark.parametrize(
-    ("header", "seconds"), [("7", 7), ("0.5", 0.5), ("-3", 0), ("86400", 300), ("soon", None)]
+    ("header", "seconds"),
+    [
+        ("7", 7),
+        ("0.5", 0.5),
+        ("-3", None),
+        ("0", None),
+        ("86400", 300),
+        ("soon", None),
+        ("nan", None),
+        ("inf", 300),
+    ],
 )
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_store_says_when_to_come_again(
     stub: Stub, spans: list[Span], status: int, header: str, seconds: float | None
 ) -> None:
-    """Retry-After is read as a number of seconds, within limits."""
+    """Retry-After is read as a number of seconds, within limits; what is no pause says nothing."""
     stub.will_answer(status, {"Retry-After": header})
     assert refusal(stub, spans).retry_after == seconds
 
 
-@pytest.mark.parametrize(("ahead", "least", "most"), [(200, 100, 200), (-200, 0, 0)])
-def test_a_store_says_the_date_to_come_again(
-    stub: Stub, spans: list[Span], ahead: int, least: float, most: float
-) -> None:
-    """Retry-After is read as a date, too; one that has passed is now."""
-    date = email.utils.formatdate(time.time() + ahead, usegmt=True)
+def test_a_store_says_the_date_to_come_again(stub: Stub, spans: list[Span]) -> None:
+    """Retry-After is read as a date, too; one that has passed says nothing."""
+    date = email.utils.formatdate(time.time() + 200, usegmt=True)
     stub.will_answer(503, {"Retry-After": date})
     retry_after = refusal(stub, spans).retry_after
     assert retry_after is not None
-    assert least <= retry_after <= most
+    assert 100 <= retry_after <= 200
+
+    stub.requests.clear()
+    stub.will_answer(503, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"})
+    assert refusal(stub, spans).retry_after is None
 
 
 @pytest.mark.parametrize(
@@ -247,12 +263,12 @@ def test_success_that_is_not_mlflows_is_none(
     assert not error.refused
 
 
-@pytest.mark.parametrize("body", [b"<h1>Sign in</h1>", b"", b"[]"])
+@pytest.mark.parametrize("body", [b"<h1>Sign in</h1>", b"", b"[]", b"{}"])
 def test_a_trace_counts_as_stored_where_the_answer_is_json(stub: Stub, body: bytes) -> None:
     """What is known of a trace is not stored where the answer is anything but a JSON object."""
     stub.will_answer(200, JSON, body)
     with pytest.raises(StoreError, match="JSON"):
-        store.send(Destination(stub.uri, "7"), [store.trace_record(trace_info())])
+        send(Destination(stub.uri, "7"), [store.trace_record(trace_info())])
     assert len(stub.requests) == 1
 
 
@@ -261,7 +277,7 @@ def test_a_store_that_is_not_there(spans: list[Span]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(StoreError, match="cannot be reached") as caught:
-        store.send(Destination(f"http://127.0.0.1:{port}", "7"), records_of(spans))
+        send(Destination(f"http://127.0.0.1:{port}", "7"), records_of(spans))
     assert (caught.value.refused, caught.value.retry_after) == (False, None)
 
 
@@ -301,7 +317,7 @@ def test_a_database_takes_spans_and_counts_them(database: Destination, spans: li
     trace_id = spans[0].trace_id
     records = [*records_of(spans), store.trace_record(trace_info(trace_id))]
     for _ in range(2):
-        store.send(database, records)
+        send(database, records)
 
     assert store.count_spans(database, trace_id) == 2
     info, stored = store.read_trace(database, trace_id)
@@ -312,14 +328,14 @@ def test_a_database_takes_spans_and_counts_them(database: Destination, spans: li
 def test_costs_are_summed_up_by_the_database(database: Destination, spans: list[Span]) -> None:
     """What the store has found calls to have cost is added up by MLflow's names."""
     trace_id = spans[0].trace_id
-    store.send(database, [store.trace_record(trace_info(trace_id)), *records_of(spans)])
+    send(database, [store.trace_record(trace_info(trace_id)), *records_of(spans)])
     assert store.sum_of_costs(database, trace_id) == {}
 
     with mlflow.start_span("priced") as span:
         price = {"input_cost": 1.0, "output_cost": 2.0, "total_cost": 3.0}
         span.set_attribute("mlflow.llm.cost", price)
     info = trace_info(span.trace_id)
-    store.send(database, [store.trace_record(info), store.span_record(span.to_immutable_span())])
+    send(database, [store.trace_record(info), store.span_record(span.to_immutable_span())])
     assert store.sum_of_costs(database, span.trace_id) == price
 
 
@@ -334,27 +350,27 @@ def test_a_database_that_cannot_be_opened(tmp_path: Path, spans: list[Span]) -> 
     broken = tmp_path / "broken.db"
     broken.write_bytes(b"no database at all" * 100)
     with pytest.raises(StoreError):
-        store.send(Destination(f"sqlite:///{broken}", "0"), records_of(spans))
+        send(Destination(f"sqlite:///{broken}", "0"), records_of(spans))
 
 
 def test_a_database_refuses_what_is_no_span(database: Destination) -> None:
     """What can never be stored is refused, so that it does not hold up what comes after it."""
     with pytest.raises(StoreError) as caught:
-        store.send(database, [Record("span", "1", b"\xff garbage")])
+        send(database, [Record("span", "1", b"\xff garbage")])
     assert caught.value.refused
 
 
 @pytest.mark.parametrize("planned", [None, "http://127.0.0.1:9"])
 def test_records_can_be_sent_elsewhere(stub: Stub, spans: list[Span], planned: str | None) -> None:
     """With an address that is asked for, records go there, wherever they were to go."""
-    used = store.send_to(stub.uri, Destination(planned, "7"), records_of(spans))
+    used = send_to(stub.uri, Destination(planned, "7"), records_of(spans))
     assert used == Destination(stub.uri, "7")
     assert stub.requests[0][1]["x-mlflow-experiment-id"] == "7"
 
 
 def test_records_go_where_they_were_to_go(stub: Stub, spans: list[Span]) -> None:
     """Where no address is asked for, records keep to their own."""
-    used = store.send_to(None, Destination(stub.uri, "7"), records_of(spans))
+    used = send_to(None, Destination(stub.uri, "7"), records_of(spans))
     assert used == Destination(stub.uri, "7")
     assert len(stub.requests) == 1
 
@@ -363,6 +379,6 @@ def test_records_without_any_address_go_to_mlflows_store(
     database: Destination, spans: list[Span]
 ) -> None:
     """Spans that only the driver could store are stored where MLflow is told to."""
-    assert store.send_to(None, Destination(None, "0"), records_of(spans)) == database
+    assert send_to(None, Destination(None, "0"), records_of(spans)) == database
     _, stored = store.read_trace(database, spans[0].trace_id)
     assert len(stored) == 2

@@ -27,8 +27,7 @@ from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.exceptions import CarrierError
 from mlflow_ctx_autolog.stores.tracking_store import read_trace, spans_of
-from mlflow_ctx_autolog.worker import runner as worker
-from mlflow_ctx_autolog.worker import spark_task
+from mlflow_ctx_autolog.worker import attempt, spark_task
 from mlflow_ctx_autolog.worker.process import worker_process
 
 
@@ -204,7 +203,7 @@ def test_a_failure_of_ours_does_not_stop_the_function(
     def broken() -> Any:
         raise RuntimeError("no tracing today")
 
-    monkeypatch.setattr(worker, "worker_process", broken)
+    monkeypatch.setattr(attempt, "worker_process", broken)
     assert list(_run(lambda items: items, carrier[0], _numbers())) == [1, 2, 3]
     assert "no tracing today" in caplog.text
 

@@ -1,0 +1,1 @@
+"""MLflow's own tracing in a worker: loaded only where somebody there wants it."""

@@ -1,0 +1,1 @@
+"""Calls of the OpenAI client as spans, without MLflow."""

@@ -1,0 +1,39 @@
+"""The names of the attributes of spans: MLflow's, OpenTelemetry's, and this library's own."""
+
+from __future__ import annotations
+
+# MLflow's: mlflow.tracing.constant.SpanAttributeKey.
+TRACE_ID = "mlflow.traceRequestId"
+SPAN_TYPE = "mlflow.spanType"
+INPUTS = "mlflow.spanInputs"
+OUTPUTS = "mlflow.spanOutputs"
+LOG_LEVEL = "mlflow.spanLogLevel"
+MESSAGE_FORMAT = "mlflow.message.format"
+TOOLS = "mlflow.chat.tools"
+USAGE = "mlflow.chat.tokenUsage"
+COST = "mlflow.llm.cost"
+MODEL = "mlflow.llm.model"
+
+# Of events: a stream's chunk, and an exception by OpenTelemetry's conventions.
+CHUNK_EVENT = "mlflow.chunk.item."
+CHUNK_VALUE = "mlflow.chunk.value"
+EXCEPTION_EVENT = "exception"
+EXCEPTION_MESSAGE = "exception.message"
+EXCEPTION_TYPE = "exception.type"
+EXCEPTION_STACKTRACE = "exception.stacktrace"
+
+# OpenTelemetry's conventions on HTTP and on generative AI.
+RESEND_COUNT = "http.request.resend_count"
+TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+FINISH_REASONS = "gen_ai.response.finish_reasons"
+
+# This library's own.
+ANNOTATION = "annotation."
+FINGERPRINT = "llm.request.fingerprint"
+NOT_SENT = "llm.request.not_sent"
+STREAM_OUTCOME = "llm.stream.outcome"
+USAGE_UNKNOWN = "llm.usage.unknown"
+REJECTED = "llm.answer.rejected"
+
+# Log levels of spans as MLflow has them: what users see, and what went wrong.
+DEBUG, INFO, ERROR = 10, 20, 40

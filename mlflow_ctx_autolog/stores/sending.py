@@ -1,0 +1,61 @@
+"""Storing records, in whatever kind of store they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mlflow_ctx_autolog.delivery.records import Destination, Record
+from mlflow_ctx_autolog.stores.http import untraced
+from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
+from mlflow_ctx_autolog.stores.tracking_server import send_to_server, speaks_to
+
+__all__ = ["needs_mlflow", "send", "send_to"]
+
+
+def needs_mlflow(uri: str | None) -> bool:
+    """Whether records can be sent to an address only by a process that has MLflow loaded.
+
+    So it is with databases, Databricks, folders of files and log-ins that only MLflow can make.
+    """
+    return uri is not None and not is_collector(uri) and not speaks_to(uri)
+
+
+def send(destination: Destination, records: Sequence[Record]) -> None:
+    """Store records, spans in one request. Storing a record again replaces it.
+
+    A collector is sent no more than the spans.
+
+    Raises:
+        StoreError: The store does not answer, or refuses them.
+    """
+    uri = destination.tracking_uri
+    if uri is not None and is_collector(uri):
+        send_to_collector(uri, [record for record in records if record.kind == "span"])
+    elif speaks_to(uri):
+        send_to_server(destination, records)
+    else:
+        from mlflow_ctx_autolog.stores.tracking_store import send_by_mlflow
+
+        with untraced():
+            send_by_mlflow(destination, records)
+
+
+def send_to(
+    tracking_uri: str | None, destination: Destination, records: Sequence[Record]
+) -> Destination:
+    """Store records in ``tracking_uri``, wherever they were to go; return where they went.
+
+    Without one, those that had no address of their own go to MLflow's configured store.
+
+    Raises:
+        StoreError: The store does not answer, or refuses them.
+    """
+    uri = tracking_uri or destination.tracking_uri
+    if uri is None:
+        from mlflow_ctx_autolog.stores.tracking_store import current_tracking_uri
+
+        uri = current_tracking_uri()
+    used = replace(destination, tracking_uri=uri)
+    send(used, records)
+    return used

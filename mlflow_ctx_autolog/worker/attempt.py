@@ -1,0 +1,251 @@
+"""A task attempt, from the begin of its span to what becomes of the spans below it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
+from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.spans.attributes import DEBUG
+from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
+from mlflow_ctx_autolog.task import Task, driver_span, driver_trace_id, open_tasks
+from mlflow_ctx_autolog.worker.placement import open_placement
+from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
+from mlflow_ctx_autolog.worker.spark_task import task_attributes
+
+__all__ = ["begin", "finish"]
+
+_logger = logging.getLogger(__name__)
+
+_TASK = "TASK"
+_OUTCOME = "spark.task.outcome"
+
+# A trace's session and tags can be written through attributes of its root span, which spares a
+# request of their own. Older servers keep the tags as plain attributes.
+_TAG_PREFIX = "mlflow.traceTag."
+_TRACE_NAME = f"{_TAG_PREFIX}mlflow.traceName"
+_SESSION, _USER = "session.id", "user.id"
+
+# How long the end of a task whose spans can go home waits for the store: a share of the time that
+# the task took, and at least so many seconds, unless the last task has waited in vain.
+_SHARE_OF_TASK, _PATIENCE = 0.05, 1.0
+
+
+def begin(
+    context: DriverContext, name: str, relay: Any = None, filters: bytes | None = None
+) -> Task:
+    """Begin a task attempt: its span is open, and what runs in it is recorded.
+
+    Args:
+        context: What came from the driver.
+        name: The name of its span.
+        relay: A Spark accumulator for its receipt and spans; None where there is none.
+        filters: The user's functions that spans go through, as Spark pickles them.
+    """
+    worker = worker_process()
+    attributes = task_attributes()
+    content, span_processors = content_policy(context, filters)
+    task = Task(
+        context,
+        content,
+        attempt_id=attributes.get("spark.task.attempt_id"),
+        relay=relay,
+        span_processors=span_processors,
+        budget=budget_of(context),
+    )
+    for other in open_tasks():
+        # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
+        if other.attempt_id != task.attempt_id:
+            finish(other, GeneratorExit())
+    if context.application_id is not None:
+        attributes["spark.application.id"] = context.application_id
+    if context.speculation is not None:
+        attributes["spark.speculation"] = context.speculation
+    attributes[_OUTCOME] = "running"
+    worker.switch_on(task)
+    task.open()
+    try:
+        parent = driver_span(context)
+        task.span = OpenSpan(name, _TASK, parent)
+        task.span.update({**attributes, **_of_own_trace(name, context)})
+        is_sampled = parent.is_sampled if parent is not None else _is_sampled()
+        # Below a span that sampling has dropped, its calls are dropped with it.
+        task.parent = task.span.context._replace(is_sampled=is_sampled)
+        task.placement = open_placement(context, task.trace_id)
+        worker.task_started(task)
+    except BaseException:
+        task.close()
+        worker.switch_off()
+        raise
+    return task
+
+
+def _of_own_trace(name: str, context: DriverContext) -> Mapping[str, Any]:
+    """Return what a task's span says of its trace, where it is the root of one."""
+    if context.traceparent is not None:
+        return {}
+    said = {_TRACE_NAME: name, _SESSION: context.session_id, _USER: context.user}
+    found = {name: value for name, value in said.items() if value is not None}
+    return {**found, **{f"{_TAG_PREFIX}{tag}": value for tag, value in context.tags.items()}}
+
+
+def _is_sampled() -> bool:
+    """Whether a trace that begins here is recorded, as MLflow samples traces."""
+    try:
+        ratio = float(os.environ.get("MLFLOW_TRACE_SAMPLING_RATIO", "1"))
+    except ValueError:
+        ratio = 1.0
+    # Not from the generator that the user may have seeded.
+    return not 0.0 <= ratio < 1.0 or random.SystemRandom().random() < ratio
+
+
+def finish(task: Task, error: BaseException | None = None) -> None:
+    """End the task's span and see its spans off. Never raises. Idempotent."""
+    if not task.is_open or task.span is None:
+        return
+    worker = worker_process()
+    delivery = worker.deliveries.to(task.destination)
+    silence = None
+    try:
+        worker.settle(task)
+        made = delivery.counts(task.span_id).made + 1
+        silence = _reason_for_silence(task, made)
+        _end_span(task, task.span, made, silence, error)
+    except Exception as failure:
+        warn_once(_logger, "end", f"The span of a task could not be ended: {failure!r}")
+    finally:
+        task.close()
+    try:
+        _see_off(task, delivery, error, silence)
+    finally:
+        # Not before: the log-in at the store may be among what the task has set.
+        worker.switch_off()
+
+
+def _end_span(
+    task: Task, span: OpenSpan, made: int, silence: str | None, error: BaseException | None
+) -> None:
+    worker = worker_process()
+    if (said := worker.mlflow.said_of(task)) is not None:
+        # By the user's function, to which it was MLflow's active span.
+        span.update_json({name: text for name, text in said.attributes.items() if name != _OUTCOME})
+        for event in said.events:
+            span.add_event(event)
+    receipt = TaskReceipt.attributes(
+        made, task.usage.total, task.cost.total, silence, task.sampled_out
+    )
+    span.update({**task.counts(), **receipt})
+    if error is None:
+        span.update({_OUTCOME: "completed"})
+    elif isinstance(error, GeneratorExit):
+        # Spark had all the rows it wanted.
+        span.update({_OUTCOME: "closed early"})
+    else:
+        span.update({_OUTCOME: "failed"})
+        event = SpanEvent.of_exception(error)
+        span.add_event(event)
+        span.fail(f"{type(error).__name__}: {event.attributes['exception.message']}")
+    record = span.finish(level=DEBUG)
+    if record is not None and task.is_recorded:
+        worker.task_ended(record)
+
+
+def _see_off(
+    task: Task, delivery: Delivery, error: BaseException | None, silence: str | None
+) -> None:
+    """Store what a task that has ended has made, or hand it on to those who can."""
+    # From a task that fails or is closed early, Spark takes nothing home.
+    goes_home = task.relay is not None and error is None
+    started = time.monotonic()
+    timeout = task.context.config.flush_timeout
+    if goes_home:
+        # Rather than hold up a job for a store that is slow, let the driver wait for it.
+        patience = 0.0 if delivery.store_is_down else _PATIENCE
+        timeout = min(timeout, max(patience, _SHARE_OF_TASK * (started - task.began)))
+    is_stored = delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
+    seconds = time.monotonic() - started
+    counts = delivery.counts(task.span_id)
+    delivery.forget(task.span_id)
+    if goes_home:
+        _relay(task, delivery, counts, seconds, is_stored, silence)
+    elif not is_stored:
+        warn_once(
+            _logger,
+            "flush",
+            f"{delivery.waiting} finished spans of this worker are not stored at the end of the "
+            "task. They are sent later if this worker lives on; else the next task on this host, "
+            "or mlflow-ctx-autolog recover, sends them from the spool.",
+        )
+
+
+def _reason_for_silence(task: Task, made: int) -> str | None:
+    """Return why the task's model calls left no span, if they may have left none for a reason.
+
+    A function that calls no model is none.
+
+    Args:
+        task: The task.
+        made: Spans that it has made, its own among them.
+    """
+    problem = worker_process().mlflow.problem()
+    if not task.is_recorded:
+        is_expected = driver_span(task.context) is not None
+        is_expected = is_expected and driver_trace_id(task.context) is None
+        return None if is_expected else (problem or "sampling dropped the task's span")
+    if made > 1 or problem is None:
+        return None
+    return f"{task.calls} calls were made, but {problem}" if task.calls else problem
+
+
+def _relay(
+    task: Task,
+    delivery: Delivery,
+    counts: Counts,
+    seconds: float,
+    is_stored: bool,
+    silence: str | None,
+) -> None:
+    """Hand back the task's receipt, and what this worker could not store, along with the task."""
+    receipt = TaskReceipt(
+        trace_id=task.trace_id,
+        task_span_id=task.span_id,
+        made=counts.made,
+        delivered=counts.delivered,
+        waiting=counts.waiting,
+        lost=counts.lost,
+        first_error=delivery.first_error if counts.waiting or counts.lost else None,
+        seconds_waiting=seconds,
+        usage=task.usage.total,
+        cost=task.cost.total,
+        calls=task.calls,
+        errors=task.errors,
+        spent=task.spent,
+        requests=task.requests,
+        silence=silence,
+        sampled_out=task.sampled_out,
+        set_aside=counts.set_aside,
+    )
+    batches = [_batch(receipt.to_json(), delivery, is_stored)]
+    for other in worker_process().deliveries.all():
+        # Left by workers that are gone, and only this driver can store it.
+        if other is not delivery and _is_for_driver_of(task, other) and other.waiting:
+            batches.append(_batch(None, other, False))
+    task.relay.add(batches)
+
+
+def _is_for_driver_of(task: Task, delivery: Delivery) -> bool:
+    destination = delivery.destination
+    return destination.tracking_uri is None and (destination.driver_id == task.context.process_id)
+
+
+def _batch(receipt: str | None, delivery: Delivery, is_stored: bool) -> Any:
+    destination = delivery.destination
+    records = [] if is_stored else [tuple(record[:3]) for record in delivery.take()]
+    return receipt, destination.tracking_uri, destination.experiment_id, records
