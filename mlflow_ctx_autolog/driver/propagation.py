@@ -111,8 +111,9 @@ class ActionPropagator:
     def _tell(self, context: Any, moment: object) -> None:
         text = self._text() if self._is_on else None
         told = self._told
+        before = told.text if getattr(told, "context", None) is context else None
         told.moment, told.context = moment, context
-        if getattr(told, "text", None) == text:
+        if before == text:
             return
         self._warn_if_shared(text)
         context._jsc.setLocalProperty(ACTION_PROPERTY, text)
