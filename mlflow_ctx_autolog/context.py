@@ -194,20 +194,6 @@ class DriverContext:
             user=None,
         )
 
-    def shared(self) -> DriverContext:
-        """Return what of it is the same for all functions and actions."""
-        if self.propagation != BY_PROPERTY:
-            return self
-        return replace(
-            self,
-            traceparent=None,
-            tracestate=None,
-            session_id=None,
-            user=None,
-            spent={},
-            spans_per_host=None,
-        )
-
     def to_json(self) -> str:
         """Serialise to one JSON object, with the format's version in ``version``."""
         fields = {name: getattr(self, name) for name in _FIELDS}

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog import __version__, tracing, versions
@@ -167,14 +168,11 @@ class Driver:
         self.executed_plans.watch(session)
         self._functions.add(name)
         relay = spark_api.relay_of(session, self.ledger.receive)
-        context = _capture(
-            session,
-            receipts_come_home=relay is not None,
-            functions=1,
-            propagation=BY_BROADCAST if on_driver or not self.uses_properties else BY_PROPERTY,
-        )
-        if context.tracking_uri is None:
+        by_property = self.uses_properties and not on_driver
+        shared = _shared(session, BY_PROPERTY if by_property else BY_BROADCAST)
+        if shared.tracking_uri is None:
             _check_relay(relay is not None)
+        _open_trace(shared, receipts_come_home=relay is not None, functions=1)
         options = {
             "name": name,
             "required": required,
@@ -182,14 +180,15 @@ class Driver:
             "on_driver": on_driver,
             "version": __version__,
         }
-        context_of_spark = spark_api.spark_context(session) if has_broadcasts else None
-        return SubmittedFunction(
-            function,
-            options,
-            self._carriers.of(context, context_of_spark),
-            relay,
-            _pickled_filters(session),
-        )
+        of_spark = spark_api.spark_context(session) if has_broadcasts else None
+        if by_property:
+            carrier = self._carriers.of(
+                shared, lambda: _with_active_span(shared, session), of_spark
+            )
+        else:
+            context = _with_active_span(shared, session)
+            carrier = self._carriers.of(context, lambda: context, of_spark)
+        return SubmittedFunction(function, options, carrier, relay, _pickled_filters(session))
 
     @property
     def uses_properties(self) -> bool:
@@ -405,7 +404,7 @@ def capture() -> DriverContext:
     Raises:
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
-    return _capture(spark_api.active_session(), receipts_come_home=False)
+    return _capture(spark_api.active_session())
 
 
 def broadcast(spark: Any = None) -> Any:
@@ -422,7 +421,7 @@ def broadcast(spark: Any = None) -> Any:
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
     session = spark_api.active_session() if spark is None else spark
-    context = _capture(session, receipts_come_home=False)
+    context = _capture(session)
     if context.tracking_uri is None:
         raise UnsupportedStoreError(
             f"Spans would have to come home to the driver, since {transport()[1]}; those of "
@@ -458,26 +457,22 @@ def traced(function: F, spark: Any = None) -> F:
     return function
 
 
-def _capture(
-    session: Any, *, receipts_come_home: bool, functions: int = 0, propagation: str = BY_BROADCAST
-) -> DriverContext:
-    headers = tracing.active_span_headers()
+def _capture(session: Any) -> DriverContext:
+    shared = _shared(session, BY_BROADCAST)
+    _open_trace(shared, receipts_come_home=False)
+    return _with_active_span(shared, session)
+
+
+def _shared(session: Any, propagation: str) -> DriverContext:
+    """Return what of the context of this moment does not depend on the active span."""
     tracking_uri, _ = transport(session)
     _warn_of_network(session)
-    is_collector = otlp.is_collector(tracking_uri)
-    if not is_collector:
-        driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
-    session_id, user = tracing.session_and_user() if headers else (None, None)
     tags, metadata = tracing.declared_traces()
-    context = DriverContext(
+    return DriverContext(
         tracking_uri=tracking_uri,
         # A collector has none, and there may be no tracking server to ask.
-        experiment_id="" if is_collector else tracing.current_experiment_id(),
-        traceparent=headers.get("traceparent"),
-        tracestate=headers.get("tracestate"),
+        experiment_id="" if otlp.is_collector(tracking_uri) else tracing.current_experiment_id(),
         workspace=tracing.active_workspace(),
-        session_id=session_id,
-        user=user,
         tags=tags,
         metadata=metadata,
         application_id=None if session is None else spark_api.application_id(session),
@@ -489,13 +484,32 @@ def _capture(
         fingerprint_key=driver.fingerprint_key,
         propagation=propagation,
         speculation=_speculation(session),
-        spans_per_host=None if is_collector else _spans_per_host(session),
         config=settings(),
     )
-    if propagation == BY_PROPERTY:
+
+
+def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
+    """Return the context with the span that is active now, and how large its trace may become."""
+    headers = tracing.active_span_headers()
+    session_id, user = tracing.session_and_user() if headers else (None, None)
+    is_collector = otlp.is_collector(shared.tracking_uri)
+    context = replace(
+        shared,
+        traceparent=headers.get("traceparent"),
+        tracestate=headers.get("tracestate"),
+        session_id=session_id,
+        user=user,
+        spans_per_host=None if is_collector else _spans_per_host(session),
+    )
+    if shared.propagation == BY_PROPERTY:
         return context
     spent = driver.ledger.spent() if settings().has_budget else {}
     return context.under(ActionContext(context.traceparent, session_id, spent))
+
+
+def _open_trace(shared: DriverContext, *, receipts_come_home: bool, functions: int = 0) -> None:
+    if not otlp.is_collector(shared.tracking_uri):
+        driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
 
 
 def _spans_per_host(session: Any) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
@@ -98,12 +97,6 @@ def session_facts(spark: Any) -> dict[str, int]:
         return {}
     from pyspark import accumulators
 
-    with contextlib.suppress(Exception):
-        spark.sparkContext._jvm.System.gc()
-    folder = spark.sparkContext._temp_dir
-    files = [name for _, _, names in os.walk(folder) for name in names]
-    return {
-        "files": len(files),
-        "accumulators": len(accumulators._accumulatorRegistry),
-        "broadcasts": len(spark.sparkContext._pickled_broadcast_vars),
-    }
+    # PySpark writes one file for each broadcast.
+    files = [name for _, _, names in os.walk(spark.sparkContext._temp_dir) for name in names]
+    return {"files": len(files), "accumulators": len(accumulators._accumulatorRegistry)}

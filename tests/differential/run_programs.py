@@ -65,6 +65,10 @@ def main() -> None:
         for name in options.names:
             print(name, flush=True)
             facts[name] = run.facts_of(PROGRAMS[name])
+            # What there is, in case that a later one ends the process.
+            Path(options.output).with_suffix(".partial.json").write_text(
+                json.dumps(facts, indent=1, default=repr)
+            )
         session = session_facts(spark)
         traced = run.traced_calls() if options.database is not None else {}
         spark.stop()

@@ -51,7 +51,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     driver = Driver()
     monkeypatch.setattr(propagation, "_active_spark_context", lambda: driver.context)
     monkeypatch.setattr(driver.propagator, "_is_on", True)
-    yield driver
+    return driver
 
 
 def test_spark_is_told_where_the_span_is_another(driver: Driver) -> None:
