@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, DriverContext
 from mlflow_ctx_autolog.driver import propagation
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator
+from mlflow_ctx_autolog.worker import runner
 from mlflow_ctx_autolog.worker.spark_task import ACTION_PROPERTY
 
 
@@ -115,3 +117,43 @@ def test_a_failure_to_tell_is_warned_of_and_passes(
     driver.context._jsc.setLocalProperty = fail
     driver.act("one")
     assert "the JVM is gone" in caplog.text
+
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+OTHER = "00-1af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        (None, "the driver did not say which span its action is of"),
+        ("", "what the driver said of the action is damaged: ''"),
+        (OTHER[:-1], "what the driver said of the action is damaged"),
+        ("none;calls=many", "what the driver said of the action is damaged"),
+    ],
+)
+def test_what_a_task_is_not_told_means_no_other_span(
+    text: str | None,
+    warning: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not that in which the carrier was made; and one warning says so."""
+    monkeypatch.setattr(runner, "action_text", lambda: text)
+    monkeypatch.setattr("mlflow_ctx_autolog.exceptions._warned", set())
+    carrier = DriverContext("0", traceparent=PARENT, propagation=BY_PROPERTY)
+    for _ in range(2):
+        assert runner.Submission("extract", carrier).context().traceparent is None
+    (said,) = caplog.messages
+    assert warning in said
+
+
+def test_a_task_is_told_its_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the property, where the carrier asks for it; else the carrier names it."""
+    monkeypatch.setattr(runner, "action_text", lambda: f"{OTHER};session=s;calls=3")
+    carrier = DriverContext("0", traceparent=PARENT, propagation=BY_PROPERTY)
+    context = runner.Submission("extract", carrier).context()
+    assert (context.traceparent, context.session_id) == (OTHER, "s")
+    assert context.spent == {"calls": 3.0}
+    alone = DriverContext("0", traceparent=PARENT, propagation=BY_BROADCAST)
+    assert runner.Submission("extract", alone).context().traceparent == PARENT
