@@ -180,7 +180,7 @@ def described(error: BaseException | None) -> Any:
         "cause": described(error.__cause__),
         "context": None if error.__suppress_context__ else described(error.__context__),
     }
-    for method in ("getErrorClass", "getCondition", "getSqlState", "getMessageParameters"):
+    for method in ("getCondition", "getSqlState", "getMessageParameters"):
         with contextlib.suppress(Exception):
             facts[method] = normal(repr(getattr(error, method)()))
     return facts

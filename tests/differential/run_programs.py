@@ -89,6 +89,8 @@ def _session(engine: str) -> Any:
         # The server is a process of its own, and knows of settings by this way only.
         given = " ".join(f"--conf {name}={value}" for name, value in settings.items())
         os.environ["PYSPARK_SUBMIT_ARGS"] = f"{given} pyspark-shell"
+        # Has it listen on a free port, of which there may be several at once.
+        os.environ["SPARK_TESTING"] = "on a free port"
         builder = builder.remote("local[2]")
     else:
         builder = builder.master("local[2]").config(map=settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from typing import Any
 
@@ -114,10 +115,10 @@ def _profiled(job: Job, kind: str) -> None:
         text = printed(lambda: job.spark.profile.show(type=kind))
         job.note(f"{name}: users", sorted({each for each in lines if each in text}))
         job.note(f"{name}: the user's line", "ask(" in text or "by_" in text)
-        job.note(f"{name}: ours", "mlflow_ctx_autolog/worker/runner.py" in text)
         if kind == "memory":
             # Numbers come first, then the line.
             told = [line.split("  ")[-1].strip() for line in text.splitlines() if "ask" in line]
+            job.note(f"{name}: files", sorted(re.findall(r"Filename: (.*)", text)))
             job.note(f"{name}: lines", told)
             job.note(f"{name}: length", len(text.splitlines()))
 
@@ -158,12 +159,12 @@ def threads_of_the_driver(job: Job) -> None:
 
 @program(engines=(CONNECT,), has_span=False)
 def another_application_on_the_server(job: Job) -> None:
-    from pyspark.sql import SparkSession
+    from pyspark.sql.connect.client.core import DefaultChannelBuilder
+    from pyspark.sql.connect.session import SparkSession
 
     ask = job.ask()
-    address = job.spark.client._builder.host if hasattr(job.spark, "client") else "localhost"
-    port = job.spark.client._builder._port if hasattr(job.spark.client._builder, "_port") else 15002
-    other = SparkSession.builder.remote(f"sc://{address}:{port}").create()
+    port = DefaultChannelBuilder.default_port()
+    other = SparkSession.builder.remote(f"sc://localhost:{port}").create()
     try:
         column = f.udf(lambda number: ask(number), "string")
         with job.span("one"):
@@ -176,6 +177,4 @@ def another_application_on_the_server(job: Job) -> None:
             job.rows("by name", other.sql("SELECT ask_of_other(id) FROM range(2)"))
         job.error("unknown here", lambda: job.spark.sql("SELECT ask_of_other(1)").collect())
     finally:
-        with_stop = getattr(other.client, "close", None)
-        if with_stop is not None:
-            with_stop()
+        other.client.close()
