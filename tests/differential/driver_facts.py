@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -66,7 +67,10 @@ def _job(job: Any) -> list[Any]:
 
     stages = job.stageIds().size(), job.numCompletedStages(), job.numSkippedStages()
     tasks = job.numTasks(), job.numFailedTasks()
-    tags = [str(tag) for tag in _items(job.jobTags().toSeq())] if hasattr(job, "jobTags") else []
+    tags: list[str] = []
+    # Spark 3.5 has none on record.
+    with contextlib.suppress(Exception):
+        tags = [str(tag) for tag in _items(job.jobTags().toSeq())]
     return [
         normal(job.name()), text(job.description()), text(job.jobGroup()), stages, tasks,
         [normal(tag) for tag in sorted(tags) if "-execution-root-id-" not in tag],

@@ -101,7 +101,7 @@ class Job:
 
     def note(self, name: str, value: Any) -> None:
         assert name not in self.facts, f"{name} is noted already"
-        self.facts[name] = normal(value) if isinstance(value, str) else value
+        self.facts[name] = _all_normal(value)
 
     def calls(self, name: str, action: Callable[[], Any]) -> Any:
         """Run something, and note how many model calls it made; return what it returned."""
@@ -157,6 +157,14 @@ class Job:
         return result
 
 
+def _all_normal(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_all_normal(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _all_normal(each) for key, each in value.items()}
+    return normal(value) if isinstance(value, str) else value
+
+
 def printed(action: Callable[[], Any]) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -193,6 +201,7 @@ _CHANGING = [
         (r"^\s+at [\w.$/]+\(.*\n?", ""),
         (r"^\s+at .*\$\$Lambda.*\n?", ""),
         (r"^\t\.\.\. \d+ more\n?", ""),
+        (r"Lambda\$\d+|Lambda/", "Lambda"),
         (r"0x[0-9a-f]+", "0x"),
         (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "UUID"),
         (r"\b[0-9a-f]{32}\b", "HEX"),
