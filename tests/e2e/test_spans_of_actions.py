@@ -212,7 +212,6 @@ def test_where_actions_cannot_say_it_the_broadcast_does(
         spans.append(span)
     frame.collect()
     assert [calls(span) for span in spans] == [4, 8]
-    assert spark.sparkContext.getLocalProperty("mlflow_ctx_autolog.action") is None
 
 
 @pytest.mark.parametrize(
