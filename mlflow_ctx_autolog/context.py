@@ -228,20 +228,6 @@ class DriverContext:
         traceparent = f"00-{digest[:16].hex()}-{digest[16:24].hex()}-{int(is_sampled):02x}"
         return replace(self, traceparent=traceparent, action=name)
 
-    def shared(self) -> DriverContext:
-        """Return what of it is the same for all functions and actions."""
-        if self.propagation != BY_PROPERTY:
-            return self
-        return replace(
-            self,
-            traceparent=None,
-            tracestate=None,
-            session_id=None,
-            user=None,
-            spent={},
-            spans_per_host=None,
-        )
-
     def to_json(self) -> str:
         """Serialise to one JSON object, with the format's version in ``version``."""
         fields = {name: getattr(self, name) for name in _FIELDS}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -114,7 +116,9 @@ class Redirect:
         self._receiver = receiver
         self._active = False
         self._original: Any = None
-        self._layer: _Redirected | None = None
+        self._layer: _Redirected | property | None = None
+        # Attributes of the class that a property needs.
+        self._helpers: tuple[str, ...] = ()
         self._was_inherited = False
 
     @property
@@ -130,7 +134,7 @@ class Redirect:
         """
         if not self._is_on_top():
             self._original = _static(self.owner, self.name)
-            self._layer = _Redirected(self._original, self)
+            self._layer = self._layer_over(self._original)
             self._was_inherited = self.name not in vars(self.owner)
             setattr(self.owner, self.name, self._layer)
         self._active = True
@@ -143,6 +147,19 @@ class Redirect:
                 delattr(self.owner, self.name)
             else:
                 setattr(self.owner, self.name, self._original)
+            for helper in self._helpers:
+                delattr(self.owner, helper)
+
+    def _layer_over(self, original: Any) -> _Redirected | property:
+        if not isinstance(original, property):
+            return _Redirected(original, self)
+        # A property runs as it is looked up: only what is not written in Python leaves no frame.
+        number = next(_numbers)
+        self._helpers = receiver, redirected = f"_receiver_{number}", f"_redirected_{number}"
+        setattr(self.owner, receiver, property(self.receiver))
+        setattr(self.owner, redirected, original)
+        getter = operator.attrgetter(f"{receiver}.{redirected}")
+        return property(getter, original.fset, original.fdel, original.__doc__)
 
     def _is_on_top(self) -> bool:
         return self._layer is not None and vars(self.owner).get(self.name) is self._layer
@@ -156,6 +173,9 @@ class Redirect:
         except Exception:
             _logger.warning("%s.%s runs untraced", self.owner.__name__, self.name, exc_info=True)
             return instance
+
+
+_numbers = itertools.count()
 
 
 class _Redirected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
@@ -23,18 +24,22 @@ class Carriers:
             weakref.WeakKeyDictionary()
         )
 
-    def of(self, context: DriverContext, spark_context: Any) -> Any:
+    def of(self, shared: DriverContext, whole: Callable[[], DriverContext], spark: Any) -> Any:
         """Return the carrier of a context: a Spark broadcast of its JSON.
 
         Args:
-            context: As captured now. A carrier that was made before serves for all that follow, as
-                long as they differ in nothing but the span that was active.
-            spark_context: Where to broadcast it; None for the text itself.
+            shared: What of the context is the same for all functions and actions.
+            whole: Returns all of it, with the span that is active now. Called where there is no
+                carrier yet; one that was made before serves for all that share as much with it.
+            spark: The SparkContext that broadcasts it; None for the text itself.
         """
-        text = self._texts.setdefault(context.shared().to_json(), context.to_json())
-        if spark_context is None:
+        key = shared.to_json()
+        text = self._texts.get(key)
+        if text is None:
+            text = self._texts[key] = whole().to_json()
+        if spark is None:
             return text
-        broadcasts = self._broadcasts.setdefault(spark_context, {})
+        broadcasts = self._broadcasts.setdefault(spark, {})
         if text not in broadcasts:
-            broadcasts[text] = spark_context.broadcast(text)
+            broadcasts[text] = spark.broadcast(text)
         return broadcasts[text]

@@ -6,8 +6,9 @@ import re
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow_ctx_autolog.patching import Patch
@@ -30,14 +31,15 @@ class ExecutedPlans:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._patch: Patch | None = None
-        self._plans: OrderedDict[str, tuple[int, dict[str, int]]] = OrderedDict()
+        self._requested = threading.local()
+        self._plans: OrderedDict[str, _Plan] = OrderedDict()
 
     def watch(self, session: Any) -> None:
         """Note the plans of a session, if it is one of Spark Connect. Idempotent."""
         # A classic session has a property of the public name, which raises.
         client = type(getattr(session, "__dict__", {}).get("_client"))
-        if self._patch is None and hasattr(client, "_execute_and_fetch_as_iterator"):
-            self._patch = Patch(client, "_execute_and_fetch_as_iterator", self._fetch)
+        if self._patch is None and hasattr(client, "_build_metrics"):
+            self._patch = Patch(client, "_build_metrics", self._build_metrics)
         if self._patch is not None:
             self._patch.apply()
 
@@ -45,6 +47,14 @@ class ExecutedPlans:
         """Idempotent."""
         if self._patch is not None:
             self._patch.revert()
+
+    def expect(self, request: Any) -> None:
+        """Take what comes next on this thread for the answer to a request.
+
+        Args:
+            request: Names its operation, once it has been sent.
+        """
+        self._requested.last = request
 
     def since(self, time_ms: int) -> dict[str, dict[str, int]]:
         """Return, for each operation since a time, how many nodes of its plan were of a kind.
@@ -57,33 +67,36 @@ class ExecutedPlans:
             many read a cached table (``InMemoryTableScan``). Without operations that do neither.
         """
         with self._lock:
-            return {
-                operation: nodes
-                for operation, (ended, nodes) in self._plans.items()
-                if ended >= time_ms
-            }
+            latest = {name: plan for name, plan in self._plans.items() if plan.ended >= time_ms}
+            return {name: nodes for name, plan in latest.items() if (nodes := plan.kinds())}
 
-    def _fetch(
-        self, original: Callable[..., Iterator[Any]], *args: Any, **kwargs: Any
-    ) -> Iterator[Any]:
-        metrics = []
-        for item in original(*args, **kwargs):
-            if type(item).__name__ == "PlanMetrics":
-                metrics.append(item)
-            yield item
-        # Whatever a later release sends, the user's results have come.
+    def _build_metrics(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Whatever a later release sends, the user's results come.
         with suppress(Exception):
-            self._note(kwargs["req"] if "req" in kwargs else args[1], metrics)
+            self._note(str(self._requested.last.operation_id), args[1].metrics)
+        # Nothing of the user's, and no error, goes through here: it is a generator yet to run.
+        return original(*args, **kwargs)
 
-    def _note(self, request: Any, metrics: list[Any]) -> None:
+    def _note(self, operation: str, metrics: Iterable[Any]) -> None:
         names = {each.plan_id: str(each.name) for each in metrics}
-        nodes = Counter(kind for name in names.values() if (kind := _kind(name)) is not None)
-        if not nodes:
-            return
         with self._lock:
-            self._plans[str(request.operation_id)] = (time.time_ns() // 1_000_000, dict(nodes))
+            plan = self._plans.setdefault(operation, _Plan())
+            plan.names.update(names)
+            plan.ended = time.time_ns() // 1_000_000
             while len(self._plans) > _KEPT:
                 self._plans.popitem(last=False)
+
+
+@dataclass
+class _Plan:
+    """The names of a plan's nodes, by their ids, and when they were last told of."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    ended: int = 0
+
+    def kinds(self) -> dict[str, int]:
+        kinds = (_kind(name) for name in self.names.values())
+        return dict(Counter(kind for kind in kinds if kind is not None))
 
 
 def _kind(name: str) -> str | None:

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog import __version__, tracing, versions
@@ -81,7 +82,7 @@ class Driver:
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.instrumentor = SparkInstrumentor(self.submit)
-        self.propagator = ActionPropagator(self._moment, self._tell)
+        self.propagator = ActionPropagator(self._moment, self._tell, self.executed_plans.expect)
         self.batches = BatchFunctions(tracing.activate)
         self.actions = Actions()
         self.threads = SpanThreads()
@@ -183,14 +184,11 @@ class Driver:
         self.executed_plans.watch(session)
         self._functions.add(name)
         relay = spark_api.relay_of(session, self.ledger.receive)
-        context = _capture(
-            session,
-            receipts_come_home=relay is not None,
-            functions=1,
-            propagation=BY_BROADCAST if on_driver or not self.uses_properties else BY_PROPERTY,
-        )
-        if context.tracking_uri is None:
+        by_property = self.uses_properties and not on_driver
+        shared = _shared(session, BY_PROPERTY if by_property else BY_BROADCAST)
+        if shared.tracking_uri is None:
             _check_relay(relay is not None)
+        _open_trace(shared, receipts_come_home=relay is not None, functions=1)
         options = {
             "name": name,
             "required": required,
@@ -200,14 +198,15 @@ class Driver:
         }
         if settings().reuse_answers is not None:
             options["function"] = _identity(function) or name
-        context_of_spark = spark_api.spark_context(session) if has_broadcasts else None
-        return SubmittedFunction(
-            function,
-            options,
-            self._carriers.of(context, context_of_spark),
-            relay,
-            _pickled_filters(session),
-        )
+        of_spark = spark_api.spark_context(session) if has_broadcasts else None
+        if by_property:
+            carrier = self._carriers.of(
+                shared, lambda: _with_active_span(shared, session), of_spark
+            )
+        else:
+            context = _with_active_span(shared, session)
+            carrier = self._carriers.of(context, lambda: context, of_spark)
+        return SubmittedFunction(function, options, carrier, relay, _pickled_filters(session))
 
     @property
     def uses_properties(self) -> bool:
@@ -472,7 +471,7 @@ def capture() -> DriverContext:
     Raises:
         UnsupportedStoreError: Spans of workers cannot reach the tracking store.
     """
-    return _capture(spark_api.active_session(), receipts_come_home=False)
+    return _capture(spark_api.active_session())
 
 
 def broadcast(spark: Any = None) -> Any:
@@ -497,7 +496,7 @@ def broadcast(spark: Any = None) -> Any:
             "spark=None stands for the active Spark session, and none is active; start one, or "
             "pass it. Without Spark, capture().to_json() is a carrier."
         )
-    context = _capture(session, receipts_come_home=False)
+    context = _capture(session)
     if context.tracking_uri is None:
         raise UnsupportedStoreError(
             f"Spans would have to come home to the driver, since {transport()[1]}; those of "
@@ -536,26 +535,22 @@ def traced(function: F, spark: Any = None) -> F:
     return function
 
 
-def _capture(
-    session: Any, *, receipts_come_home: bool, functions: int = 0, propagation: str = BY_BROADCAST
-) -> DriverContext:
-    headers = tracing.active_span_headers()
+def _capture(session: Any) -> DriverContext:
+    shared = _shared(session, BY_BROADCAST)
+    _open_trace(shared, receipts_come_home=False)
+    return _with_active_span(shared, session)
+
+
+def _shared(session: Any, propagation: str) -> DriverContext:
+    """Return what of the context of this moment does not depend on the active span."""
     tracking_uri, _ = transport(session)
     _warn_of_network(session)
-    is_collector = otlp.is_collector(tracking_uri)
-    if not is_collector:
-        driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
-    session_id, user = tracing.session_and_user() if headers else (None, None)
     tags, metadata = tracing.declared_traces()
-    context = DriverContext(
+    return DriverContext(
         tracking_uri=tracking_uri,
         # A collector has none, and there may be no tracking server to ask.
-        experiment_id="" if is_collector else tracing.current_experiment_id(),
-        traceparent=headers.get("traceparent"),
-        tracestate=headers.get("tracestate"),
+        experiment_id="" if otlp.is_collector(tracking_uri) else tracing.current_experiment_id(),
         workspace=tracing.active_workspace(),
-        session_id=session_id,
-        user=user,
         tags=tags,
         metadata=metadata,
         application_id=None if session is None else spark_api.application_id(session),
@@ -567,16 +562,35 @@ def _capture(
         fingerprint_key=driver.fingerprint_key,
         propagation=propagation,
         speculation=_speculation(session),
-        spans_per_host=None if is_collector else _spans_per_host(session),
         max_result_bytes=None if session is None else spark_api.max_result_bytes(session),
         config=settings(),
     )
-    if tracking_uri is None:
-        driver.ledger.meet_workers(process_id())
-    if propagation == BY_PROPERTY:
+
+
+def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
+    """Return the context with the span that is active now, and how large its trace may become."""
+    headers = tracing.active_span_headers()
+    session_id, user = tracing.session_and_user() if headers else (None, None)
+    is_collector = otlp.is_collector(shared.tracking_uri)
+    context = replace(
+        shared,
+        traceparent=headers.get("traceparent"),
+        tracestate=headers.get("tracestate"),
+        session_id=session_id,
+        user=user,
+        spans_per_host=None if is_collector else _spans_per_host(session),
+    )
+    if shared.propagation == BY_PROPERTY:
         return context
     spent = driver.ledger.spent() if settings().has_budget else {}
     return context.under(ActionContext(context.traceparent, session_id, spent=spent))
+
+
+def _open_trace(shared: DriverContext, *, receipts_come_home: bool, functions: int = 0) -> None:
+    if shared.tracking_uri is None:
+        driver.ledger.meet_workers(process_id())
+    if not otlp.is_collector(shared.tracking_uri):
+        driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
 
 
 def _spans_per_host(session: Any) -> int | None:

@@ -38,11 +38,18 @@ class ActionPropagator:
         moment: Returns something that equals what it returned before as long as there is nothing
             else to say.
         text: Returns what there is to say, for tasks to read; called where ``moment`` has changed.
+        on_request: Called with each request to Spark Connect that is about to be sent.
     """
 
-    def __init__(self, moment: Callable[[], object], text: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        moment: Callable[[], object],
+        text: Callable[[], str],
+        on_request: Callable[[Any], None],
+    ) -> None:
         self._moment = moment
         self._text = text
+        self._on_request = on_request
         self._told = threading.local()
         self._redirect: Redirect | None = None
         self._patch: Patch | None = None
@@ -104,8 +111,9 @@ class ActionPropagator:
     def _tell(self, context: Any, moment: object) -> None:
         text = self._text() if self._is_on else None
         told = self._told
+        before = told.text if getattr(told, "context", None) is context else None
         told.moment, told.context = moment, context
-        if getattr(told, "text", None) == text:
+        if before == text:
             return
         self._warn_if_shared(text)
         context._jsc.setLocalProperty(ACTION_PROPERTY, text)
@@ -129,7 +137,7 @@ class ActionPropagator:
     def _tag_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         request = original(*args, **kwargs)
         try:
-            self._moment()
+            self._on_request(request)
             request.tags.append(f"{ACTION_PROPERTY}={self._text()}")
         except Exception as error:
             warn_once(_logger, "tag", f"A request to Spark Connect has no tag of its span: {error}")

@@ -84,7 +84,15 @@ def session_of(receiver: Any) -> Any:
     # Asked of the class: a DataFrame has its columns as attributes.
     if hasattr(type(receiver), "sparkSession"):
         return receiver.sparkSession
-    return getattr(receiver, "__dict__", {}).get("ctx") or active_session()
+    of_rdd = getattr(receiver, "__dict__", {}).get("ctx")
+    return of_rdd or _context_of_classic(receiver) or active_session()
+
+
+def _context_of_classic(receiver: Any) -> Any:
+    """Return the SparkContext that a UDF of classic Spark will be used in, without asking Spark."""
+    if type(receiver).__module__ not in ("pyspark.sql.udf", "pyspark.sql.udtf"):
+        return None
+    return importlib.import_module("pyspark").SparkContext._active_spark_context
 
 
 def tell_daemons_of(spark: Any) -> None:
@@ -97,7 +105,7 @@ def application_id(spark: Any) -> str | None:
     """Return Spark's application id; None where the session does not tell."""
     context = spark_context(spark)
     if context is not None:
-        return str(context.applicationId)
+        return _facts_of(context)[_APPLICATION_ID]
     return setting(spark, "spark.app.id", "") or None
 
 
@@ -105,7 +113,7 @@ def setting(spark: Any, name: str, default: str) -> str | None:
     """Return one of Spark's settings, ``default`` where it is not set; None if it is not told."""
     try:
         context = spark_context(spark)
-        conf = spark.conf if context is None else context._conf
+        conf = spark.conf if context is None else _facts_of(context)
         return str(conf.get(name, default))
     except Exception:
         return None
@@ -122,9 +130,8 @@ def settings_of(spark: Any, names: Sequence[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in names:
         with contextlib.suppress(Exception):
-            found[name] = (
-                spark.conf.get(name, None) if context is None else context.getConf().get(name, None)
-            )
+            conf = spark.conf if context is None else _facts_of(context)
+            found[name] = conf.get(name, None)
     return found
 
 
@@ -135,6 +142,18 @@ def max_result_bytes(spark: Any) -> int | None:
     if found is None:
         return None
     return int(found[1]) << 10 * " kmgtp".index(found[2] or " ")
+
+
+_APPLICATION_ID = "spark.app.id"
+# What stays as it is while a SparkContext lives, for which the JVM is asked hundreds of times.
+_facts: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+def _facts_of(context: Any) -> dict[str, str]:
+    if context not in _facts:
+        settings = dict(context._conf.getAll())
+        _facts[context] = {**settings, _APPLICATION_ID: str(context.applicationId)}
+    return _facts[context]
 
 
 def executor_hosts(spark: Any) -> int:
@@ -279,7 +298,8 @@ def _receiving_param(receive: Callable[[Sequence[Any]], None]) -> Any:
 
 def spark_context(spark: Any) -> Any:
     """Return the SparkContext of a session, or what is one; None on Spark Connect."""
-    if hasattr(spark, "applicationId"):
+    # Asked of the class: its object would ask the JVM.
+    if hasattr(type(spark), "applicationId"):
         return spark
     # Spark Connect has no SparkContext, and says so by raising.
     try:

@@ -179,13 +179,14 @@ def _sampling_ratio(context: DriverContext) -> float:
 def _action() -> ActionContext:
     """Return what the driver says of the task's action; if nothing, that no span is active."""
     text = action_text()
+    problem = "the driver did not say which span its action is of, or this task cannot be told"
     try:
-        return ActionContext() if text is None else ActionContext.from_text(text)
+        if text is not None:
+            return ActionContext.from_text(text)
     except CarrierError as error:
-        warn_once(
-            _logger, "action", f"Calls of this task are in a trace of their own, since {error}"
-        )
-        return ActionContext()
+        problem = str(error)
+    warn_once(_logger, "action", f"Calls of this task are in a trace of their own, since {problem}")
+    return ActionContext()
 
 
 def load_submitted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,28 +12,30 @@ import pytest
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 
 
-class PlanMetrics:
-    """As the client of Spark Connect has them."""
+class Node:
+    """As the server sends it: a node of the plan that it has run."""
 
     def __init__(self, plan_id: int, name: str) -> None:
         self.plan_id, self.name = plan_id, name
 
 
 class Client:
-    """Has run one plan, whose nodes come after the results, some of them twice."""
+    """As that of Spark Connect, as far as it is asked: makes something of each node."""
 
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-        self.is_closed = False
+    def _build_metrics(self, metrics: Any) -> Iterator[Any]:
+        return (built(node) for node in metrics.metrics)
 
-    def _execute_and_fetch_as_iterator(self, request: Any, observations: Any) -> Iterator[Any]:
-        try:
-            for item in self.items:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            self.is_closed = True
+
+def built(node: Node) -> str:
+    if node.name == "broken":
+        raise ValueError("the client's own")
+    return f"{node.name}, built"
+
+
+def answered(plans: ExecutedPlans, operation: str, *nodes: Node) -> list[str]:
+    """Run a plan, which has these nodes."""
+    plans.expect(SimpleNamespace(operation_id=operation))
+    return list(Client()._build_metrics(SimpleNamespace(metrics=nodes)))
 
 
 @pytest.fixture
@@ -42,57 +45,67 @@ def plans() -> Iterator[ExecutedPlans]:
     found.unwatch()
 
 
-REQUEST = SimpleNamespace(operation_id="operation-1")
+SESSION = SimpleNamespace(_client=Client())
 
 
 def test_nodes_are_counted_by_kind(plans: ExecutedPlans) -> None:
-    nodes = ("MapInPandas", "ArrowEvalPython", "InMemoryTableScan", "Project")
-    metrics = [PlanMetrics(number, name) for number, name in enumerate(nodes)]
-    client = Client("rows", *metrics, metrics[0])
-    plans.watch(SimpleNamespace(_client=client))
-    plans.watch(SimpleNamespace(_client=client))
+    nodes = [
+        Node(number, name)
+        for number, name in enumerate(
+            ("MapInPandas", "ArrowEvalPython", "InMemoryTableScan", "Project")
+        )
+    ]
+    plans.watch(SESSION)
+    plans.watch(SESSION)
 
-    assert list(client._execute_and_fetch_as_iterator(REQUEST, {})) == list(client.items)
+    assert answered(plans, "operation-1", *nodes) == [f"{node.name}, built" for node in nodes]
+    # Some come twice.
+    answered(plans, "operation-1", nodes[0])
     assert plans.since(0) == {"operation-1": {"*": 2, "InMemoryTableScan": 1}}
     assert plans.since(1 << 62) == {}
 
 
 def test_plans_without_functions_are_left_out(plans: ExecutedPlans) -> None:
-    client = Client(PlanMetrics(1, "Range"))
-    plans.watch(SimpleNamespace(_client=client))
-    list(client._execute_and_fetch_as_iterator(REQUEST, {}))
+    plans.watch(SESSION)
+    answered(plans, "operation-1", Node(1, "Range"))
     assert plans.since(0) == {}
 
 
 def test_what_cannot_be_noted_is_no_error(plans: ExecutedPlans) -> None:
-    client = Client(PlanMetrics(1, "MapInPandas"))
-    plans.watch(SimpleNamespace(_client=client))
-    assert list(client._execute_and_fetch_as_iterator(object(), {})) == list(client.items)
+    plans.watch(SESSION)
+    nodes = SimpleNamespace(metrics=[Node(1, "MapInPandas")])
+    # Nothing was requested on this thread.
+    assert list(Client()._build_metrics(nodes)) == ["MapInPandas, built"]
     assert plans.since(0) == {}
 
 
-def test_errors_and_early_ends_are_the_clients(plans: ExecutedPlans) -> None:
-    """What the user sees and does is as without it."""
-    client = Client("rows", ValueError("the query's"))
-    plans.watch(SimpleNamespace(_client=client))
-    with pytest.raises(ValueError, match="the query's"):
-        list(client._execute_and_fetch_as_iterator(REQUEST, {}))
+def test_errors_are_the_clients(plans: ExecutedPlans) -> None:
+    """No frame of ours is in their tracebacks."""
+    plans.watch(SESSION)
+    with pytest.raises(ValueError, match="the client's own") as raised:
+        answered(plans, "operation-1", Node(1, "broken"))
+    names = [entry.name for entry in raised.traceback]
+    assert names[1:] == ["answered", "<genexpr>", "built"]
 
-    client.items = ("rows", "more rows")
-    client.is_closed = False
-    results = client._execute_and_fetch_as_iterator(REQUEST, {})
-    assert next(results) == "rows"
-    results.close()  # type: ignore[attr-defined]
-    assert client.is_closed
+
+def test_each_thread_has_its_own_requests(plans: ExecutedPlans) -> None:
+    plans.watch(SESSION)
+    plans.expect(SimpleNamespace(operation_id="of this thread"))
+    other = threading.Thread(target=answered, args=(plans, "of another", Node(1, "MapInPandas")))
+    other.start()
+    other.join()
+    list(Client()._build_metrics(SimpleNamespace(metrics=[Node(1, "InMemoryTableScan")])))
+    assert plans.since(0) == {
+        "of another": {"*": 1},
+        "of this thread": {"InMemoryTableScan": 1},
+    }
 
 
 def test_of_the_latest_operations_only(plans: ExecutedPlans) -> None:
     """The memory of a driver that runs for weeks is bounded."""
-    client = Client(PlanMetrics(1, "MapInPandas"))
-    plans.watch(SimpleNamespace(_client=client))
+    plans.watch(SESSION)
     for number in range(1000):
-        request = SimpleNamespace(operation_id=str(number))
-        list(client._execute_and_fetch_as_iterator(request, {}))
+        answered(plans, str(number), Node(1, "MapInPandas"))
     assert "999" in plans.since(0)
     assert len(plans.since(0)) == 300
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import UnsupportedVersionError
-from mlflow_ctx_autolog.patching import Patch
+from mlflow_ctx_autolog.patching import Patch, Redirect
 
 
 def greet(name: str, *, mark: str = "!") -> str:
@@ -411,3 +411,126 @@ def test_objects_of_a_patched_class_can_be_pickled(patched_fraction: Patch) -> N
     """Objects of a patched class, and the class itself, survive pickling."""
     assert pickle.loads(pickle.dumps(fractions.Fraction(1, 3))) == fractions.Fraction(1, 3)
     assert pickle.loads(pickle.dumps(fractions.Fraction)) is fractions.Fraction
+
+
+class Holder:
+    """Holds a function, which its method and its property run."""
+
+    def __init__(self, function: Callable[[], str]) -> None:
+        self.function = function
+
+    def run(self, mark: str = "") -> str:
+        return self.function() + mark
+
+    def __call__(self) -> str:
+        return self.run()
+
+    @property
+    def made(self) -> str:
+        """What the function makes."""
+        return self.function()
+
+    @made.setter
+    def made(self, function: Callable[[], str]) -> None:
+        self.function = function
+
+
+class Heir(Holder):
+    pass
+
+
+def failing() -> str:
+    raise ValueError("the user's")
+
+
+RUNS = {
+    "run": lambda holder: holder.run(),
+    "__call__": lambda holder: holder(),
+    "made": lambda holder: holder.made,
+}
+
+
+@pytest.mark.parametrize("owner", [Holder, Heir])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_redirected_method_runs_on_another_receiver(owner: type[Holder], name: str) -> None:
+    before = dict(vars(owner))
+    redirect = Redirect(owner, name, lambda holder: owner(lambda: f"not {holder.function()}"))
+    holder = owner(lambda: "this")
+    for _ in range(2):
+        redirect.apply()
+        redirect.apply()
+        assert redirect.active
+        assert RUNS[name](holder) == "not this"
+        redirect.revert()
+        redirect.revert()
+        assert RUNS[name](holder) == "this"
+        assert dict(vars(owner)) == before
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_frame_of_a_redirect_is_in_a_traceback(name: str) -> None:
+    """The user reads what they would read without."""
+    redirect = Redirect(Holder, name, lambda holder: Holder(failing))
+    tracebacks = []
+    for holder in (Holder(failing), Holder(lambda: "")):
+        with pytest.raises(ValueError, match="the user's") as raised:
+            RUNS[name](holder)
+        tracebacks.append([entry.name for entry in raised.traceback])
+        redirect.apply()
+    redirect.revert()
+    assert tracebacks[0] == tracebacks[1]
+
+
+def test_a_redirected_property_is_one_still() -> None:
+    redirect = Redirect(Holder, "made", lambda holder: holder)
+    redirect.apply()
+    try:
+        holder = Holder(lambda: "before")
+        holder.made = lambda: "after"
+        assert holder.made == "after"
+        assert Holder.made.__doc__ == "What the function makes."
+    finally:
+        redirect.revert()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_where_no_receiver_can_be_found_it_stays(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redirect = Redirect(Holder, name, lambda holder: 1 // 0)
+    redirect.apply()
+    try:
+        assert RUNS[name](Holder(lambda: "this")) == "this"
+    finally:
+        redirect.revert()
+    assert f"Holder.{name} runs untraced" in caplog.text
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_lies_on_top_of_a_redirect_stays(name: str) -> None:
+    redirect = Redirect(Holder, name, lambda holder: Holder(lambda: "redirected"))
+    original = vars(Holder)[name]
+    redirect.apply()
+    layer = vars(Holder)[name]
+    above: Any = (
+        property(lambda self: f"above {layer.fget(self)}")
+        if isinstance(layer, property)
+        else lambda self: f"above {layer.__get__(self)()}"
+    )
+    setattr(Holder, name, above)
+    try:
+        assert RUNS[name](Holder(lambda: "this")) == "above redirected"
+        redirect.revert()
+        assert vars(Holder)[name] is above
+        assert RUNS[name](Holder(lambda: "this")) == "above this"
+        redirect.apply()
+        assert RUNS[name](Holder(lambda: "this")) == "above redirected"
+        redirect.revert()
+        assert vars(Holder)[name] is above
+    finally:
+        setattr(Holder, name, original)
+
+
+def test_a_method_that_is_missing_is_named() -> None:
+    with pytest.raises(UnsupportedVersionError, match="Holder has no walk"):
+        Redirect(Holder, "walk", lambda holder: holder).apply()
