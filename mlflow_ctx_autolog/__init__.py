@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.delivery.receipts import Receipt
     from mlflow_ctx_autolog.diagnosis.doctor import Diagnosis, doctor
     from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
-    from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
+    from mlflow_ctx_autolog.recorder.annotations import annotate, last_call
     from mlflow_ctx_autolog.reporting.call_report import CallReport, report
     from mlflow_ctx_autolog.worker.runner import attach
 
@@ -79,7 +79,7 @@ _LAZY = {
     "DriverContext": "context",
     "Handle": "autolog",
     "Receipt": "delivery.receipts",
-    "annotate": "model_calls.annotations",
+    "annotate": "recorder.annotations",
     "attach": "worker.runner",
     "broadcast": "driver.handover",
     "capture": "driver.handover",
@@ -87,7 +87,7 @@ _LAZY = {
     "doctor": "diagnosis.doctor",
     "enable": "autolog",
     "flush": "driver.handover",
-    "last_call": "model_calls.annotations",
+    "last_call": "recorder.annotations",
     "receipt": "driver.handover",
     "report": "reporting.call_report",
     "traced": "driver.handover",

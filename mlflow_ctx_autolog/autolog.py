@@ -19,8 +19,8 @@ from mlflow_ctx_autolog.driver.handover import (
     warn,
     warn_of_old_store,
 )
+from mlflow_ctx_autolog.driver.openai_autolog import OpenAIAutolog
 from mlflow_ctx_autolog.exceptions import DiagnosisError
-from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 
@@ -28,8 +28,7 @@ __all__ = ["Handle", "disable", "enable", "switch_on"]
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
-_openai_calls = OpenAICalls(
-    only_in_tasks=False,
+_openai_calls = OpenAIAutolog(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,
 )

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.model_calls.budget import Budget
+from mlflow_ctx_autolog.recorder.budget import Budget
+from mlflow_ctx_autolog.spans.amounts import Amounts, Tally
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext
-from mlflow_ctx_autolog.usage import Amounts, Tally
 
 __all__ = [
     "Task",

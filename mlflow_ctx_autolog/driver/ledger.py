@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
+from mlflow_ctx_autolog.spans.amounts import Amounts, add
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import LINKED_TRACE, SPARK_FACTS, TRACE_KEY
 from mlflow_ctx_autolog.stores.tracking_store import (
@@ -47,7 +48,6 @@ from mlflow_ctx_autolog.tracing import (
     record_totals,
     totals_of,
 )
-from mlflow_ctx_autolog.usage import Amounts, add
 
 __all__ = ["Arrival", "Ledger", "write_stored_totals"]
 

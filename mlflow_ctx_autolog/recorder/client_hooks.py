@@ -33,6 +33,9 @@ class CallObserver(Protocol):
     def said(self, document: Any) -> None:
         """The server has answered with this document: JSON, before the client looks at it."""
 
+    def interrupted(self, error: BaseException) -> None:
+        """What interrupts the call is no error of its own: a cancelled task, an interrupt."""
+
 
 class AnswerReader(Protocol):
     """Who is told how an answer is read that was not all there when the call returned."""
@@ -169,12 +172,24 @@ class OpenAIClientHooks:
         return original(*args, **kwargs)
 
     def _request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._observer.sends()
-        return original(*args, **kwargs)
+        try:
+            self._observer.sends()
+            return original(*args, **kwargs)
+        except BaseException as error:
+            self._interrupted(error)
+            raise
 
     async def _async_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._observer.sends()
-        return await original(*args, **kwargs)
+        try:
+            self._observer.sends()
+            return await original(*args, **kwargs)
+        except BaseException as error:
+            self._interrupted(error)
+            raise
+
+    def _interrupted(self, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            _tell(self._observer.interrupted, error)
 
     def _process_data(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         response = kwargs.get("response")

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow_ctx_autolog.model_calls.annotations import ANNOTATION
-from mlflow_ctx_autolog.model_calls.budget import NOT_SENT
-from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
+from mlflow_ctx_autolog.spans.attributes import ANNOTATION, FINGERPRINT, NOT_SENT
 from mlflow_ctx_autolog.stores.stored_trace import (
     LINKED_SPAN,
     SPARK_FACTS,
     StoredSpan,
     StoredTrace,
 )
-from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
     "Attempt",

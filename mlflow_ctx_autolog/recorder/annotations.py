@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import NamedTuple
 
 __all__ = [
-    "ANNOTATION",
     "Annotations",
     "SpanIds",
     "annotate",
@@ -16,9 +15,6 @@ __all__ = [
     "last_call",
     "set_last_call",
 ]
-
-# Attributes of a call's span begin with this; the user's key follows.
-ANNOTATION = "annotation."
 
 Value = str | int | float | bool
 
