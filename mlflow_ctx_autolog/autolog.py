@@ -10,7 +10,7 @@ from typing import Any
 
 from mlflow_ctx_autolog import versions
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.diagnosis.checks import Facts, examine
+from mlflow_ctx_autolog.diagnosis.checks import Facts, examine, likely_causes
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.handover import (
     describe_transport,
@@ -28,6 +28,7 @@ __all__ = ["Handle", "disable", "enable", "switch_on"]
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
+driver.ledger.likely_causes = likely_causes
 _openai_calls = OpenAIAutolog(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,
