@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         UnsupportedStoreError,
         UnsupportedVersionError,
     )
-    from mlflow_ctx_autolog.model_calls.annotations import annotate, last_call
+    from mlflow_ctx_autolog.recorder.annotations import annotate, last_call
     from mlflow_ctx_autolog.reporting.call_report import CallReport
     from mlflow_ctx_autolog.reporting.comparison import Comparison, compare
     from mlflow_ctx_autolog.reporting.history import History, history
@@ -101,7 +101,7 @@ _LAZY = {
     "Receipt": "delivery.receipts",
     "UnsupportedStoreError": "exceptions",
     "UnsupportedVersionError": "exceptions",
-    "annotate": "model_calls.annotations",
+    "annotate": "recorder.annotations",
     "attach": "worker.runner",
     "broadcast": "driver.handover",
     "capture": "driver.handover",
@@ -112,7 +112,7 @@ _LAZY = {
     "flush": "driver.handover",
     "forget_answers": "driver.answers",
     "history": "reporting.history",
-    "last_call": "model_calls.annotations",
+    "last_call": "recorder.annotations",
     "receipt": "driver.handover",
     "report": "reporting.reading",
     "traced": "driver.handover",

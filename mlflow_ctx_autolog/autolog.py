@@ -13,7 +13,7 @@ from mlflow_ctx_autolog import versions
 from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.arguments import check_type
 from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Propagation, Transport, kinds
-from mlflow_ctx_autolog.diagnosis.checks import Facts, examine
+from mlflow_ctx_autolog.diagnosis.checks import Facts, examine, likely_causes
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.answers import check_answers
 from mlflow_ctx_autolog.driver.handover import (
@@ -23,8 +23,8 @@ from mlflow_ctx_autolog.driver.handover import (
     warn,
     warn_of_old_store,
 )
+from mlflow_ctx_autolog.driver.openai_autolog import OpenAIAutolog
 from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
-from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 
@@ -32,8 +32,8 @@ __all__ = ["Handle", "disable", "enable", "switch_on"]
 
 _logger = logging.getLogger(__name__)
 _lock = threading.RLock()
-_openai_calls = OpenAICalls(
-    only_in_tasks=False,
+driver.ledger.likely_causes = likely_causes
+_openai_calls = OpenAIAutolog(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,
 )

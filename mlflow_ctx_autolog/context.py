@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.exceptions import CarrierError, shortened
-from mlflow_ctx_autolog.usage import parse_amounts
+from mlflow_ctx_autolog.spans.amounts import parse_amounts
 
 __all__ = [
     "BY_BROADCAST",

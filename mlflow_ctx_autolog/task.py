@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.model_calls.budget import Budget
+from mlflow_ctx_autolog.recorder.budget import Budget
+from mlflow_ctx_autolog.spans.amounts import Amounts, Tally
 from mlflow_ctx_autolog.spans.attributes import REUSED_CALLS
 from mlflow_ctx_autolog.spans.call_sums import CallSums
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext
-from mlflow_ctx_autolog.usage import Amounts, Tally
 
 __all__ = [
     "Task",

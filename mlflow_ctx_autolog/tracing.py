@@ -49,11 +49,12 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext, is_traceparent
-from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
 from mlflow_ctx_autolog.patching import Patch
-from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
+from mlflow_ctx_autolog.spans.attributes import FINGERPRINT
+from mlflow_ctx_autolog.spans.content import ContentPolicy
+from mlflow_ctx_autolog.spans.usage import usage_of_answer
 
 try:
     from mlflow.utils import workspace_context
@@ -294,11 +295,10 @@ def record_usage(span: LiveSpan, usage: Any) -> None:
         span: The span of a call.
         usage: The ``usage`` of the client's reply, by the names of any of its APIs; or None.
     """
-    if getattr(usage, "total_tokens", None) is None or span.get_attribute(_USAGE_OF_SPAN):
+    if usage is None or span.get_attribute(_USAGE_OF_SPAN):
         return
-    names = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
-    counts = {name: getattr(usage, name, getattr(usage, other, 0)) for name, other in names.items()}
-    span.set_attribute(_USAGE_OF_SPAN, {**counts, "total_tokens": usage.total_tokens})
+    if counts := usage_of_answer(usage.model_dump(warnings=False)):
+        span.set_attribute(_USAGE_OF_SPAN, counts)
 
 
 def cost_of(span: Span) -> Amounts:

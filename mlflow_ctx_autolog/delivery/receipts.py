@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 
 __all__ = ["Counts", "Receipt", "TaskReceipt"]
 

@@ -108,7 +108,7 @@ def _facts_by_the_library(
         written.
     """
     from mlflow_ctx_autolog.delivery.spool import directory_problem
-    from mlflow_ctx_autolog.model_calls.openai_calls import layers_on_calls
+    from mlflow_ctx_autolog.recorder.layers import layers_on_calls
     from mlflow_ctx_autolog.stores.access import access
     from mlflow_ctx_autolog.stores.tracking_store import span_record
     from mlflow_ctx_autolog.tracing import lone_span, sampling_ratio, tracing_problem

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from mlflow_ctx_autolog import __version__, tracing, versions
 from mlflow_ctx_autolog.arguments import check_function, check_number, check_spark, check_type
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.driver import spark as spark_api
@@ -38,8 +37,9 @@ from mlflow_ctx_autolog.exceptions import (
     note_budget,
 )
 from mlflow_ctx_autolog.log_ins import without_credentials, without_log_ins
-from mlflow_ctx_autolog.model_calls.fingerprint import new_key
-from mlflow_ctx_autolog.model_calls.flavors import autologs_in_force
+from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force
+from mlflow_ctx_autolog.recorder.request import new_key
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores import otlp
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.tracking_server import redirect_of

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
-from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.driver.job_sums import job_sums, sums_of
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
+from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
 from mlflow_ctx_autolog.spans.call_sums import CallSums
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.otlp import decode, encode
 from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.spans.values import dump
@@ -64,7 +64,6 @@ from mlflow_ctx_autolog.tracing import (
     record_totals,
     totals_of,
 )
-from mlflow_ctx_autolog.usage import Amounts, add
 
 __all__ = ["Arrival", "Ledger", "write_stored_totals"]
 
@@ -211,6 +210,8 @@ class Ledger:
         self._collecting = threading.Lock()
         # The spans of whole traces that are about to be stored, by the trace's key and their ids.
         self._ending: dict[str, dict[str, Any]] = {}
+        # For whoever diagnoses to say more.
+        self.likely_causes: Callable[[Any], str] = lambda _: "ctx_autolog.doctor() tells why."
 
     # What is captured, and what comes home.
 
@@ -372,7 +373,7 @@ class Ledger:
         book = self._book_of(receipt.trace_id)
         if book is None:
             if receipt.silence is not None:
-                self._warn("silence", _silence("Tasks", receipt.silence))
+                self._warn("silence", self._silence("Tasks", receipt.silence))
             self._without_trace[receipt.task_span_id] = receipt
             if len(self._without_trace) > _TASKS:
                 del self._without_trace[next(iter(self._without_trace))]
@@ -603,17 +604,21 @@ class Ledger:
         reasons = [task.silence for task in tasks if task.silence is not None]
         if reasons:
             subject = f"{len(reasons)} of {len(tasks)} tasks of trace {book.trace_id}"
-            message = _silence(subject, reasons[0])
+            message = self._silence(subject, reasons[0])
         elif book.handed_over and not tasks and not book.receipts_come_home and book.is_complete:
             message = (
                 f"{book.handed_over} functions were handed to Spark in trace {book.trace_id}, and "
                 "there is not a span of their tasks. If they have run by now, something has kept "
-                f"all spans from the store. {likely_causes('tasks')}"
+                f"all spans from the store. {self.likely_causes('tasks')}"
             )
         else:
             return
         book.was_silence_told = True
         _logger.warning("%s", message)
+
+    def _silence(self, subject: str, reason: str) -> str:
+        said = f"{subject} ran on workers, and their model calls left no span: {reason}."
+        return f"{said} {self.likely_causes('calls')}"
 
     def _settle(
         self, book: _Book, timeout: float, *, give_up_if_down: bool = False, patient: bool = True
@@ -860,11 +865,6 @@ class Ledger:
                 return
             self._warned.add(subject)
         _logger.warning("%s", message)
-
-
-def _silence(subject: str, reason: str) -> str:
-    said = f"{subject} ran on workers, and their model calls left no span: {reason}."
-    return f"{said} {likely_causes('calls')}"
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, _Span
 from opentelemetry.trace import Link, Status, StatusCode, TraceFlags
 from opentelemetry.trace import SpanContext as OTelContext
 
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.attributes import MODEL, SPAN_TYPE, TRACE_ID, USAGE
 from mlflow_ctx_autolog.spans.record import SpanContext, SpanEvent, SpanLink, SpanRecord
 from mlflow_ctx_autolog.spans.values import dump
-from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
     "by_genai_conventions",

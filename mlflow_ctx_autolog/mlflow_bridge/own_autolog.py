@@ -30,10 +30,14 @@ class OpenAIAutolog:
         self._patches: list[Patch] = []
         self._is_installed = False
         self._is_waiting = False
+        self._before: object = None
 
     def install(self) -> None:
         """Idempotent."""
-        self._is_installed = True
+        if not self._is_installed:
+            self._is_installed = True
+            # Each call of autolog() makes a new entry.
+            self._before = AUTOLOGGING_INTEGRATIONS.get(_FLAVOR)
         for patch in self._patches:
             patch.apply()
         if not self._is_waiting:
@@ -49,7 +53,9 @@ class OpenAIAutolog:
     @property
     def is_switched_off(self) -> bool:
         """Whether the user's function has turned it off, or told it to make no traces."""
-        settings = AUTOLOGGING_INTEGRATIONS.get(_FLAVOR) or {}
+        settings = AUTOLOGGING_INTEGRATIONS.get(_FLAVOR)
+        if settings is None or settings is self._before:
+            return False
         return bool(settings.get("disable")) or settings.get("log_traces") is False
 
     def turn_on(self) -> None:

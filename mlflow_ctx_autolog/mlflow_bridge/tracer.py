@@ -125,7 +125,8 @@ class WorkerTracer:
         """Return a span for MLflow to see as the active one: as itself, where it is open here."""
         if (found := self._processor.open_span(parent.span_id)) is not None:
             return found
-        if task.span is None or parent.span_id != task.span.context.span_id:
+        is_tasks = task.span is not None and parent.span_id == task.span.context.span_id
+        if task.span is None or not is_tasks or not parent.is_sampled:
             return NonRecordingSpan(otel_context(parent))
         with self._lock:
             if task.span_id not in self._task_spans:

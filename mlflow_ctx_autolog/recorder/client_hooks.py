@@ -34,6 +34,9 @@ class CallObserver(Protocol):
     def said(self, document: Any) -> None:
         """The server has answered with this document: JSON, before the client looks at it."""
 
+    def interrupted(self, error: BaseException) -> None:
+        """What interrupts the call is no error of its own: a cancelled task, an interrupt."""
+
 
 class AnswerReader(Protocol):
     """Who is told how an answer is read that was not all there when the call returned."""
@@ -68,12 +71,13 @@ class OpenAIClientHooks:
 
     Args:
         observer: Is told of each call.
-        answers: Knows which requests need not be sent, since they were answered before.
+        answers: Knows which requests need not be sent, since they were answered before; by default
+            all are sent.
     """
 
-    def __init__(self, observer: CallObserver, answers: ReusedAnswers) -> None:
+    def __init__(self, observer: CallObserver, answers: ReusedAnswers | None = None) -> None:
         self._observer = observer
-        self._answers = answers
+        self._answers = answers or ReusedAnswers(lambda: None)
         self._readers: WeakKeyDictionary[Any, AnswerReader] = WeakKeyDictionary()
         self._dropped: deque[AnswerReader] = deque()
         self._patches: list[Patch] = []
@@ -176,12 +180,24 @@ class OpenAIClientHooks:
         return original(*args, **kwargs)
 
     def _request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._observer.sends()
-        return self._answers.request(original, *args, **kwargs)
+        try:
+            self._observer.sends()
+            return self._answers.request(original, *args, **kwargs)
+        except BaseException as error:
+            self._interrupted(error)
+            raise
 
     async def _async_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._observer.sends()
-        return await self._answers.async_request(original, *args, **kwargs)
+        try:
+            self._observer.sends()
+            return await self._answers.async_request(original, *args, **kwargs)
+        except BaseException as error:
+            self._interrupted(error)
+            raise
+
+    def _interrupted(self, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            _tell(self._observer.interrupted, error)
 
     def _process_data(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         response = kwargs.get("response")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.imports import when_imported
-from mlflow_ctx_autolog.model_calls.annotations import current_annotations, set_last_call
 from mlflow_ctx_autolog.patching import Patch
+from mlflow_ctx_autolog.recorder.annotations import current_annotations, set_last_call
 from mlflow_ctx_autolog.recorder.call import Call, CallOwner, StreamedAnswer
 from mlflow_ctx_autolog.recorder.client_hooks import OpenAIClientHooks
 from mlflow_ctx_autolog.recorder.request import fingerprint, request_attributes
@@ -147,6 +147,9 @@ class OpenAIRecorder:
     def said(self, document: Any) -> None:
         if (call := self._calling.get()) is not None:
             call.said(document)
+
+    def interrupted(self, error: BaseException) -> None:
+        """The call sees that itself."""
 
     def _call(
         self,

@@ -10,10 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow_ctx_autolog.model_calls.annotations import ANNOTATION
-from mlflow_ctx_autolog.model_calls.budget import NOT_SENT
-from mlflow_ctx_autolog.model_calls.fingerprint import FINGERPRINT
-from mlflow_ctx_autolog.spans.attributes import FINISH_REASONS
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
+from mlflow_ctx_autolog.spans.attributes import ANNOTATION, FINGERPRINT, FINISH_REASONS, NOT_SENT
 from mlflow_ctx_autolog.spans.quality import (
     ANSWER_CHARS,
     ANSWER_HASH,
@@ -31,7 +29,6 @@ from mlflow_ctx_autolog.stores.stored_trace import (
     StoredTrace,
     joined_metadata,
 )
-from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 
 __all__ = [
     "CONTENT",

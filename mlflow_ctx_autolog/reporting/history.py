@@ -11,6 +11,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.reporting.files import write_private
 from mlflow_ctx_autolog.reporting.history_text import history_lines, history_table
+from mlflow_ctx_autolog.spans.amounts import parse_amounts
 from mlflow_ctx_autolog.spans.call_sums import CALL_SUMS, CallSums
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.job_search import (
@@ -21,7 +22,6 @@ from mlflow_ctx_autolog.stores.job_search import (
     log_metrics,
 )
 from mlflow_ctx_autolog.stores.stored_trace import joined_metadata
-from mlflow_ctx_autolog.usage import parse_amounts
 
 __all__ = ["History", "JobSums", "history"]
 

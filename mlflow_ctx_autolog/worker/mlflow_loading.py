@@ -13,9 +13,9 @@ from typing import Any
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.imports import when_imported
+from mlflow_ctx_autolog.spans.amounts import Amounts
 from mlflow_ctx_autolog.spans.record import SpanContext, SpanRecord
 from mlflow_ctx_autolog.task import Task, current_work
-from mlflow_ctx_autolog.usage import Amounts
 
 __all__ = ["MLflowInWorker"]
 
@@ -153,7 +153,7 @@ class _Loaded:
         self.conversion: Any = importlib.import_module(f"{bridge}.conversion")
         tracer: Any = importlib.import_module(f"{bridge}.tracer")
         autolog: Any = importlib.import_module(f"{bridge}.own_autolog")
-        flavors: Any = importlib.import_module("mlflow_ctx_autolog.model_calls.flavors")
+        flavors: Any = importlib.import_module("mlflow_ctx_autolog.mlflow_bridge.flavors")
         self.tracer = tracer.WorkerTracer(current_work, started, ended)
         self.is_switched_off = tracer.is_switched_off
         self.openai_autolog = autolog.OpenAIAutolog(lambda: current_work() is not None)

@@ -12,14 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from mlflow_ctx_autolog.config import Price
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.recovery import Recovery
 from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
+from mlflow_ctx_autolog.recorder.budget import Budget, open_budget
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.call_sums import CallSums
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
 from mlflow_ctx_autolog.stores.otlp import is_collector
@@ -34,7 +35,6 @@ from mlflow_ctx_autolog.task import (
     look_elsewhere,
     open_tasks,
 )
-from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 from mlflow_ctx_autolog.worker.answers import answers_of_parents, take_turn
 from mlflow_ctx_autolog.worker.children import Children, Parent
 from mlflow_ctx_autolog.worker.mlflow_loading import MLflowInWorker

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.delivery.sender import Deliveries
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.attributes import COST, REUSED_FROM, USAGE
 from mlflow_ctx_autolog.spans.call_sums import SUMMED
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanRecord
 from mlflow_ctx_autolog.spans.trace_info import trace_document
 from mlflow_ctx_autolog.stores.otlp import is_collector
 from mlflow_ctx_autolog.task import Task
-from mlflow_ctx_autolog.usage import Amounts, parse_amounts
 from mlflow_ctx_autolog.worker.action_trace import ActionTraces
 from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace, reparented
 from mlflow_ctx_autolog.worker.open_spans import Branch, OpenSpans

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mlflow_ctx_autolog.model_calls.annotations import note_annotations, with_annotations
 from mlflow_ctx_autolog.patching import Patch
+from mlflow_ctx_autolog.recorder.annotations import note_annotations, with_annotations
 from mlflow_ctx_autolog.task import Work, note_starter
 
 __all__ = ["ThreadHandovers"]

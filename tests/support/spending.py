@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlflow_ctx_autolog import BudgetExceeded, Config
-from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
+from mlflow_ctx_autolog.recorder.budget import Budget, open_budget
 
 PRICES = {"gpt-test": (2.0, 10.0)}
 

@@ -13,7 +13,7 @@ from workload import ask, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.model_calls.annotations import current_annotations
+from mlflow_ctx_autolog.recorder.annotations import current_annotations
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
 

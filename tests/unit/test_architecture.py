@@ -43,6 +43,11 @@ FOR_PYTEST = {
     "testing.traces": ({"mlflow"}, {"__init__"}),
     "testing.plugin": ({"mlflow", "pytest"}, {"__init__", "testing"}),
 }
+# Where users come in: they introduce the rooms to one another.
+ENTRANCES = {"autolog", "cli"}
+# Modules that import others in functions, when MLflow is wanted, and what that may be.
+DOORS = {"worker.mlflow_loading", "worker.runner", "stores.sending"}
+BEHIND = {"tracing"}
 TESTING = [name for name in MODULES if name.startswith("testing.")]
 
 
@@ -101,6 +106,35 @@ def test_imports_have_no_cycle() -> None:
 
     for module, needed in graph.items():
         assert all(order.index(name) < order.index(module) for name in needed)
+
+
+def room(module: str) -> str:
+    """Return the room that a module is in; one at the top is a room of its own."""
+    return module.partition(".")[0]
+
+
+def test_rooms_have_no_cycle() -> None:
+    """Nor do rooms need one another: what one needs of another does not need it in turn."""
+    graph: dict[str, set[str]] = {}
+    for module in OURS:
+        if room(module) not in ENTRANCES:
+            needed = {room(name) for name in ours_imported(module)} - {"__init__", "testing"}
+            graph.setdefault(room(module), set()).update(needed - {room(module)} - ENTRANCES)
+
+    # Raises where there is none.
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert {"spans", "recorder", "worker", "driver"} <= set(order)
+
+
+def test_the_bridge_alone_knows_mlflow_in_a_worker() -> None:
+    """What every worker imports leads to MLflow by a door that opens only when it is wanted."""
+    reached, next_ones = set(), {"worker.runner"}
+    while next_ones:
+        module = next_ones.pop()
+        reached.add(module)
+        if module not in DOORS:
+            next_ones |= ours_imported(module) - reached - {"__init__"}
+    assert {module for module in reached if "mlflow" in FOREIGN.get(module, set())} <= BEHIND
 
 
 @pytest.mark.parametrize("module", OURS)

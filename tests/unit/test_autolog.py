@@ -232,7 +232,7 @@ def test_a_release_without_what_we_patch_is_refused(
     module = sys.modules["mlflow.openai.autolog"]
     with monkeypatch.context() as patched:
         patched.delattr(module, "start_span_no_context")
-        patched.setattr(autolog, "_openai_calls", autolog.OpenAICalls(only_in_tasks=False))
+        patched.setattr(autolog, "_openai_calls", autolog.OpenAIAutolog())
         with pytest.raises(ctx_autolog.UnsupportedVersionError, match="start_span_no_context"):
             ctx_autolog.enable()
     assert _places() == before

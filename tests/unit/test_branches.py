@@ -16,7 +16,7 @@ from submitted import arrived
 from workload import StoredTrace, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog.content import ContentPolicy
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task
 from mlflow_ctx_autolog.worker.open_spans import Branch
 from mlflow_ctx_autolog.worker.process import worker_process

@@ -16,7 +16,7 @@ import pytest
 from spending import PRICES, admitted, spend
 
 from mlflow_ctx_autolog import BudgetExceeded, Config
-from mlflow_ctx_autolog.model_calls.budget import Budget, open_budget
+from mlflow_ctx_autolog.recorder.budget import Budget, open_budget
 
 USAGE = {"input_tokens": 500_000, "output_tokens": 100_000, "total_tokens": 600_000}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import DriverContext
-from mlflow_ctx_autolog.content import ContentPolicy
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task, Work
 from mlflow_ctx_autolog.worker import children as children_module
 from mlflow_ctx_autolog.worker.children import Children, Parent

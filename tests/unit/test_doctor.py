@@ -28,7 +28,7 @@ from mlflow_ctx_autolog import cli
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.diagnosis.checks import Finding, Level
 from mlflow_ctx_autolog.driver import spark
-from mlflow_ctx_autolog.model_calls.openai_calls import _CALLS
+from mlflow_ctx_autolog.recorder.layers import _CALLS
 from mlflow_ctx_autolog.stores.tracking_store import PROBE_TAG
 from mlflow_ctx_autolog.testing import Status, UnreliableProxy
 

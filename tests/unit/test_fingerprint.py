@@ -8,7 +8,7 @@ import pytest
 from openai.types import chat
 from pydantic import BaseModel
 
-from mlflow_ctx_autolog.model_calls.fingerprint import fingerprint, new_key
+from mlflow_ctx_autolog.recorder.request import fingerprint, new_key
 
 INPUTS = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 

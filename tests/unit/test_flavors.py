@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging_integration
 
-from mlflow_ctx_autolog.model_calls import flavors
-from mlflow_ctx_autolog.model_calls.flavors import Autologs, autologs_in_force
+from mlflow_ctx_autolog.mlflow_bridge import flavors
+from mlflow_ctx_autolog.mlflow_bridge.flavors import Autologs, autologs_in_force
 
 Calls = list[tuple[bool, bool]]
 

@@ -20,7 +20,7 @@ from workload import ask, stored_trace
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.model_calls.openai_calls import OpenAICalls
+from mlflow_ctx_autolog.driver.openai_autolog import OpenAIAutolog
 from mlflow_ctx_autolog.stores.tracking_store import read_trace
 from mlflow_ctx_autolog.task import current_task
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request, script
@@ -233,7 +233,7 @@ def test_usage_that_mlflow_leaves_out_is_recorded(
         client.completions.create(model="m", prompt="a b")
     spans = _spans(context)
     usage = {span.span_type: span.attributes.get("mlflow.chat.tokenUsage") for span in spans}
-    assert usage["EMBEDDING"] == {"input_tokens": 2, "output_tokens": 0, "total_tokens": 2}
+    assert usage["EMBEDDING"] == {"input_tokens": 2, "total_tokens": 2}
     assert usage["LLM"] == {"input_tokens": 2, "output_tokens": 4, "total_tokens": 6}
 
 
@@ -251,13 +251,13 @@ def test_a_client_derived_from_openais_is_traced_as_openais(
 
 
 @pytest.fixture
-def openai_calls() -> Iterator[OpenAICalls]:
-    calls = OpenAICalls(only_in_tasks=False)
+def openai_calls() -> Iterator[OpenAIAutolog]:
+    calls = OpenAIAutolog()
     yield calls
     calls.uninstall()
 
 
-def test_the_client_is_given_back_as_it_was(openai_calls: OpenAICalls) -> None:
+def test_the_client_is_given_back_as_it_was(openai_calls: OpenAIAutolog) -> None:
     """Uninstalling leaves no layer of ours in the client's classes."""
     places = [
         (_base_client.BaseClient, "_calculate_retry_timeout"),
@@ -275,7 +275,7 @@ def test_the_client_is_given_back_as_it_was(openai_calls: OpenAICalls) -> None:
 
 
 def test_a_client_that_has_changed_is_traced_nevertheless(
-    openai_calls: OpenAICalls,
+    openai_calls: OpenAIAutolog,
     endpoint: OpenAIEndpoint,
     client: openai.OpenAI,
     monkeypatch: pytest.MonkeyPatch,

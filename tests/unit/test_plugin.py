@@ -14,8 +14,8 @@ import mlflow
 import pytest
 
 from mlflow_ctx_autolog import DriverContext
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.plugin import DriverExperimentProvider, SparkRunContextProvider
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task
 
 pytest.importorskip("yaml", reason="mlflow-tracing comes without what loads plugins")

@@ -13,6 +13,7 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import exceptions, tracing
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver.ledger import Arrival, Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
@@ -25,6 +26,7 @@ def book(
 ) -> Iterator[Ledger]:
     """The driver's ledger, fresh, whose warnings are heard."""
     fresh = Ledger(driver.settings)
+    fresh.likely_causes = likely_causes
     monkeypatch.setattr(driver.driver, "ledger", fresh)
     with caplog.at_level(logging.WARNING, logger="mlflow_ctx_autolog"):
         yield fresh

@@ -11,8 +11,8 @@ from typing import TypeVar
 import pytest
 
 from mlflow_ctx_autolog import DriverContext
-from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mlflow_ctx_autolog import DriverContext
-from mlflow_ctx_autolog.content import ContentPolicy
-from mlflow_ctx_autolog.model_calls.annotations import annotate, current_annotations
+from mlflow_ctx_autolog.recorder.annotations import annotate, current_annotations
+from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task, Work, current_work
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlflow_ctx_autolog.usage import Amounts, Tally, add, parse_amounts
+from mlflow_ctx_autolog.spans.amounts import Amounts, Tally, add, parse_amounts
 
 
 def test_amounts_are_added_name_by_name() -> None:

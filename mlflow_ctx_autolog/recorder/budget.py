@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping
 from mlflow_ctx_autolog.config import Config, Price
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import BudgetExceeded, warn_once
-from mlflow_ctx_autolog.usage import Amounts
+from mlflow_ctx_autolog.spans.amounts import Amounts
 
-__all__ = ["NOT_SENT", "Budget", "open_budget"]
+__all__ = ["Budget", "open_budget"]
 
 _logger = logging.getLogger(__name__)
-
-# Attribute of the span of a call that was not made, since there is nothing left to spend.
-NOT_SENT = "llm.request.not_sent"
 
 
 class _Spent:

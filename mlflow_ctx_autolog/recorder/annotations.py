@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 __all__ = [
-    "ANNOTATION",
     "Annotations",
     "SpanIds",
     "annotate",
@@ -22,9 +21,6 @@ __all__ = [
     "set_last_call",
     "with_annotations",
 ]
-
-# Attributes of a call's span begin with this; the user's key follows.
-ANNOTATION = "annotation."
 
 Value = str | int | float | bool
 

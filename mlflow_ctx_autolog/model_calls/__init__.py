@@ -1,1 +1,0 @@
-"""Calls of models: their spans, and which of their content may leave the process."""
