@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -47,12 +48,14 @@ class ActionContext:
         traceparent: W3C ``traceparent`` of the span active where the action runs; None if there
             was none.
         session_id: That of its trace, if it has one.
+        action: Number and name of the action, as ``7.collect``, where there was no span.
         spent: What the calls of its trace have spent so far, as far as the driver knows:
             ``calls`` and ``cost``; empty where no budget asks.
     """
 
     traceparent: str | None = None
     session_id: str | None = None
+    action: str | None = None
     spent: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def to_text(self) -> str:
@@ -60,7 +63,9 @@ class ActionContext:
         fields = [self.traceparent or _NO_SPAN]
         if self.session_id is not None and len(self.session_id) <= _LONGEST_SESSION:
             fields.append(f"session={quote(self.session_id, safe='')}")
-        fields += [f"{name}={amount:g}" for name, amount in self.spent.items()]
+        if self.action is not None:
+            fields.append(f"action={self.action}")
+        fields += [f"{name}={amount:.12g}" for name, amount in self.spent.items()]
         return ";".join(fields)
 
     @classmethod
@@ -87,6 +92,7 @@ class ActionContext:
         return cls(
             None if traceparent == _NO_SPAN else traceparent,
             None if session is None else unquote(session),
+            named.get("action"),
             spent,
         )
 
@@ -128,6 +134,8 @@ class DriverContext:
         autologs: MLflow's autologs that are on at the driver, besides OpenAI's: their names, and
             of each its switches.
         fingerprint_key: Random key of the fingerprints of requests; it is stored nowhere.
+        action: What the action is called whose trace this is, where no span was active on the
+            driver and ``traceparent`` names a root that is nobody's span; None where there was one.
         propagation: How a task learns what its calls belong to: by what is said of its action
             (``property``), or by this carrier alone (``broadcast``).
         speculation: What Spark's setting ``spark.speculation`` says, if known.
@@ -157,6 +165,7 @@ class DriverContext:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     autologs: Mapping[str, Mapping[str, bool]] = field(default_factory=dict, hash=False)
     fingerprint_key: str | None = None
+    action: str | None = field(default=None, compare=False)
     propagation: str = field(default=BY_BROADCAST, compare=False)
     speculation: str | None = None
     spans_per_host: int | None = None
@@ -196,6 +205,21 @@ class DriverContext:
             session_id=action.session_id,
             user=None,
         )
+
+    def of_action(self, name: str, scope: str, ratio: float = 1.0) -> DriverContext:
+        """Return the context of a task where the action is to be the trace: all its tasks get one.
+
+        Args:
+            name: What the trace is called.
+            scope: Tells the action from all others of the Spark application.
+            ratio: The share of traces that are recorded.
+        """
+        # The driver's process goes by a random name, since ids of applications recur.
+        text = "\n".join((str(self.process_id), str(self.application_id), scope))
+        digest = hashlib.sha256(text.encode()).digest()
+        is_sampled = int.from_bytes(digest[24:32], "big") < ratio * 2.0**64
+        traceparent = f"00-{digest[:16].hex()}-{digest[16:24].hex()}-{int(is_sampled):02x}"
+        return replace(self, traceparent=traceparent, action=name)
 
     def shared(self) -> DriverContext:
         """Return what of it is the same for all functions and actions."""
@@ -254,6 +278,7 @@ _OPTIONAL = (
     "user",
     "application_id",
     "process_id",
+    "action",
     "fingerprint_key",
     "speculation",
 )

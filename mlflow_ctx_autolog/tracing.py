@@ -20,7 +20,7 @@ import mlflow.entities.span as mlflow_span
 import mlflow.tracing.provider as mlflow_provider
 import mlflow.tracing.utils as mlflow_utils
 from mlflow import environment_variables
-from mlflow.entities import LiveSpan, Span, Trace, TraceInfo
+from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceLocation, TraceState
 from mlflow.entities.span import NoOpSpan
 from mlflow.entities.span_status import SpanStatusCode
 from mlflow.environment_variables import (
@@ -78,12 +78,14 @@ __all__ = [
     "cost_of",
     "current_experiment_id",
     "declared_traces",
+    "end_info",
     "filter_open_span",
     "filtered",
     "flush_exports",
     "for_collector",
     "has_active_span",
     "has_failed",
+    "info_of_trace",
     "is_client_call",
     "is_on",
     "is_recorded",
@@ -647,6 +649,33 @@ class DriverTracing:
 def flush_exports() -> None:
     """Wait until MLflow has exported what has ended on the driver."""
     mlflow.flush_trace_async_logging()
+
+
+def info_of_trace(
+    trace_id: str, experiment_id: str, began: int, metadata: dict[str, str], tags: dict[str, str]
+) -> TraceInfo:
+    """Return the info of a trace that this process did not make.
+
+    Args:
+        trace_id: MLflow's id of it.
+        experiment_id: Where it is kept.
+        began: Nanoseconds since the epoch.
+        metadata: What is fixed of it.
+        tags: What may be changed.
+    """
+    return TraceInfo(
+        trace_id=trace_id,
+        trace_location=TraceLocation.from_experiment_id(experiment_id),
+        request_time=began // 1_000_000,
+        state=TraceState.OK,
+        trace_metadata=metadata,
+        tags=tags,
+    )
+
+
+def end_info(info: TraceInfo, began: int, ended: int) -> None:
+    """Write how long a trace took, from times in nanoseconds since the epoch."""
+    info.execution_duration = (ended - began) // 1_000_000
 
 
 def complete_info(trace: Trace) -> TraceInfo:

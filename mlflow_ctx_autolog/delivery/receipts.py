@@ -63,6 +63,8 @@ class TaskReceipt:
         silence: Why its model calls left no span, where that is known.
         sampled_out: Spans that ended in it besides, which sampling has left out.
         set_aside: Of those that wait, kept in a file since the store does not have them.
+        root: Where no span was active and the action is the trace: what the driver closes it with,
+            ``name``, ``span_id``, ``began`` (nanoseconds since the epoch), ``metadata``, ``tags``.
     """
 
     trace_id: str
@@ -82,6 +84,7 @@ class TaskReceipt:
     silence: str | None = None
     sampled_out: int = 0
     set_aside: int = 0
+    root: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""

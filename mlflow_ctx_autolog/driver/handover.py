@@ -17,6 +17,7 @@ from mlflow_ctx_autolog.content import ContentPolicy
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.driver import spark as spark_api
+from mlflow_ctx_autolog.driver.actions import Actions
 from mlflow_ctx_autolog.driver.carriers import Carriers
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.instrumentor import FunctionUse, SparkInstrumentor, name_of
@@ -78,6 +79,7 @@ class Driver:
         self.instrumentor = SparkInstrumentor(self.submit)
         self.propagator = ActionPropagator(self._moment, self._tell)
         self.batches = BatchFunctions(tracing.activate)
+        self.actions = Actions()
         self._carriers = Carriers()
         self._session: Any = None
         self._functions: set[str] = set()
@@ -88,6 +90,7 @@ class Driver:
         self.instrumentor.install()
         self.propagator.install()
         self.batches.install()
+        self.actions.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
@@ -95,6 +98,7 @@ class Driver:
             self.instrumentor.uninstall()
             self.propagator.uninstall()
             self.batches.uninstall()
+            self.actions.uninstall()
 
     def mark(self, function: Any) -> None:
         """Have a function carry the context, also while nothing is enabled."""
@@ -200,6 +204,8 @@ class Driver:
 
     def _moment(self) -> object:
         span = tracing.active_otel_span()
+        if not tracing.is_valid(span):
+            span = self.actions.latest
         return (span, self.ledger.spent()) if settings().has_budget else span
 
     def _tell(self) -> str:
@@ -211,7 +217,8 @@ class Driver:
                 self.ledger.open(receipts_come_home=True)
             session_id, _ = tracing.session_and_user()
         spent = self.ledger.spent() if settings().has_budget else {}
-        return ActionContext(headers.get("traceparent"), session_id, spent).to_text()
+        action = None if headers else self.actions.latest
+        return ActionContext(headers.get("traceparent"), session_id, action, spent).to_text()
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""
@@ -512,7 +519,7 @@ def _capture(
     if propagation == BY_PROPERTY:
         return context
     spent = driver.ledger.spent() if settings().has_budget else {}
-    return context.under(ActionContext(context.traceparent, session_id, spent))
+    return context.under(ActionContext(context.traceparent, session_id, spent=spent))
 
 
 def _spans_per_host(session: Any) -> int | None:

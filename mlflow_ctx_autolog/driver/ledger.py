@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,10 @@ from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
+from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
+from mlflow_ctx_autolog.spans.otlp import encode
+from mlflow_ctx_autolog.spans.record import SpanRecord
+from mlflow_ctx_autolog.spans.values import dump
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import LINKED_TRACE, SPARK_FACTS, TRACE_KEY
 from mlflow_ctx_autolog.stores.tracking_store import (
@@ -32,6 +36,7 @@ from mlflow_ctx_autolog.stores.tracking_store import (
     span_table,
     spans_of,
     store_takes_spans,
+    store_whole_trace,
     sum_of_costs,
     trace_record,
 )
@@ -41,8 +46,10 @@ from mlflow_ctx_autolog.tracing import (
     active_workspace,
     add_to_trace,
     complete_info,
+    end_info,
     filtered,
     flush_exports,
+    info_of_trace,
     is_task,
     open_spans,
     record_no_totals,
@@ -99,6 +106,8 @@ class _Book:
         handed_over: Functions that were handed to Spark in it.
         settling: Held while the store is asked.
         opened: When it was handed to Spark first, on the monotonic clock.
+        root: The root of an action's trace, which no span of the driver is; None where one is.
+        whole: Spans of an action's trace by their ids, where the store takes whole traces only.
     """
 
     destination: Destination
@@ -120,10 +129,17 @@ class _Book:
     handed_over: int = 0
     settling: threading.Lock = field(default_factory=threading.Lock)
     opened: float = field(default_factory=time.monotonic)
+    root: SpanRecord | None = None
+    whole: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trace_id(self) -> str:
         return str(self.info.trace_id)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether we store the trace, rather than MLflow."""
+        return self.delivers or self.root is not None
 
     @property
     def has_totals(self) -> bool:
@@ -211,15 +227,55 @@ class Ledger:
                     workspace=active_workspace(),
                 )
                 book = _Book(destination, info, store_takes_spans(), table, receipts_come_home)
-                self._books[_key(info.trace_id)] = book
-            self._books.move_to_end(_key(info.trace_id))
+            self._keep(book)
             book.receipts_come_home &= receipts_come_home
             book.handed_over += functions
-            over = [trace_id for trace_id, each in self._books.items() if each.has_ended]
-            for trace_id in over[: max(0, len(self._books) - _TRACES)]:
-                del self._books[trace_id]
         if book.delivers:
             self._announce(book, info if is_new else None)
+
+    def _keep(self, book: _Book) -> None:
+        """Make a trace the last that was handed to Spark, and forget those of long ago."""
+        self._books[_key(book.trace_id)] = book
+        self._books.move_to_end(_key(book.trace_id))
+        over = [trace_id for trace_id, each in self._books.items() if each.has_ended]
+        for trace_id in over[: max(0, len(self._books) - _TRACES)]:
+            del self._books[trace_id]
+
+    def _open_action(self, receipt: TaskReceipt, experiment_id: str) -> None:
+        """Enter the trace of an action that no span was active for, of which a task tells."""
+        with self._lock:
+            if self._book_of(receipt.trace_id) is not None or receipt.root is None:
+                return
+            said = receipt.root
+            root = SpanRecord(
+                receipt.trace_id.removeprefix("tr-"),
+                str(said["span_id"]),
+                None,
+                str(said["name"]),
+                int(said["began"]),
+                time.time_ns(),
+                {SPAN_TYPE: dump("CHAIN")},
+                status="OK",
+            )
+            metadata = {**said["metadata"], TRACE_KEY: receipt.trace_id}
+            info = info_of_trace(
+                receipt.trace_id, experiment_id, root.start, metadata, dict(said["tags"])
+            )
+            table = span_table()
+            destination = Destination(
+                current_tracking_uri(), table or experiment_id, workspace=active_workspace()
+            )
+            self._keep(
+                _Book(
+                    destination,
+                    info,
+                    store_takes_spans(),
+                    table,
+                    spans=1,
+                    has_ended=True,
+                    root=root,
+                )
+            )
 
     def _book_of(self, trace_id: str) -> _Book | None:
         return self._books.get(_key(trace_id))
@@ -260,6 +316,8 @@ class Ledger:
         receipt, tracking_uri, experiment_id, fields = arrival
         records = [Record(*each) for each in fields]
         came = None if receipt is None else TaskReceipt.from_json(receipt)
+        if came is not None:
+            self._open_action(came, experiment_id)
         if records:
             self._store(Destination(tracking_uri, experiment_id), records, came)
         if came is not None:
@@ -304,7 +362,7 @@ class Ledger:
         book.receipts[receipt.task_span_id] = receipt
         if book.has_ended:
             self._warn_of_silence(book)
-            if book.delivers:
+            if book.is_ours:
                 self._settle_soon()
 
     def _store(
@@ -330,11 +388,11 @@ class Ledger:
             home = Destination(uri, table, workspace=workspace)
             self._deliveries.to(home).submit_all(records)
             return
-        late = [
-            span
-            for span in spans_of(records)
-            if not add_to_trace(span) and not self._add_to_ending(span)
-        ]
+        spans = spans_of(records)
+        if book is not None and book.root is not None:
+            book.whole.update((span.span_id, span) for span in spans)
+            return
+        late = [span for span in spans if not self._add_to_whole(span)]
         if late:
             self._warn(
                 "late",
@@ -342,11 +400,15 @@ class Ledger:
                 "Run the action inside the span.",
             )
 
-    def _add_to_ending(self, span: Any) -> bool:
-        ending = self._ending.get(_key(span.trace_id))
-        if ending is None:
-            return False
-        ending[span.span_id] = span
+    def _add_to_whole(self, span: Any) -> bool:
+        """Add a span to its trace, if that is yet to be stored as a whole."""
+        book = self._book_of(span.trace_id)
+        whole = self._ending.get(_key(span.trace_id))
+        if book is not None and book.root is not None:
+            whole = book.whole
+        if whole is None:
+            return bool(add_to_trace(span))
+        whole[span.span_id] = span
         return True
 
     # What MLflow exports on the driver.
@@ -492,7 +554,7 @@ class Ledger:
         return [
             book
             for book in list(self._books.values())
-            if book.has_ended and book.delivers and not (book.is_complete and book.has_totals)
+            if book.has_ended and book.is_ours and not (book.is_complete and book.has_totals)
         ]
 
     def _settle_and_warn(self, book: _Book, timeout: float, *, give_up_if_down: bool) -> None:
@@ -540,6 +602,8 @@ class Ledger:
         deadline = time.monotonic() + timeout
         self._collect()
         with _held(book.settling, timeout):
+            if book.root is not None:
+                self._close_action(book, deadline)
             delivery = self._deliveries.to(book.destination)
             give_up = give_up_if_down and delivery.store_is_down
             answered = delivery.flush(timeout, give_up=give_up)
@@ -573,6 +637,24 @@ class Ledger:
             book.is_complete = receipt.complete
         _logger.info("Trace %s: %s", receipt.trace_id, receipt)
         return receipt
+
+    def _close_action(self, book: _Book, deadline: float) -> None:
+        """Write the end of an action's trace as it is known now."""
+        assert book.root is not None
+        if book.has_totals:
+            return
+        book.root = replace(book.root, end=time.time_ns())
+        end_info(book.info, book.root.start, book.root.end or 0)
+        record = Record("span", book.root.span_id, encode(book.root))
+        if book.delivers:
+            self._deliveries.to(book.destination).submit_all([record])
+            return
+        totals = book.totals()
+        record_totals(book.info, *totals)
+        self._record_facts(book)
+        spans = [*spans_of([record]), *book.whole.values()]
+        if self._within(deadline, store_whole_trace, book.destination, book.info, spans):
+            book.written_totals = totals
 
     def _ask(self, book: _Book, refused: int, until: float) -> int | None:
         """Ask the store how many spans it has; where that is another number, learn why.

@@ -61,6 +61,7 @@ __all__ = [
     "spans_of",
     "store_takes_spans",
     "store_version",
+    "store_whole_trace",
     "sum_of_costs",
     "trace_record",
     "worker_tracking_uri",
@@ -357,6 +358,25 @@ def read_trace(destination: Destination, trace_id: str) -> tuple[TraceInfo, list
         with own_errors():
             trace = client_of(str(destination.tracking_uri)).get_trace(trace_id)
     return trace.info, list(trace.data.spans)
+
+
+@in_its_workspace
+def store_whole_trace(destination: Destination, info: TraceInfo, spans: Sequence[Span]) -> bool:
+    """Store a trace with all its spans, as MLflow does at its end. Storing it again replaces it.
+
+    Raises:
+        StoreError: The store does not answer, or refuses it.
+    """
+    client = client_of(str(destination.tracking_uri))
+    with own_errors():
+        try:
+            stored = client.start_trace(info)
+        except Exception:
+            # A folder of files has a trace once and for all.
+            client.delete_traces(destination.experiment_id, trace_ids=[info.trace_id])
+            stored = client.start_trace(info)
+        client._upload_trace_data(stored, TraceData(spans=list(spans)))
+    return True
 
 
 @in_its_workspace

@@ -18,6 +18,7 @@ from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.spans.attributes import DEBUG
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
 from mlflow_ctx_autolog.task import Task, driver_span, driver_trace_id, open_tasks
+from mlflow_ctx_autolog.worker.action_trace import root_of
 from mlflow_ctx_autolog.worker.placement import open_placement
 from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
 from mlflow_ctx_autolog.worker.spark_task import task_attributes
@@ -157,6 +158,9 @@ def _end_span(
     record = span.finish(level=DEBUG)
     if record is not None and task.is_recorded:
         worker.task_ended(record)
+        if task.relay is None or error is not None:
+            failed = error is not None and not isinstance(error, GeneratorExit)
+            worker.router.close_action(task, failed=failed)
 
 
 def _see_off(
@@ -236,6 +240,7 @@ def _relay(
         silence=silence,
         sampled_out=task.sampled_out,
         set_aside=counts.set_aside,
+        root=None if task.span is None else root_of(task.context, task.span.start),
     )
     partition = int(task_attributes().get("spark.partition.id", 0))
     share = relay_bytes(task.context.max_result_bytes, partition)

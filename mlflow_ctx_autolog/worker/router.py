@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from mlflow_ctx_autolog.spans.trace_info import trace_document
 from mlflow_ctx_autolog.stores.otlp import is_collector
 from mlflow_ctx_autolog.task import Task
 from mlflow_ctx_autolog.usage import Amounts, parse_amounts
+from mlflow_ctx_autolog.worker.action_trace import ActionTraces
 from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace, reparented
 from mlflow_ctx_autolog.worker.open_spans import Branch, OpenSpans
 from mlflow_ctx_autolog.worker.placement import Place
@@ -58,11 +59,23 @@ class TraceRouter:
         self._open_spans = open_spans
         self._transforms = transforms
         self._submit_to_parent = submit_to_parent
+        self._actions = ActionTraces()
 
     def announce(self, task: Task) -> None:
         """Send the task's span ahead, so that what lies beneath it is never an orphan."""
         if task.span is not None and task.is_recorded:
+            if task.destination.tracking_uri is not None:
+                self._submit_all(task, self._actions.announce(task.context))
             self._send_ahead(task, task.content, task.span.snapshot())
+
+    def close_action(self, task: Task, *, failed: bool) -> None:
+        """Close the trace of a task's action, where the driver is not told of the task."""
+        if task.is_recorded:
+            self._submit_all(task, self._actions.close(task.context, failed=failed))
+
+    def _submit_all(self, task: Task, records: Sequence[Record]) -> None:
+        for record in records:
+            self._deliveries.to(task.destination).submit(record)
 
     def settle(self, task: Task) -> None:
         """See to the task's spans that are open when it ends.

@@ -18,10 +18,11 @@ from mlflow_ctx_autolog import __version__
 from mlflow_ctx_autolog.context import BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
+from mlflow_ctx_autolog.stores.otlp import is_collector
 from mlflow_ctx_autolog.task import Task, current_task, driver_trace_id, open_tasks
 from mlflow_ctx_autolog.worker import attempt
 from mlflow_ctx_autolog.worker.spark_task import (
-    action_session,
+    action_scope,
     action_text,
     hide_own_frames,
     in_spark_task,
@@ -29,6 +30,7 @@ from mlflow_ctx_autolog.worker.spark_task import (
     on_task_end,
     row_count,
     skips_rest,
+    stream_query,
 )
 
 __all__ = ["Submission", "attach", "load_submitted", "process_id", "read_carrier"]
@@ -143,11 +145,30 @@ class Submission:
         context = read_carrier(self.carrier)
         if context.propagation != BY_PROPERTY:
             return context
-        context = context.under(_action())
-        if context.traceparent is None and context.session_id is None:
-            session = action_session(context.application_id or str(context.process_id))
-            context = replace(context, session_id=session)
-        return context
+        action = _action()
+        context = context.under(action)
+        return context if context.traceparent is not None else self._of_action(context, action)
+
+    def _of_action(self, context: DriverContext, action: ActionContext) -> DriverContext:
+        """Return the context of a task whose action is a trace, since no span is active there."""
+        if is_collector(context.tracking_uri):
+            # It takes a span but once, and nobody knows which task is the last.
+            return context
+        what = None if action.action is None else action.action.partition(".")[2]
+        if (stream := stream_query()) is not None:
+            query, batch = stream
+            what = f"batch {batch}"
+            context = replace(context, session_id=context.session_id or query)
+        name = self.name if what is None else f"{self.name}: {what}"
+        return context.of_action(name, action_scope(action.action), _sampling_ratio(context))
+
+
+def _sampling_ratio(context: DriverContext) -> float:
+    try:
+        ratio = float(context.environment.get("MLFLOW_TRACE_SAMPLING_RATIO", "1"))
+    except ValueError:
+        return 1.0
+    return ratio if 0.0 <= ratio <= 1.0 else 1.0
 
 
 def _action() -> ActionContext:

@@ -15,7 +15,7 @@ from mlflow_ctx_autolog.patching import Patch
 
 __all__ = [
     "ACTION_PROPERTY",
-    "action_session",
+    "action_scope",
     "action_text",
     "hide_own_frames",
     "in_spark_task",
@@ -23,6 +23,7 @@ __all__ = [
     "on_task_end",
     "row_count",
     "skips_rest",
+    "stream_query",
     "task_attributes",
 ]
 
@@ -32,6 +33,7 @@ ACTION_PROPERTY = "mlflow_ctx_autolog.action"
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
 _ROOT_EXECUTION = "spark.sql.execution.root.id"
+_QUERY, _BATCH = "sql.streaming.queryId", "streaming.sql.batchId"
 _CALL_SITE = "callSite.short"
 _JOB_TAGS = "spark.job.tags"
 
@@ -53,20 +55,29 @@ def action_text() -> str | None:
     return text
 
 
-def action_session(application: str) -> str:
-    """Return a name for what the tasks of the running task's action have in common.
+def action_scope(action: str | None) -> str:
+    """Return what tells the running task's action from all others of the application.
 
     Args:
-        application: Names the application.
+        action: What the driver says that its action is, number and name.
     """
     context = _task_context()
     if context is None:
-        return f"spark-{application}"
+        return f"process {os.getpid()}"
     execution = context.getLocalProperty(_ROOT_EXECUTION) or context.getLocalProperty(
         _SQL_EXECUTION
     )
-    part = f"stage-{context.stageId()}" if execution is None else f"execution-{execution}"
-    return f"spark-{application}-{part}"
+    if execution is not None:
+        return f"execution {execution}"
+    return f"stage {context.stageId()}" if action is None else f"action {action}"
+
+
+def stream_query() -> tuple[str, str] | None:
+    """Return id of the streaming query and number of the micro-batch of the task, if any."""
+    context = _task_context()
+    if context is None or (query := context.getLocalProperty(_QUERY)) is None:
+        return None
+    return query, context.getLocalProperty(_BATCH) or "?"
 
 
 def _job_tags(context: Any) -> str:

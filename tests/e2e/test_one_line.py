@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
-from packaging.version import Version
 from pyspark import Broadcast
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
@@ -377,30 +375,37 @@ def test_driver_threads_do_not_mix(
         assert all(trace.is_nested(call) for call in trace.calls)
 
 
-def test_without_a_span_the_tasks_are_found_together(
+def test_without_a_span_an_action_is_a_trace(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
-    """Each task is a trace, all share a session, and the driver is told once how to get one."""
+    """All tasks of an action are in one trace, named by function and action, with its sums."""
     ctx_autolog.enable()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            spark.range(0, 6, 1, 2).mapInPandas(extractor(endpoint.base_url), SCHEMA).collect()
+    extract = extractor(endpoint.base_url)
+    for _ in range(2):
+        spark.range(0, 6, 1, 2).mapInPandas(extract, SCHEMA).collect()
+        assert ctx_autolog.receipt().complete
+    numbers = spark.sparkContext.parallelize(range(4), 4)
+    # Two jobs of Spark's, since the first partition does not have enough.
+    numbers.mapPartitions(row_extractor(endpoint.base_url)).take(2)
+    receipt = ctx_autolog.receipt()
 
-    ours = [w for w in caught if issubclass(w.category, ctx_autolog.CtxAutologWarning)]
-    assert len(ours) == 1
-    assert "with mlflow.start_span(" in str(ours[0].message)
-    assert ours[0].filename == __file__
-    traces = stored_traces(experiment_id)
-    assert len(traces) == 4
-    assert all(trace.root.name == "extract" for trace in traces)
-    assert all(len(trace.children_of(trace.root)) == 3 for trace in traces)
-    sessions = [trace.metadata["mlflow.trace.session"] for trace in traces]
-    assert sorted(sessions.count(session) for session in set(sessions)) == [2, 2]
-    assert sum(trace.total_tokens for trace in traces) == endpoint.total_tokens
-    names = {trace.trace.info.tags.get("mlflow.traceName") for trace in traces}
-    # Older servers do not take a trace's name from its root.
-    assert names == {"extract"} or Version(mlflow.__version__) < Version("3.13")
+    traces = {trace.root.name: trace for trace in stored_traces(experiment_id)}
+    assert sorted(trace.root.name for trace in stored_traces(experiment_id)) == [
+        "extract: collect",
+        "extract: collect",
+        "extract_rows: take",
+    ]
+    for trace in traces.values():
+        assert trace.trace.info.state == "OK"
+        assert all(trace.is_nested(call) for call in trace.calls)
+        assert {task.parent_id for task in trace.tasks} == {trace.root.span_id}
+    collected, taken = traces["extract: collect"], traces["extract_rows: take"]
+    assert (len(collected.tasks), len(collected.calls)) == (2, 6)
+    assert len(taken.calls) >= 2
+    assert receipt.trace_id == taken.trace.info.trace_id
+    assert sum(trace.total_tokens for trace in stored_traces(experiment_id)) == (
+        endpoint.total_tokens
+    )
 
 
 def test_disable_leaves_spark_and_reused_workers_alone(
@@ -507,6 +512,7 @@ def test_nothing_is_in_the_carrier_but_what_is_needed(
         text = ctx_autolog.broadcast(spark).value
     assert "planted-secret" not in text
     assert set(json.loads(text)) == {
+        "action",
         "application_id",
         "autologs",
         "config",
