@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.content import ContentPolicy
+from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
-from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from mlflow_ctx_autolog.content import ContentPolicy
+from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.records import Record
-from mlflow_ctx_autolog.delivery.sender import Deliveries
 from mlflow_ctx_autolog.spans.attributes import COST, USAGE
 from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanRecord
