@@ -285,11 +285,11 @@ def test_the_hosts_of_executors_are_counted(monkeypatch: pytest.MonkeyPatch) -> 
         context = MagicMock()
         context._conf.get.return_value = "driver"
         context._jsc.sc().statusTracker().getExecutorInfos.return_value = executors
-        monkeypatch.setattr(handover.spark_api, "_spark_context", lambda _: context)
+        monkeypatch.setattr(handover.spark_api, "spark_context", lambda _: context)
         return handover.spark_api.executor_hosts(object())
 
     assert found("driver") == 1
     assert found("driver", "driver") == 1
     assert found("driver", "one", "one", "two") == 2
-    monkeypatch.setattr(handover.spark_api, "_spark_context", lambda _: None)
+    monkeypatch.setattr(handover.spark_api, "spark_context", lambda _: None)
     assert handover.spark_api.executor_hosts(object()) == 1
