@@ -36,6 +36,8 @@ class Pacing:
     # How often the store may fail over a batch before the batch is suspected rather than the store,
     # and over one record, besides once, before that is to blame.
     failures_of_store, failures_of_one = 3, 1
+    # Attempts in a row that it may take to find that one.
+    attempts_to_find = 12
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -139,9 +141,12 @@ class Pacing:
         self.failures += 1
         # Apart from those of other processes, which have all seen the store return.
         scatter = random.uniform(0.75, 1.25)
-        # To find the record that it fails over is a matter of a few attempts.
-        failures = self.failures if alone or not self.suspects(error) else 1
-        pause = min(self.first_pause * 2.0 ** min(failures - 1, 16), self.longest_pause) * scatter
+        failures, first_pause = self.failures, self.first_pause
+        if self._suspects and error.failed and not alone:
+            # To find the record that it fails over is a matter of a few attempts.
+            failures = max(1, failures - self.attempts_to_find)
+            first_pause /= 5 if failures == 1 else 1
+        pause = min(first_pause * 2.0 ** min(failures - 1, 16), self.longest_pause) * scatter
         if error.retry_after is not None:
             pause = error.retry_after + scatter
         self.must_wait = error.retry_after is not None
@@ -149,7 +154,7 @@ class Pacing:
 
     def suspects(self, error: StoreError) -> bool:
         """Whether a failure may be that of a record rather than of the store."""
-        return error.failed and self.failures >= self.failures_of_store
+        return error.failed and (self.failures >= self.failures_of_store or bool(self._suspects))
 
     def halve(self, keys: Iterable[str], delivered: int | None) -> None:
         """Send half as many records at once.

@@ -18,7 +18,7 @@ from mlflow_ctx_autolog.delivery.spool import Spool
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.log_ins import safe_logger, without_credentials
 
-__all__ = ["Counts", "Deliveries", "Delivery"]
+__all__ = ["Counts", "Delivery"]
 
 _logger = safe_logger(__name__)
 
@@ -483,41 +483,6 @@ class Delivery:
                 self._store_name,
                 failures,
             )
-
-
-class Deliveries:
-    """A process's deliveries, one for each destination, made on first use."""
-
-    def __init__(self, make: Callable[[Destination], Delivery]) -> None:
-        self._make = make
-        self._by_destination: dict[Destination, Delivery] = {}
-
-    def to(self, destination: Destination) -> Delivery:
-        """Return the delivery to a destination."""
-        found = self._by_destination.get(destination)
-        # setdefault, since two threads may ask for the first time at once.
-        return found or self._by_destination.setdefault(destination, self._make(destination))
-
-    def all(self) -> list[Delivery]:
-        """Return those that have been made."""
-        return list(self._by_destination.values())
-
-    def flush(self, timeout: float, *, give_up_if_down: bool = False) -> bool:
-        """Send all that waits; return whether it was stored within ``timeout`` seconds in all.
-
-        Args:
-            timeout: Seconds to wait at most.
-            give_up_if_down: See :meth:`Delivery.flush`; for stores that are known to be down.
-        """
-        deadline = time.monotonic() + timeout
-        flushed = []
-        for each in self.all():
-            # Lest one that hangs cost the others their time.
-            each.hurry()
-        for each in self.all():
-            remaining = max(0.0, deadline - time.monotonic())
-            flushed.append(each.flush(remaining, give_up=give_up_if_down and each.store_is_down))
-        return all(flushed)
 
 
 _deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()

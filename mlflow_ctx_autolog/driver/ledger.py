@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
-from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.driver.job_sums import job_sums, sums_of
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
@@ -408,13 +409,7 @@ class Ledger:
             home = Destination(uri, table, workspace=workspace)
             self._deliveries.to(home).submit_all(records)
             return
-        late = [
-            span
-            for span in spans_of(records)
-            if not add_to_trace(span)
-            and not self._add_to_action(span)
-            and not self._add_to_ending(span)
-        ]
+        late = [span for span in spans_of(records) if not self._add_to_whole(span)]
         if late:
             self._warn(
                 "late",
@@ -422,11 +417,19 @@ class Ledger:
                 "Run the action inside the span.",
             )
 
-    def _add_to_ending(self, span: Any) -> bool:
-        ending = self._ending.get(_key(span.trace_id))
-        if ending is None:
-            return False
-        ending[span.span_id] = span
+    def _add_to_whole(self, span: Any) -> bool:
+        """Add a span to its trace, if that is yet to be stored as a whole."""
+        book = self._book_of(span.trace_id)
+        whole = self._ending.get(_key(span.trace_id))
+        if book is not None and book.root is not None:
+            if span.parent_id is None:
+                # The root is written here.
+                return True
+            whole = book.whole
+            book.written_totals = None
+        if whole is None:
+            return bool(add_to_trace(span))
+        whole[span.span_id] = span
         return True
 
     # What MLflow exports on the driver.
@@ -661,16 +664,6 @@ class Ledger:
             book.is_complete = receipt.complete
         _logger.info("Trace %s: %s", receipt.trace_id, receipt)
         return receipt
-
-    def _add_to_action(self, span: Any) -> bool:
-        """Keep a span of an action's trace until that is stored as a whole, if it is one."""
-        book = self._book_of(span.trace_id)
-        if book is None or book.root is None:
-            return False
-        if span.parent_id is not None:
-            book.whole[span.span_id] = span
-            book.written_totals = None
-        return True
 
     def _close_action(self, book: _Book, deadline: float) -> None:
         """Write the end of an action's trace as it is known now."""

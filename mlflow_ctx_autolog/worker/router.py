@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.records import Record
-from mlflow_ctx_autolog.delivery.sender import Deliveries
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.attributes import COST, REUSED_FROM, USAGE
 from mlflow_ctx_autolog.spans.call_sums import SUMMED

@@ -20,11 +20,12 @@ from mlflow_ctx_autolog import Config
 from mlflow_ctx_autolog.delivery import intake as intake_module
 from mlflow_ctx_autolog.delivery import pacing as pacing_module
 from mlflow_ctx_autolog.delivery import sender as delivery_module
+from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.intake import Intake
 from mlflow_ctx_autolog.delivery.pacing import Pacing
 from mlflow_ctx_autolog.delivery.recovery import Recovered, recover
 from mlflow_ctx_autolog.delivery.segments import Segment
-from mlflow_ctx_autolog.delivery.sender import Counts, Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, spool_files
 from mlflow_ctx_autolog.exceptions import StoreError
 

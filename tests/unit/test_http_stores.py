@@ -111,7 +111,8 @@ LEAN = """
 import json, sys
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery import recovery, receipts, host_account
-from mlflow_ctx_autolog.delivery.sender import Deliveries, Delivery
+from mlflow_ctx_autolog.delivery.deliveries import Deliveries
+from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.stores.sending import send
 
