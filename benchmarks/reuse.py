@@ -30,9 +30,9 @@ from pyspark.sql import SparkSession
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.answers.directory import sweep
 from mlflow_ctx_autolog.answers.entry import Entry
-from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.answers.store import AnswerStore
 from mlflow_ctx_autolog.answers.task_answers import Place, TaskAnswers
+from mlflow_ctx_autolog.answers_settings import Answers
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

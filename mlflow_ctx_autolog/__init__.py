@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlflow_ctx_autolog.answers.settings import Answers
+    from mlflow_ctx_autolog.answers_settings import Answers
     from mlflow_ctx_autolog.autolog import Handle, disable, enable
     from mlflow_ctx_autolog.config import Config
     from mlflow_ctx_autolog.context import DriverContext
@@ -84,7 +84,7 @@ __version__ = "0.1.0"
 # MLflow imports this package, for its plugin, while it is being imported itself; whatever needs
 # MLflow, or time, is therefore imported on first use.
 _LAZY = {
-    "Answers": "answers.settings",
+    "Answers": "answers_settings",
     "BudgetExceeded": "exceptions",
     "CallReport": "reporting.call_report",
     "CarrierError": "exceptions",

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from mlflow_ctx_autolog import versions
-from mlflow_ctx_autolog.answers.settings import Answers
+from mlflow_ctx_autolog.answers_settings import Answers
 from mlflow_ctx_autolog.arguments import check_type
 from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Propagation, Transport, kinds
 from mlflow_ctx_autolog.diagnosis.checks import Facts, examine, likely_causes

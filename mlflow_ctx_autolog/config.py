@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from mlflow_ctx_autolog.answers.settings import (
+from mlflow_ctx_autolog.answers_settings import (
     Answers,
     AnswersKeySetting,
     AnswersSetting,

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from mlflow_ctx_autolog.answers.directory import ALWAYS, default_root
 from mlflow_ctx_autolog.answers.entry import Entry, cipher
 from mlflow_ctx_autolog.answers.request import request_digest
-from mlflow_ctx_autolog.answers.settings import Answers, AnswersKey
 from mlflow_ctx_autolog.answers.store import AnswerStore, Shelf
+from mlflow_ctx_autolog.answers_settings import Answers, AnswersKey
 from mlflow_ctx_autolog.delivery.directory import default_directory, directory_problem
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import warn_once

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlflow_ctx_autolog.answers.directory import forget, problem
 from mlflow_ctx_autolog.answers.entry import cipher
-from mlflow_ctx_autolog.answers.settings import Answers, AnswersKey
 from mlflow_ctx_autolog.answers.task_answers import root_of
+from mlflow_ctx_autolog.answers_settings import Answers, AnswersKey
 from mlflow_ctx_autolog.driver.handover import settings
 from mlflow_ctx_autolog.driver.spark import active_session, run_on_workers
 

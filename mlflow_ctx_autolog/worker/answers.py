@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlflow_ctx_autolog.answers.settings import Answers, AnswersKey
 from mlflow_ctx_autolog.answers.task_answers import (
     Place,
     TaskAnswers,
@@ -13,6 +12,7 @@ from mlflow_ctx_autolog.answers.task_answers import (
     job_of,
     open_task_answers,
 )
+from mlflow_ctx_autolog.answers_settings import Answers, AnswersKey
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.task import driver_span, open_tasks
 from mlflow_ctx_autolog.worker.spark_task import application_id

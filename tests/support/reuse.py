@@ -11,9 +11,9 @@ from typing import Any
 from openai._base_client import AsyncAPIClient, SyncAPIClient
 
 from mlflow_ctx_autolog.answers.client import ReusedAnswers
-from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.answers.store import AnswerStore
 from mlflow_ctx_autolog.answers.task_answers import Place, TaskAnswers
+from mlflow_ctx_autolog.answers_settings import Answers
 from mlflow_ctx_autolog.patching import Patch
 
 __all__ = ["Attempts", "ProgressingCall", "new_store"]

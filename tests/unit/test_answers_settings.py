@@ -11,7 +11,7 @@ import pytest
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import Answers, Config
-from mlflow_ctx_autolog.answers.settings import AnswersKey
+from mlflow_ctx_autolog.answers_settings import AnswersKey
 from mlflow_ctx_autolog.driver.answers import check_answers
 
 KEY = "0123456789abcdef0123456789abcdef0123456789A="

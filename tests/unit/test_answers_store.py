@@ -26,7 +26,6 @@ from mlflow_ctx_autolog.answers.entry import (
     decode,
     encode,
 )
-from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.answers.store import AnswerStore, Shelf
 from mlflow_ctx_autolog.answers.task_answers import (
     CountedTurns,
@@ -35,6 +34,7 @@ from mlflow_ctx_autolog.answers.task_answers import (
     TaskAnswers,
     _Evaluation,
 )
+from mlflow_ctx_autolog.answers_settings import Answers
 
 ENTRY = Entry((("content-type", "text/plain"), ("x", "ü")), (b"one\n", b"", b"two"), "tr-1/2")
 NAME = f"{'a' * 32}.0"

@@ -11,8 +11,8 @@ import pytest
 from recording import Keeper
 from reuse import new_store
 
-from mlflow_ctx_autolog.answers.settings import Answers
 from mlflow_ctx_autolog.answers.task_answers import Place, TaskAnswers
+from mlflow_ctx_autolog.answers_settings import Answers
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
 from mlflow_ctx_autolog.recorder.openai_calls import OpenAIRecorder
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request
