@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
 from mlflow_ctx_autolog.stores.otlp import is_collector
-from mlflow_ctx_autolog.stores.sending import send
+from mlflow_ctx_autolog.stores.sending import needs_mlflow, send
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
@@ -232,7 +233,11 @@ class WorkerProcess:
         return found
 
     def _adopt(self, destination: Destination, records: Sequence[Record]) -> None:
-        if destination.tracking_uri is not None:
+        uri = destination.tracking_uri
+        if uri is not None:
+            if needs_mlflow(uri) and "mlflow" not in sys.modules:
+                # Not for the sake of others: a worker or a driver that has it will come.
+                raise StoreError("only a process that has loaded MLflow can store them")
             send(destination, records)
         elif any(task.destination.driver_id == destination.driver_id for task in open_tasks()):
             # Home with the task that is running.
