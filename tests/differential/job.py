@@ -203,6 +203,7 @@ _CHANGING = [
         (r"^\t\.\.\. \d+ more\n?", ""),
         (r"Lambda\$\d+|Lambda/", "Lambda"),
         (r"0x[0-9a-f]+", "0x"),
+        (r"id=o\d+", "id=o"),
         (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "UUID"),
         (r"\b[0-9a-f]{32}\b", "HEX"),
         (r"rows_[0-9a-f]{32}", "rows_HEX"),
