@@ -150,8 +150,9 @@ class Job:
         said = [
             [each.category.__name__, normal(str(each.message)), Path(each.filename).name]
             for each in caught
-            # What MLflow says of its own store, with which one run has to do and the other has not.
-            if "/mlflow/" not in each.filename
+            # What MLflow says of its own store, with which one run has to do and the other has not;
+            # and what Spark 4.0 leaves to the collector, which comes at any moment.
+            if "/mlflow/" not in each.filename and each.category is not ResourceWarning
         ]
         self.note(f"{name}: warnings", said)
         return result
@@ -202,6 +203,8 @@ _CHANGING = [
         (r"^\s+at .*\$\$Lambda.*\n?", ""),
         (r"^\t\.\.\. \d+ more\n?", ""),
         (r"Lambda\$\d+|Lambda/", "Lambda"),
+        (r"MethodAccessor\d+", "MethodAccessor"),
+        (r"calling o\d+", "calling o"),
         (r"0x[0-9a-f]+", "0x"),
         (r"id=o\d+", "id=o"),
         (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "UUID"),
