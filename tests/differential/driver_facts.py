@@ -86,8 +86,9 @@ def _settings(spark: Any) -> list[str]:
         "spark.repl",
         "spark.sql.warehouse",
     )
-    found = spark.conf.getAll
-    found = dict(found() if callable(found) else found) if found is not None else {}
+    # Spark 3.5 does not have it.
+    found = getattr(spark.conf, "getAll", {})
+    found = dict(found() if callable(found) else found)
     if hasattr(spark, "_jsparkSession"):
         found.update(spark.sparkContext.getConf().getAll())
     return [
