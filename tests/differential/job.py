@@ -200,7 +200,9 @@ def described(error: BaseException | None, but_frames_of: str) -> Any:
     }
     for method in ("getCondition", "getSqlState", "getMessageParameters"):
         with contextlib.suppress(Exception):
-            facts[method] = normal(repr(getattr(error, method)()))
+            found = getattr(error, method)()
+            # In no order.
+            facts[method] = normal(repr(sorted(found.items()) if method.endswith("s") else found))
     return facts
 
 
