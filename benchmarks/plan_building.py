@@ -84,6 +84,7 @@ def main() -> None:
                 f"| {given.columns}, {shape} | {statistics.median(without):.2f} "
                 f"| {statistics.median(with_):.2f} | {ratio:.2f} | {broadcasts(spark) - before} |"
             )
+        mlflow.flush_trace_async_logging()
     spark.stop()
 
 

@@ -75,6 +75,7 @@ __all__ = [
     "active_otel_span",
     "active_run_id",
     "active_span_headers",
+    "active_span_ids",
     "active_trace",
     "active_workspace",
     "add_to_trace",
@@ -231,6 +232,12 @@ def _declared() -> Any:
     module = sys.modules.get("mlflow.tracing.context")
     variable = getattr(module, "_USER_TRACE_CONTEXT", None)
     return None if variable is None else variable.get()
+
+
+def active_span_ids() -> tuple[str, str] | None:
+    """Return MLflow's ids of the active span's trace and of the span; None if there is none."""
+    span = mlflow.get_current_active_span()
+    return None if span is None or isinstance(span, NoOpSpan) else (span.trace_id, span.span_id)
 
 
 def active_trace() -> TraceInfo | None:

@@ -50,6 +50,7 @@ from mlflow_ctx_autolog.stores.tracking_store import (
 )
 from mlflow_ctx_autolog.tracing import (
     DriverTracing,
+    active_span_ids,
     active_trace,
     active_workspace,
     add_to_trace,
@@ -223,6 +224,8 @@ class Ledger:
             receipts_come_home: Whether tasks that succeed bring a receipt to :meth:`receive`.
             functions: How many functions are handed to Spark with it.
         """
+        if self._open_again(receipts_come_home, functions):
+            return
         info = active_trace()
         if info is None:
             return
@@ -244,6 +247,20 @@ class Ledger:
             book.handed_over += functions
         if book.delivers:
             self._announce(book, info if is_new else None)
+
+    def _open_again(self, receipts_come_home: bool, functions: int) -> bool:
+        """Enter further functions, where all of the active span is announced; else return False."""
+        if (ids := active_span_ids()) is None:
+            return False
+        trace_id, span_id = ids
+        with self._lock:
+            book = self._book_of(trace_id)
+            if self._is_closing or book is None or span_id not in book.announced:
+                return False
+            self._keep(book)
+            book.receipts_come_home &= receipts_come_home
+            book.handed_over += functions
+        return True
 
     def _keep(self, book: _Book) -> None:
         """Make a trace the last that was handed to Spark, and forget those of long ago."""

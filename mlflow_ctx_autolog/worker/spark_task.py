@@ -215,7 +215,8 @@ def hide_own_frames() -> None:
 
     Idempotent. Nothing else of an error changes.
     """
-    for name, module in list(sys.modules.items()):
+    # A copy: another thread may be importing what tracing needs.
+    for name, module in sys.modules.copy().items():
         if (name.startswith("pyspark.") or name == "__main__") and (
             "handle_worker_exception" in vars(module)
         ):

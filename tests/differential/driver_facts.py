@@ -37,8 +37,14 @@ class ActionFacts:
                 for each in sorted(executions, key=lambda each: each.executionId())
             ],
             "settings": sorted(_settings(self._spark)),
-            "tags": sorted(self._spark.getTags()) if hasattr(self._spark, "getTags") else None,
+            "tags": self._tags(),
         }
+
+    def _tags(self) -> list[str]:
+        # Of classic Spark, 3.5 has none.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return sorted(self._spark.getTags())
+        return []
 
     def _all_jobs(self) -> list[Any]:
         core = _core(self._spark)
@@ -86,8 +92,9 @@ def _settings(spark: Any) -> list[str]:
         "spark.repl",
         "spark.sql.warehouse",
     )
-    found = spark.conf.getAll
-    found = dict(found() if callable(found) else found) if found is not None else {}
+    # Spark 3.5 does not have it.
+    found = getattr(spark.conf, "getAll", {})
+    found = dict(found() if callable(found) else found)
     if hasattr(spark, "_jsparkSession"):
         found.update(spark.sparkContext.getConf().getAll())
     return [

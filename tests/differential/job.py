@@ -130,14 +130,20 @@ class Job:
         self.note(f"{name}: same semantics", one.sameSemantics(other))
         self.note(f"{name}: same hash", one.semanticHash() == other.semanticHash())
 
-    def error(self, name: str, action: Callable[[], Any]) -> None:
-        """Note all that can be read of an error."""
+    def error(self, name: str, action: Callable[[], Any], but_frames_of: str = "nobody") -> None:
+        """Note all that can be read of an error.
+
+        Args:
+            name: What it is the error of.
+            action: Raises it.
+            but_frames_of: A package whose frames may be in its traceback.
+        """
         printed_errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(printed_errors):
                 action()
         except BaseException as error:
-            self.note(f"{name}: error", described(error))
+            self.note(f"{name}: error", described(error, but_frames_of))
         else:
             self.note(f"{name}: error", None)
         self.note(f"{name}: stderr", printed_errors.getvalue())
@@ -150,8 +156,9 @@ class Job:
         said = [
             [each.category.__name__, normal(str(each.message)), Path(each.filename).name]
             for each in caught
-            # What MLflow says of its own store, with which one run has to do and the other has not.
-            if "/mlflow/" not in each.filename
+            # What MLflow says of its own store, with which one run has to do and the other has not;
+            # and what Spark 4.0 leaves to the collector, which comes at any moment.
+            if "/mlflow/" not in each.filename and each.category is not ResourceWarning
         ]
         self.note(f"{name}: warnings", said)
         return result
@@ -172,12 +179,13 @@ def printed(action: Callable[[], Any]) -> str:
     return output.getvalue()
 
 
-def described(error: BaseException | None) -> Any:
+def described(error: BaseException | None, but_frames_of: str) -> Any:
     if error is None:
         return None
     frames = [
         f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
+        if but_frames_of not in Path(frame.filename).parts
     ]
     facts = {
         "type": f"{type(error).__module__}.{type(error).__qualname__}",
@@ -185,12 +193,16 @@ def described(error: BaseException | None) -> Any:
         "arguments": normal(repr(error.args)),
         "notes": list(getattr(error, "__notes__", ())),
         "frames": frames,
-        "cause": described(error.__cause__),
-        "context": None if error.__suppress_context__ else described(error.__context__),
+        "cause": described(error.__cause__, but_frames_of),
+        "context": None
+        if error.__suppress_context__
+        else described(error.__context__, but_frames_of),
     }
     for method in ("getCondition", "getSqlState", "getMessageParameters"):
         with contextlib.suppress(Exception):
-            facts[method] = normal(repr(getattr(error, method)()))
+            found = getattr(error, method)()
+            # In no order.
+            facts[method] = normal(repr(sorted(found.items()) if method.endswith("s") else found))
     return facts
 
 
@@ -202,7 +214,10 @@ _CHANGING = [
         (r"^\s+at .*\$\$Lambda.*\n?", ""),
         (r"^\t\.\.\. \d+ more\n?", ""),
         (r"Lambda\$\d+|Lambda/", "Lambda"),
+        (r"MethodAccessor\d+", "MethodAccessor"),
+        (r"calling o\d+", "calling o"),
         (r"0x[0-9a-f]+", "0x"),
+        (r"id=o\d+", "id=o"),
         (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "UUID"),
         (r"\b[0-9a-f]{32}\b", "HEX"),
         (r"rows_[0-9a-f]{32}", "rows_HEX"),

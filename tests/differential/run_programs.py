@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import sys
 import time
@@ -105,6 +106,10 @@ def _enable(database: str) -> None:
 
     import mlflow_ctx_autolog as ctx_autolog
 
+    # What it says of itself is not among what is compared.
+    logger = logging.getLogger("mlflow_ctx_autolog")
+    logger.addHandler(logging.StreamHandler(sys.__stderr__))
+    logger.propagate = False
     mlflow.set_tracking_uri(f"sqlite:///{database}")
     mlflow.set_experiment(experiment_id="0")
     ctx_autolog.enable()

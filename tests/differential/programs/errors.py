@@ -235,7 +235,12 @@ def rdd_functions_that_cannot_be_pickled(job: Job) -> None:
 def batch_functions_that_cannot_be_pickled(job: Job) -> None:
     lock = threading.Lock()
     stream = job.spark.readStream.format("rate").load()
-    job.error("foreachBatch", lambda: stream.writeStream.foreachBatch(lambda *_: lock).start())
+    # Spark pickles it where it takes it, so that what takes it before stands in the traceback.
+    job.error(
+        "foreachBatch",
+        lambda: stream.writeStream.foreachBatch(lambda *_: lock).start(),
+        but_frames_of="mlflow_ctx_autolog",
+    )
 
 
 @program()

@@ -64,10 +64,14 @@ def a_model_as_a_udf(job: Job) -> None:
 
     class Model(PythonModel):
         def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
-            from functions import asker
+            from openai import OpenAI
 
-            ask = asker(url)
-            return [ask(number) for number in model_input["id"]]
+            client = OpenAI(base_url=url, api_key="none", max_retries=0)
+            asked = [[{"role": "user", "content": str(number)}] for number in model_input["id"]]
+            replies = [
+                client.chat.completions.create(model="gpt-test", messages=each) for each in asked
+            ]
+            return [str(reply.choices[0].message.content) for reply in replies]
 
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pyfunc.save_model(f"{folder}/model", python_model=Model(), pip_requirements=[])
