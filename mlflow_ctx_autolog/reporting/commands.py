@@ -60,7 +60,7 @@ def compare(
       mlflow-ctx-autolog compare nightly@2026-11-01..2026-11-08 nightly@2026-11-08..
       mlflow-ctx-autolog compare --fail-if 'cost>10%' --fail-if 'invalid_json>1%'
 
-    Exit status: 1 where a condition is met, 2 where something cannot be read or judged.
+    Exit status: 2 where something cannot be read or judged; 1 where a condition is met.
     """
     return _attempt(
         lambda: _compare(

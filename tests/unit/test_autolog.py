@@ -243,10 +243,10 @@ def test_a_release_without_what_we_patch_is_refused(
     [
         ("file:///tmp/runs", "file store"),
         ("databricks", "Databricks"),
-        ("https://me:planted-secret@host/x", "holds a password"),
-        ("https://planted-secret@host/x", "holds a user name"),
-        ("postgresql://user:planted-secret@host/db", "holds a password"),
-        ("postgresql://host/db?user=me&password=planted-secret", "holds a password"),
+        ("https://me:planted-secret@host/x", "holds a user, a password"),
+        ("https://planted-secret@host/x", "holds a user, a password"),
+        ("postgresql://user:planted-secret@host/db", "holds a user, a password"),
+        ("postgresql://host/db?user=me&password=planted-secret", "holds a user, a password"),
     ],
 )
 def test_a_store_that_workers_cannot_write_to_is_the_drivers(

@@ -56,7 +56,7 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_preloading_starts_no_thread(preloaded: dict[str, Any]) -> None:
     """What workers need is imported, and the process is fit to be forked."""
-    assert preloaded["modules"] == ["mlflow", "openai"]
+    assert preloaded["modules"] == ["openai"]
     assert preloaded["threads"] == 1
 
 
@@ -72,8 +72,8 @@ def test_forked_workers_draw_different_numbers(preloaded: dict[str, Any]) -> Non
 
 
 def test_where_preloading_fails_the_plain_daemon_serves(tmp_path: Path) -> None:
-    """A worker still starts where MLflow cannot be imported, and the log says why."""
-    (tmp_path / "mlflow.py").write_text("raise RuntimeError('a broken release')")
+    """A worker still starts where the client cannot be imported, and the log says why."""
+    (tmp_path / "openai.py").write_text("raise RuntimeError('a broken release')")
     script = (
         "import mlflow_ctx_autolog.daemon as daemon; "
         "daemon.manager = lambda: print('serving'); daemon.main()"
