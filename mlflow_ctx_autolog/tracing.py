@@ -36,7 +36,7 @@ from mlflow.tracing.utils import (
     generate_mlflow_trace_id_from_otel_trace_id,
     get_experiment_id_for_trace,
 )
-from opentelemetry.context import Context
+from opentelemetry.context import Context, create_key, get_value, set_value
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import (
     INVALID_SPAN,
@@ -118,6 +118,7 @@ __all__ = [
     "trace_id_of",
     "tracing_problem",
     "usage_of",
+    "without_span",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -399,6 +400,14 @@ def activated(context: Context) -> Iterator[None]:
         mlflow_provider.get_context_api().detach(token)
 
 
+_WITHOUT_SPAN = create_key("ctx_autolog_without_span")
+
+
+def without_span() -> Context:
+    """Return what is active where no span is to be, whatever handed the work over."""
+    return set_value(_WITHOUT_SPAN, True, Context())
+
+
 def has_ended(context: Context) -> bool:
     """Whether the span of what :func:`active_context` returned has ended."""
     return getattr(get_current_span(context), "end_time", None) is not None
@@ -427,7 +436,7 @@ class FallbackSpan:
 
     def _current(self, original: Callable[[], Context | None]) -> Context | None:
         context = original()
-        if is_valid(get_current_span(context)):
+        if is_valid(get_current_span(context)) or get_value(_WITHOUT_SPAN, context):
             return context
         other = self._context()
         if other is None or has_ended(other):
@@ -633,12 +642,8 @@ def lone_span(name: str, trace_id: str) -> Span:
 @contextmanager
 def new_trace(name: str) -> Iterator[str]:
     """Run a block in a trace of its own, whatever span is active; yield the trace's id."""
-    token = mlflow_provider.get_context_api().attach(Context())
-    try:
-        with mlflow.start_span(name) as span:
-            yield str(span.trace_id)
-    finally:
-        mlflow_provider.get_context_api().detach(token)
+    with activated(without_span()), mlflow.start_span(name) as span:
+        yield str(span.trace_id)
 
 
 def do_not_display(trace_id: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import threading
 import weakref
@@ -14,11 +13,6 @@ from mlflow_ctx_autolog import tracing
 from mlflow_ctx_autolog.patching import Patch
 
 __all__ = ["SpanThreads"]
-
-# Whether an item of a pool is running that was handed over where no span was active.
-_has_no_span: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "ctx_autolog_no_span", default=False
-)
 
 
 class SpanThreads:
@@ -57,7 +51,7 @@ class SpanThreads:
         return original(thread)
 
     def _starter(self) -> Any:
-        return None if _has_no_span.get() else self._starters.get(threading.current_thread())
+        return self._starters.get(threading.current_thread())
 
     def _submit(
         self,
@@ -68,16 +62,14 @@ class SpanThreads:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        context = tracing.active_context() if tracing.has_active_span() else None
+        has_span = tracing.has_active_span()
+        # Else an item would belong to the span that its thread was started under.
+        context = tracing.active_context() if has_span else tracing.without_span()
         return original(pool, functools.partial(_run, context, function), *args, **kwargs)
 
 
 def _run(context: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    if context is None or tracing.has_ended(context):
-        token = _has_no_span.set(True)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _has_no_span.reset(token)
+    if tracing.has_ended(context):
+        context = tracing.without_span()
     with tracing.activated(context):
         return function(*args, **kwargs)

@@ -219,6 +219,9 @@ def test_spans_come_home_where_workers_cannot_reach_the_address(
     assert ("to the driver" in driver.describe_transport()) is elsewhere
 
 
+@pytest.mark.xfail(
+    strict=True, reason="a task's span is a record of ours, of which OpenTelemetry is not told"
+)
 def test_spans_of_other_libraries_nest_where_mlflow_shares_its_provider(
     database: Destination,
 ) -> None:
