@@ -83,7 +83,7 @@ class Driver:
         self.joined_trace = tracing.JoinedTrace()
         self.instrumentor = SparkInstrumentor(self.submit)
         self.propagator = ActionPropagator(self._moment, self._tell, self.executed_plans.expect)
-        self.batches = BatchFunctions(tracing.activate)
+        self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
         self.actions = Actions()
         self.threads = SpanThreads()
         self._carriers = Carriers()

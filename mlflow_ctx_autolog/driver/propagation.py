@@ -84,6 +84,19 @@ class ActionPropagator:
             if patch is not None:
                 patch.revert()
 
+    def heard(self) -> ActionContext | None:
+        """Return what Spark has for this thread from whoever started it, and say nothing to it."""
+        context = _active_spark_context()
+        if getattr(context, "_jsc", None) is None:
+            return None
+        told = self._told
+        before, told.is_telling = getattr(told, "is_telling", False), True
+        try:
+            text = context._jsc.getLocalProperty(ACTION_PROPERTY)
+        finally:
+            told.is_telling = before
+        return None if text is None else ActionContext.from_text(text)
+
     def _tell_jvm(self, client: Any) -> Any:
         told = self._told
         if getattr(told, "is_telling", False):
@@ -151,10 +164,16 @@ class BatchFunctions:
     properties of the thread that started the stream.
 
     Args:
+        heard: See :meth:`ActionPropagator.heard`.
         activate: Makes the span of a W3C ``traceparent`` the active one, from now on.
     """
 
-    def __init__(self, activate: Callable[[str | None], object]) -> None:
+    def __init__(
+        self,
+        heard: Callable[[], ActionContext | None],
+        activate: Callable[[str | None], object],
+    ) -> None:
+        self._heard = heard
         self._activate = activate
         self._redirect: Redirect | None = None
 
@@ -173,9 +192,8 @@ class BatchFunctions:
             self._redirect.revert()
 
     def _activate_span_of_stream(self, function: Any) -> Any:
-        context = _active_spark_context()
-        text = None if context is None else context._jsc.getLocalProperty(ACTION_PROPERTY)
-        self._activate(None if text is None else ActionContext.from_text(text).traceparent)
+        heard = self._heard()
+        self._activate(None if heard is None else heard.traceparent)
         return function
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlflow.tracing.utils as mlflow_utils
@@ -144,4 +145,8 @@ def by_genai_conventions(span: SpanRecord) -> SpanRecord:
 
     live = live_span(span)
     live._span.end(end_time=span.end)
-    return record_of(translate_span_to_genai(live._span._readable_span()))
+    translated = translate_span_to_genai(live._span._readable_span())
+    attributes = {name: dump(value) for name, value in (translated.attributes or {}).items()}
+    # OTLP counts kinds from one on, as it has one for those that are not told.
+    kind = translated.kind.value + 1
+    return replace(record_of(translated), attributes=attributes, kind=kind)

@@ -120,7 +120,7 @@ class Attempt:
         partition: Spark's partition id.
         number: 0 for the first attempt of the partition in this attempt of the stage.
         attempt_id: Unique in the application, and larger for later ones.
-        handover: Names the use of the function in a plan.
+        handover: Names the function, the same for each of its uses.
         call_site: The line on the driver that ran the action, where Spark says so.
         speculation: Whether ``spark.speculation`` was on, if known.
         host: Where it ran.
@@ -318,7 +318,7 @@ def _attempt(span: StoredSpan, facts: SparkFacts) -> Attempt:
         partition=span.number("spark.partition.id"),
         number=span.number("spark.task.attempt_number"),
         attempt_id=span.number("spark.task.attempt_id"),
-        handover=span.text("spark.handover.id"),
+        handover=span.text("spark.function.id"),
         call_site=span.text("spark.call_site"),
         speculation=None if speculation is None else speculation.lower() == "true",
         host=span.text("host.name"),

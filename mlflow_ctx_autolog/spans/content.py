@@ -47,7 +47,7 @@ _FACT = re.compile(r"[\w.:/@+,#<>()\[\]{}\"'$%=-]{0,300}")
 # What this library records, and what users want to see on the span.
 _OURS = re.compile(
     r"annotation\..*|mlflow_ctx_autolog\.[\w.]+|linked\.(?:trace|span)\.id|spans\.[\w.]+"
-    r"|spark\.(?:stage|partition|task|sql|application|handover|speculation|rows|job|connect"
+    r"|spark\.(?:stage|partition|task|sql|application|handover|function|speculation|rows|job|connect"
     r"|streaming|executor)\b[\w.]*"
     r"|llm\.(?:calls|tokens|cost|request|silence|stream|answer|tool_calls|reused_from|usage)\b[\w.]*"
 )

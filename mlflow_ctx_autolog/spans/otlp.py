@@ -25,7 +25,7 @@ _STATUSES = tuple(_CODES)
 _NATIVE = frozenset("[-0123456789tfnNI")
 
 
-def encode(span: SpanRecord, *, all_texts: bool = False) -> bytes:
+def encode(span: SpanRecord, *, all_texts: bool = False, plain: bool = False) -> bytes:
     """Return a message with that one span.
 
     Messages one after the other are one message, with the spans of all. An object or a text goes
@@ -36,6 +36,7 @@ def encode(span: SpanRecord, *, all_texts: bool = False) -> bytes:
     Args:
         span: The span.
         all_texts: Send every value as its JSON text, as MLflow does to a collector.
+        plain: Send every value as what it is, as OpenTelemetry's conventions have it.
     """
     message = Span(
         trace_id=bytes.fromhex(span.trace_id),
@@ -43,6 +44,8 @@ def encode(span: SpanRecord, *, all_texts: bool = False) -> bytes:
         name=_text(span.name),
         start_time_unix_nano=span.start,
     )
+    if span.kind:
+        message.kind = span.kind  # type: ignore[assignment]
     if span.parent_id is not None:
         message.parent_span_id = bytes.fromhex(span.parent_id)
     if span.end is not None:
@@ -55,7 +58,7 @@ def encode(span: SpanRecord, *, all_texts: bool = False) -> bytes:
     for name, value in span.attributes.items():
         if name != TRACE_ID:
             target = message.attributes.add(key=_text(name)).value
-            if value[:1] in _NATIVE and not all_texts:
+            if plain or (value[:1] in _NATIVE and not all_texts):
                 _set(target, _loaded(value))
             else:
                 target.string_value = _text(value)

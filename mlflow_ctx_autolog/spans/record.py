@@ -147,6 +147,7 @@ class SpanRecord:
         message: What is said of the status, if anything.
         events: What happened meanwhile, oldest first.
         links: Other spans.
+        kind: OTLP's number of the kind of span; 0 where it is not told.
     """
 
     trace_id: str
@@ -160,6 +161,7 @@ class SpanRecord:
     message: str | None = None
     events: tuple[SpanEvent, ...] = ()
     links: tuple[SpanLink, ...] = ()
+    kind: int = 0
 
     @property
     def mlflow_trace_id(self) -> str:

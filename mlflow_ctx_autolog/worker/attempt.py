@@ -78,6 +78,7 @@ def begin(
         attributes["spark.application.id"] = context.application_id
     if context.speculation is not None:
         attributes["spark.speculation"] = context.speculation
+    attributes["spark.function.id"] = function or name
     attributes[_OUTCOME] = "running"
     worker.switch_on(task)
     task.open()

@@ -222,7 +222,9 @@ class TraceRouter:
 
     def _record(self, task: Task, span: SpanRecord) -> Record:
         if is_collector(task.context.tracking_uri):
-            payload = encode(self._transforms.for_collector(span), all_texts=True)
+            exported = self._transforms.for_collector(span)
+            follows_conventions = exported is not span
+            payload = encode(exported, all_texts=not follows_conventions, plain=follows_conventions)
         else:
             payload = encode(span)
         return Record("span", span.span_id, payload, task.span_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -97,12 +98,13 @@ def _take_the_library_away(packages: Path) -> None:
 
 
 def _make_the_library_older(packages: Path) -> None:
-    (installed,) = packages.glob("mlflow_ctx_autolog-*.dist-info")
-    installed.unlink()
-    older = packages / "mlflow_ctx_autolog-0.0.1.dist-info"
-    older.mkdir()
-    lines = ("Metadata-Version: 2.1", "Name: mlflow-ctx-autolog", "Version: 0.0.1", "")
-    (older / "METADATA").write_text("\n".join(lines))
+    package = packages / "mlflow_ctx_autolog"
+    installed = package.resolve()
+    package.unlink()
+    shutil.copytree(installed, package)
+    text = (package / "__init__.py").read_text(encoding="utf-8")
+    older = text.replace(f'__version__ = "{ctx_autolog.__version__}"', '__version__ = "0.0.1"')
+    (package / "__init__.py").write_text(older, encoding="utf-8")
 
 
 def _set_the_clock_back(packages: Path) -> None:

@@ -520,6 +520,7 @@ def test_nothing_is_in_the_carrier_but_what_is_needed(
         "experiment_id",
         "fingerprint_key",
         "has_span_processors",
+        "max_result_bytes",
         "metadata",
         "process_id",
         "propagation",

@@ -44,6 +44,7 @@ def test_what_changed_is_found_with_its_size(
     assert sum(each is not None and abs(each - size) <= within for each in found) >= 19
 
 
+@pytest.mark.slow
 def test_job_that_is_as_before_raises_no_alarm() -> None:
     """In no more than 5 of 100 tries, over all differences of a comparison together."""
     few = Made(calls=800)
@@ -67,6 +68,7 @@ def test_few_calls_do_not_cry_wolf() -> None:
     assert verdicts["input_tokens"] == verdicts["p95"] == "too few"
 
 
+@pytest.mark.slow
 def test_job_that_is_made_twice_is_found_and_one_accident_is_not() -> None:
     """Each call by two actions is no chance; one task of eight that was retried may be."""
     quiet = Made(retried=0.0)

@@ -44,7 +44,7 @@ def task(span_id: str, **attributes: Any) -> Any:
         "spark.partition.id": 0,
         "spark.task.attempt_number": 0,
         "spark.task.attempt_id": 0,
-        "spark.handover.id": "one",
+        "spark.function.id": "one",
         "host.name": "worker",
         **attributes,
     }
