@@ -779,10 +779,9 @@ def _setting(facts: Facts, name: str, default: str) -> str | None:
     advice='Hand functions to Spark inside a span: with mlflow.start_span("my-job"): ...',
 )
 def span_is_active(subject: Subject) -> Verdict | None:
-    """Functions carry the span that is active where they are handed to Spark.
+    """Calls belong to the span that is active where the action runs.
 
-    Where none is, each task becomes a trace of its own; in a store for whole traces its calls
-    are not stored.
+    Where none is, each action is a trace of its own.
     """
     if subject.facts.has_active_span is None:
         return Verdict("unknown", "asked outside of your program")
