@@ -218,12 +218,13 @@ def test_an_rdd_that_is_united_with_itself(
     assert paid(endpoint) == before
 
 
+@pytest.mark.slow
 def test_a_udf_that_the_optimiser_has_duplicated(
     spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
 ) -> None:
     """Both evaluations of a row are of one partition, and get one answer."""
     # As a model's takes: the second evaluation is to begin before the first one has ended.
-    endpoint.latency = 0.3
+    endpoint.latency = 1.5
     with ctx_autolog.enable(reuse_answers=True), mlflow.start_span("job") as span:
         filtered_udf(spark, endpoint.base_url)
     assert paid(endpoint) == 4
