@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mlflow_ctx_autolog.reporting.commands import compare, history
+from mlflow_ctx_autolog.reporting.commands import compare, history, read_prices
 from mlflow_ctx_autolog.versions import SUPPORTED, installed_version
 
 __all__ = ["commands", "main"]
@@ -186,7 +186,7 @@ def report(
     """
     if bool(traces) == (run_id is not None):
         raise click.UsageError("Name traces, or last, or --run-id.")
-    known_prices = _read_prices(prices)
+    known_prices = read_prices(prices)
     # Imports MLflow.
     from mlflow_ctx_autolog import report as make_report
     from mlflow_ctx_autolog.exceptions import StoreError
@@ -222,19 +222,6 @@ def _last_trace(tracking_uri: str | None, experiment_id: str | None) -> str:
             "job; name another by --experiment-id or --tracking-uri"
         )
     return found[0]
-
-
-def _read_prices(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        content = text if text.lstrip().startswith("{") else Path(text).read_text("utf-8")
-        return json.loads(content)
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(
-            f'it is neither JSON, as {{"gpt-x": [2.5, 10]}}, nor a file of it: {error}',
-            param_hint="--prices",
-        ) from error
 
 
 @commands.command()

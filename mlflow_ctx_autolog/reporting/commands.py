@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-__all__ = ["compare", "history"]
+__all__ = ["compare", "history", "read_prices"]
 
 _tracking_uri = click.option(
     "--tracking-uri", help="Where the traces are kept; by default MLflow's configured store."
@@ -64,7 +64,7 @@ def compare(
     """
     return _attempt(
         lambda: _compare(
-            before, after, conditions, strict, _prices(prices), tracking_uri, html, as_json
+            before, after, conditions, strict, read_prices(prices), tracking_uri, html, as_json
         )
     )
 
@@ -147,7 +147,8 @@ def _attempt(show: Callable[[], int]) -> int:
         return 2
 
 
-def _prices(text: str | None) -> Any:
+def read_prices(text: str | None) -> Any:
+    """Return what ``--prices`` says: JSON, or what is in a file of it."""
     if text is None:
         return None
     try:
