@@ -12,7 +12,7 @@ from typing import Any
 from mlflow_ctx_autolog import versions
 from mlflow_ctx_autolog.answers_settings import Answers
 from mlflow_ctx_autolog.arguments import check_type
-from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Propagation, Transport, kinds
+from mlflow_ctx_autolog.config import UNCHANGED, Config, Propagation, Transport, kinds
 from mlflow_ctx_autolog.diagnosis.checks import Facts, examine, likely_causes
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.answers import check_answers
@@ -25,6 +25,7 @@ from mlflow_ctx_autolog.driver.handover import (
 )
 from mlflow_ctx_autolog.driver.openai_autolog import OpenAIAutolog
 from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
+from mlflow_ctx_autolog.prices import Price
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 
@@ -36,6 +37,7 @@ driver.ledger.likely_causes = likely_causes
 _openai_calls = OpenAIAutolog(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,
+    pricing=lambda: settings().pricing,
 )
 
 
@@ -109,6 +111,7 @@ def enable(
     max_cost: float | None = UNCHANGED,
     max_repeats: int | None = UNCHANGED,
     prices: Mapping[str, Price] = UNCHANGED,
+    cost_header: str | None = UNCHANGED,
     max_spans_per_trace: int | None = UNCHANGED,
     sampling: str | None = UNCHANGED,
     progress: bool = UNCHANGED,
@@ -176,8 +179,10 @@ def enable(
         max_calls: Requests to models that one job, which is one trace of the driver, may make.
         max_cost: The same in US dollars, of the answers that have come.
         max_repeats: The same for requests that were made before in the same job.
-        prices: US dollars for a million input and a million output tokens, by model, where MLflow
-            does not know them.
+        prices: US dollars for a million input and a million output tokens, by model: of those
+            that MLflow does not know, or that cost you something else.
+        cost_header: The response header by which a gateway says what an answer has cost, in US
+            dollars, as LiteLLM's ``x-litellm-response-cost``.
         max_spans_per_trace: Spans below its tasks that the driver's trace takes, shared out among
             the hosts of Spark's executors.
         sampling: Which calls are stored, decided as they end: ``errors``, ``slow`` (the slowest of

@@ -16,12 +16,14 @@ from mlflow_ctx_autolog.answers_settings import (
     AnswersSetting,
 )
 from mlflow_ctx_autolog.exceptions import shortened
+from mlflow_ctx_autolog.prices import Price, Pricing
 from mlflow_ctx_autolog.setting_kinds import (
     AbsolutePath,
     Choice,
     Flag,
     Function,
     Kind,
+    Name,
     Names,
     Number,
 )
@@ -33,16 +35,12 @@ __all__ = [
     "TRANSPORTS",
     "UNCHANGED",
     "Config",
-    "Price",
     "Propagation",
     "Sampling",
     "Transport",
     "checked_prices",
     "kinds",
 ]
-
-# US dollars for a million input and a million output tokens.
-Price = tuple[float, float]
 
 Transport = Literal["auto", "direct", "driver", "otlp"]
 Propagation = Literal["auto", "broadcast"]
@@ -193,8 +191,11 @@ class Config:
             worker, and no request is sent. None for no limit. At least 1.
         max_cost: The same in US dollars, of the answers that have come. More than 0.
         max_repeats: The same for requests that were made before in the same job. At least 0.
-        prices: US dollars for a million input and a million output tokens, by model, where MLflow
-            does not know them. In a variable, as JSON.
+        prices: US dollars for a million input and a million output tokens, by model: of those
+            that MLflow does not know, or that cost you something else. In a variable, as JSON.
+        cost_header: The response header by which a gateway says what an answer has cost, in US
+            dollars, as LiteLLM's ``x-litellm-response-cost``. It goes before ``prices``; of
+            streams, whose cost is not known when their headers are sent, it is not read.
         max_spans_per_trace: Spans below its tasks that the driver's trace takes, shared out among
             the hosts of Spark's executors. Calls beyond them go to one linked trace for each task;
             but those that fail, and the slowest, stay in the driver's as long as each are no more
@@ -241,6 +242,7 @@ class Config:
     prices: Mapping[str, Price] = field(
         default_factory=dict, hash=False, metadata={_KIND: _Prices()}
     )
+    cost_header: str | None = _setting(None, Name("a header's name"))
     max_spans_per_trace: int | None = _setting(2000, Number(at_least=10, whole=True, optional=True))
     sampling: str | None = _setting(None, _SamplingTerms())
     progress: bool = _setting(False, Flag())
@@ -273,6 +275,11 @@ class Config:
         """
         heeded = {**_opentelemetrys(environ), **_settings_from_env(environ)}
         return cls().updated({**heeded, **settings})
+
+    @property
+    def pricing(self) -> Pricing:
+        """What the user says of prices."""
+        return Pricing(self.prices, self.cost_header)
 
     def updated(self, settings: Mapping[str, Any]) -> Config:
         """Return a copy with ``settings`` in place.

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["AbsolutePath", "Choice", "Flag", "Function", "Kind", "Names", "Number"]
+__all__ = ["AbsolutePath", "Choice", "Flag", "Function", "Kind", "Name", "Names", "Number"]
 
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+# RFC 9110, section 5.6.2.
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 class Kind(Protocol):
@@ -170,6 +172,33 @@ class Function:
 
     def __str__(self) -> str:
         return "a function; not by variable"
+
+
+@dataclass(frozen=True)
+class Name:
+    """One name, as HTTP headers have them; None for none.
+
+    Args:
+        shown: What it is the name of.
+    """
+
+    shown: str
+    in_variable = "a name"
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise TypeError(f"{name}={value!r} is not a text")
+        if not _TOKEN.fullmatch(value):
+            raise ValueError(f"{name}={value!r} is not {self.shown}")
+        return value
+
+    def read(self, text: str) -> Any:
+        return text
+
+    def __str__(self) -> str:
+        return f"{self.shown}, or None"
 
 
 @dataclass(frozen=True)

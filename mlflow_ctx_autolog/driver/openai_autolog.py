@@ -19,15 +19,18 @@ from mlflow.utils.autologging_utils import safety
 
 from mlflow_ctx_autolog.mlflow_bridge.flavors import Autolog
 from mlflow_ctx_autolog.patching import Patch
+from mlflow_ctx_autolog.prices import Pricing
 from mlflow_ctx_autolog.recorder.annotations import current_annotations, set_last_call
 from mlflow_ctx_autolog.recorder.client_hooks import OpenAIClientHooks
 from mlflow_ctx_autolog.recorder.request import fingerprint
 from mlflow_ctx_autolog.spans.attributes import (
     ANNOTATION,
+    COST,
     FINGERPRINT,
     RESEND_COUNT,
     STREAM_OUTCOME,
     TIME_TO_FIRST_CHUNK,
+    USAGE,
 )
 from mlflow_ctx_autolog.tracing import record_usage
 
@@ -51,6 +54,7 @@ class OpenAIAutolog:
     Args:
         propagates_headers: Whether calls may take a ``traceparent`` header along.
         fingerprint_key: For the fingerprints of requests.
+        pricing: Returns what the user says of prices.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class OpenAIAutolog:
         *,
         propagates_headers: Callable[[], bool] = lambda: True,
         fingerprint_key: str | None = None,
+        pricing: Callable[[], Pricing] = Pricing,
     ) -> None:
         self._fingerprint_key = fingerprint_key
         self._patches = [
@@ -68,6 +73,7 @@ class OpenAIAutolog:
         ]
         self._client = OpenAIClientHooks(self)
         self._propagates_headers = propagates_headers
+        self._pricing = pricing
         # Older releases of MLflow send none.
         if hasattr(_autolog_module, "_inject_tracing_headers"):
             self._patches.append(
@@ -100,8 +106,11 @@ class OpenAIAutolog:
     def sends(self) -> None:
         """No request of the driver's is held back."""
 
-    def said(self, document: Any) -> None:
-        """MLflow reads what the client makes of it."""
+    def said(self, document: Any, headers: Mapping[str, str]) -> None:  # noqa: ARG002
+        """Take what its headers say; MLflow reads what the client makes of the document."""
+        span = self._calling.get()
+        if span is not None and (cost := self._pricing().cost((), {}, headers)):
+            span.set_attribute(COST, cost)
 
     def resends(self) -> None:
         span = self._calling.get()
@@ -173,6 +182,13 @@ class OpenAIAutolog:
             original(span, inputs, result)
         finally:
             record_usage(span, getattr(result, "usage", None))
+            self._set_cost(span, (getattr(result, "model", None), inputs.get("model")))
+
+    def _set_cost(self, span: Any, models: tuple[object, ...]) -> None:
+        usage = span.get_attribute(USAGE)
+        cost = {} if span.get_attribute(COST) else self._pricing().cost(models, usage or {}, {})
+        if cost:
+            span.set_attribute(COST, cost)
 
 
 def _remembering() -> Iterator[Patch]:
@@ -227,7 +243,7 @@ class _Answer:
         self._chunks: list[Any] = []
         self._latest = time.time_ns()
 
-    def said(self, document: Any) -> None:
+    def said(self, document: Any, headers: Mapping[str, str]) -> None:
         """MLflow reads what the client makes of it."""
 
     def received(self, chunk: Any) -> None:

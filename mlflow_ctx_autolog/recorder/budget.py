@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from mlflow_ctx_autolog.config import Config, Price
+from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import BudgetExceeded, warn_once
+from mlflow_ctx_autolog.prices import Price, cost_of
 from mlflow_ctx_autolog.spans.amounts import Amounts
 
 __all__ = ["Budget", "open_budget"]
@@ -19,7 +20,8 @@ class _Spent:
     """What the calls of a job have come to, as far as a host's processes have told.
 
     Attributes:
-        models: Of each model calls, repeats among them, tokens and cost.
+        models: Of each model calls, repeats among them, tokens, cost, and calls of which no tokens
+            were told.
         requests: The fingerprints of all requests.
         elsewhere: Calls and cost that the driver knew and this host did not, when it first heard
             of a use of a function, by that.
@@ -32,8 +34,8 @@ class _Spent:
 
     def enter(self, event: Event) -> None:
         match event:
-            case ["spent", str(model), *amounts] if len(amounts) == 4:
-                known = self.models.setdefault(model, [0, 0, 0, 0.0])
+            case ["spent", str(model), *amounts] if len(amounts) == 5:
+                known = self.models.setdefault(model, [0, 0, 0, 0.0, 0])
                 self.models[model] = [a + b for a, b in zip(known, amounts, strict=True)]
             case ["request", *requests]:
                 self.requests.update(map(str, requests))
@@ -124,41 +126,53 @@ class Budget:
                 "report() what was paid for twice.",
                 {"calls": int(calls), "repeats": int(repeats), "cost": cost},
             )
-        tell("spent", model, 1, int(is_repeat), 0, 0.0)
+        tell("spent", model, 1, int(is_repeat), 0, 0.0, 0)
         if request is not None and not is_repeat:
             tell("request", request)
 
-    def paid(self, model: str, usage: Amounts, cost: float | None) -> float:
+    def paid(
+        self,
+        model: str,
+        usage: Amounts,
+        cost: float | None,
+        estimate: Callable[[], Amounts] = dict,
+    ) -> float:
         """Enter what an answer has cost; return that, 0 where it is not known.
 
         Args:
             model: The model's name.
             usage: Its tokens, by MLflow's names.
             cost: US dollars, where its span says so.
+            estimate: Returns about how many tokens it has used, where the server did not say.
         """
+        is_told = bool(usage) or cost is not None
         if cost is None:
-            cost = self._cost(model, usage)
+            cost = self._cost(model, usage, estimate)
         tokens = int(usage.get("total_tokens", 0))
         try:
             with self._account.changing() as (_, tell):
-                tell("spent", model, 0, 0, tokens, cost)
+                tell("spent", model, 0, 0, tokens, cost, int(not is_told))
         except OSError as error:
             warn_once(_logger, "budget", f"A cost is not held against the budget, since {error}")
         return cost
 
-    def _cost(self, model: str, usage: Amounts) -> float:
+    def _cost(self, model: str, usage: Amounts, estimate: Callable[[], Amounts]) -> float:
+        if self._config.max_cost is None and not usage:
+            return 0.0
         price = self._price_of(model)
         if price is None:
             return 0.0
-        if not usage and self._config.max_cost is not None:
+        known = cost_of(price, usage)
+        if not known and self._config.max_cost is not None:
+            known = cost_of(price, estimate())
             warn_once(
                 _logger,
                 "no usage",
-                f"max_cost does not see what some calls of {model!r} cost, since the server "
-                "reported no tokens; of a stream, stream_options={'include_usage': True} asks it.",
+                f"max_cost={self._config.max_cost:g} counts what some calls of {model!r} cost by "
+                "the length of their texts, since the server reported no tokens; of a stream, "
+                "stream_options={'include_usage': True} asks it.",
             )
-        amounts = (usage.get("input_tokens", 0), usage.get("output_tokens", 0))
-        return sum(amount * rate for amount, rate in zip(amounts, price, strict=True)) / 1e6
+        return known.get("total_cost", 0.0)
 
 
 def open_budget(
@@ -183,5 +197,6 @@ def open_budget(
     return Budget(config, account, handover, known, price_of)
 
 
-def _shown(calls: float, repeats: float, tokens: float, cost: float) -> str:
-    return f"{calls:,.0f} calls ({repeats:,.0f} repeated), {tokens:,.0f} tokens, ${cost:,.4f}"
+def _shown(calls: float, repeats: float, tokens: float, cost: float, untold: float) -> str:
+    said = f"{calls:,.0f} calls ({repeats:,.0f} repeated), {tokens:,.0f} tokens, ${cost:,.4f}"
+    return f"{said} (tokens of {untold:,.0f} calls not told)" if untold else said

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
+from mlflow_ctx_autolog.prices import Pricing
 from mlflow_ctx_autolog.recorder.answer import (
     answer_attributes,
     as_reused,
@@ -17,19 +18,23 @@ from mlflow_ctx_autolog.recorder.answer import (
 )
 from mlflow_ctx_autolog.recorder.request import tools_attribute
 from mlflow_ctx_autolog.recorder.streams import assembly_for
+from mlflow_ctx_autolog.spans.amounts import Amounts
 from mlflow_ctx_autolog.spans.attributes import (
     CHUNK_EVENT,
     CHUNK_VALUE,
+    COST,
     EXCEPTION_EVENT,
     EXCEPTION_MESSAGE,
     EXCEPTION_TYPE,
     INFO,
+    MODEL,
     NOT_SENT,
     OUTPUTS,
     RESEND_COUNT,
     REUSED_FROM,
     STREAM_OUTCOME,
     TIME_TO_FIRST_CHUNK,
+    USAGE,
 )
 from mlflow_ctx_autolog.spans.quality import quality_attributes
 from mlflow_ctx_autolog.spans.record import (
@@ -55,6 +60,10 @@ class CallOwner(Protocol):
     @property
     def propagates_headers(self) -> bool:
         """Whether calls take a ``traceparent`` along."""
+
+    @property
+    def pricing(self) -> Pricing:
+        """What its user says of prices."""
 
     def parent(self) -> SpanContext | None:
         """Return what a span that starts here and now is below.
@@ -126,6 +135,7 @@ class Call:
         self._resent = 0
         # What the server has answered, as it was before the client parsed it.
         self._document: Any = None
+        self._headers: Mapping[str, str] = {}
 
     @property
     def name(self) -> str:
@@ -182,14 +192,15 @@ class Call:
         if self.span is not None:
             self.span.update_json({RESEND_COUNT: str(self._resent)})
 
-    def said(self, document: Any) -> None:
+    def said(self, document: Any, headers: Mapping[str, str]) -> None:
         """The server has answered with a document."""
-        self._document = document
+        self._document, self._headers = document, headers
 
-    def answered(self, result: Any) -> None:
-        """End with an answer that is all there."""
+    def answered(self, result: Any, headers: Mapping[str, str] | None = None) -> None:
+        """End with an answer that is all there, and the headers it came with if not yet told."""
         if self.span is None:
             return
+        self._headers = headers or self._headers
         document = self._document if self._document is not None else document_of(result)
         self._end(document, outputs_of(result))
 
@@ -239,7 +250,11 @@ class Call:
             if document is not None or was_answered:
                 span.update_json(tools_attribute(self.arguments))
                 attributes = answer_attributes(self.arguments, document)
-                span.update(as_reused(attributes) if self._is_reused else attributes)
+                if self._is_reused:
+                    attributes = as_reused(attributes)
+                elif cost := self._cost(attributes):
+                    attributes[COST] = cost
+                span.update(attributes)
                 span.update(
                     quality_attributes(
                         self.arguments,
@@ -265,6 +280,11 @@ class Call:
             if record is not None:
                 self.owner.ended(record)
 
+    def _cost(self, answer: Mapping[str, Any]) -> Amounts:
+        """Return what an answer has cost, where the user says so."""
+        models = answer.get(MODEL), self.arguments.get("model")
+        return self.owner.pricing.cost(models, answer.get(USAGE, {}), self._headers)
+
 
 class StreamedAnswer:
     """An answer that is read after the call has returned, and the span that lasts as long.
@@ -280,14 +300,15 @@ class StreamedAnswer:
         self._unread = unread
         self._assembly = assembly_for(call.api)
         self._document: Any = None
+        self._headers: Mapping[str, str] = {}
         self._is_document_taken = True
         self._pieces: list[str] = []
         self._last: Any = None
         self._latest = time.time_ns()
         self._error: BaseException | None = None
 
-    def said(self, document: Any) -> None:
-        self._document, self._is_document_taken = document, False
+    def said(self, document: Any, headers: Mapping[str, str]) -> None:
+        self._document, self._headers, self._is_document_taken = document, headers, False
 
     def received(self, chunk: Any) -> None:
         span = self._call.span
@@ -311,7 +332,7 @@ class StreamedAnswer:
     def answered(self, result: Any) -> None:
         if self._is_taken():
             if self._document is not None:
-                self._call.said(self._document)
+                self._call.said(self._document, self._headers)
             self._call.answered(result)
 
     def rejected(self, error: BaseException) -> None:

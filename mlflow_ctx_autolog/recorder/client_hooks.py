@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import suppress
 from types import ModuleType
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ class CallObserver(Protocol):
     def resends(self) -> None:
         """The client is about to send the request once more."""
 
-    def said(self, document: Any) -> None:
+    def said(self, document: Any, headers: Mapping[str, str]) -> None:
         """The server has answered with this document: JSON, before the client looks at it."""
 
     def interrupted(self, error: BaseException) -> None:
@@ -41,7 +41,7 @@ class CallObserver(Protocol):
 class AnswerReader(Protocol):
     """Who is told how an answer is read that was not all there when the call returned."""
 
-    def said(self, document: Any) -> None:
+    def said(self, document: Any, headers: Mapping[str, str]) -> None:
         """The server has sent this document: a piece of a stream, or the answer."""
 
     def received(self, chunk: Any) -> None:
@@ -202,7 +202,8 @@ class OpenAIClientHooks:
     def _process_data(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         response = kwargs.get("response")
         reader = None if response is None else self._readers.get(response)
-        _tell(self._observer.said if reader is None else reader.said, kwargs.get("data"))
+        said = self._observer.said if reader is None else reader.said
+        _tell(said, kwargs.get("data"), getattr(response, "headers", {}))
         return original(*args, **kwargs)
 
     def _parse(self, original: Callable[..., Any], response: Any, *args: Any, **kwargs: Any) -> Any:

@@ -144,9 +144,9 @@ class OpenAIRecorder:
         if (call := self._calling.get()) is not None:
             call.resends()
 
-    def said(self, document: Any) -> None:
+    def said(self, document: Any, headers: Mapping[str, str]) -> None:
         if (call := self._calling.get()) is not None:
-            call.said(document)
+            call.said(document, headers)
 
     def interrupted(self, error: BaseException) -> None:
         """The call sees that itself."""
@@ -243,13 +243,15 @@ class OpenAIRecorder:
         return call, kwargs
 
     def _returned(self, call: Call, result: Any) -> None:
+        # Those of a raw response, which is parsed when the call is over.
+        headers = getattr(result, "headers", None)
         result = self._hooks.parsed(result)
         if call.span is not None:
             answer = StreamedAnswer(call, self._unread)
             if self._hooks.follow(result, answer):
                 self._unread.add(answer)
                 return
-        call.answered(result)
+        call.answered(result, headers)
 
     @staticmethod
     def _tell(what: Callable[..., None], *args: Any) -> None:

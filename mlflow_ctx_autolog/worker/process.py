@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mlflow_ctx_autolog.config import Price
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.recovery import Recovery
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.prices import Price
 from mlflow_ctx_autolog.recorder.budget import Budget, open_budget
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.call_sums import CallSums

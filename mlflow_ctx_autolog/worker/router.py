@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.records import Record
+from mlflow_ctx_autolog.recorder.estimate import estimated_usage
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.attributes import COST, REUSED_FROM, USAGE
 from mlflow_ctx_autolog.spans.call_sums import SUMMED
@@ -237,7 +239,8 @@ def _count_answer(task: Task, span: SpanRecord, usage: Amounts, cost: Amounts) -
     paid = 0.0
     if task.budget is not None and (usage or not span.has_failed):
         # What was asked, whatever the answer says of it: so was the request admitted.
-        paid = task.budget.paid(str(span.get("model")), usage, cost.get("total_cost"))
+        estimate = functools.partial(estimated_usage, span)
+        paid = task.budget.paid(str(span.get("model")), usage, cost.get("total_cost"), estimate)
     task.count_answer(span.has_failed, paid)
     attributes = {name: span.get(name) for name in SUMMED}
     task.sum_up(attributes, span.seconds, failed=span.has_failed)

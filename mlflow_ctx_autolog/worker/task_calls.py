@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
+from mlflow_ctx_autolog.prices import Pricing
 from mlflow_ctx_autolog.recorder.openai_calls import OpenAIRecorder
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
 from mlflow_ctx_autolog.task import Task, current_task
@@ -80,6 +81,10 @@ class _CallsOfTask:
     @property
     def propagates_headers(self) -> bool:
         return self._task.context.config.propagate_headers
+
+    @property
+    def pricing(self) -> Pricing:
+        return self._task.context.config.pricing
 
     def parent(self) -> SpanContext | None:
         return self._recording.active()

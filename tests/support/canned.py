@@ -21,11 +21,13 @@ class Canned:
         url: The endpoint's address.
         sends: A document, or a list for a stream; None breaks the stream off.
         asked: Body and headers of each request.
+        headers: Sent along with each answer.
     """
 
     url: str = ""
     sends: Any = None
     asked: list[tuple[Document, dict[str, str]]] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -47,6 +49,8 @@ def canned() -> Iterator[Canned]:
             is_broken = isinstance(state.sends, list) and None in state.sends
             self.send_response(200)
             self.send_header("content-type", kind)
+            for name, value in state.headers.items():
+                self.send_header(name, value)
             # One that is broken promises more than it has.
             self.send_header("content-length", str(len(data) + is_broken))
             self.end_headers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
+from mlflow_ctx_autolog.prices import Pricing
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
 
 
@@ -19,6 +20,7 @@ class Keeper:
         self.refusal: Exception | None = None
         self.answers: TaskAnswers | None = None
         self.reuses: list[bool] = []
+        self.pricing = Pricing()
         self.above = SpanContext("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
 
     def parent(self) -> SpanContext | None:

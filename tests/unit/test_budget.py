@@ -129,6 +129,27 @@ def test_no_more_money_than_that(opened: Open) -> None:
         budget.admit("gpt-test", None)
 
 
+def test_answer_without_usage_is_estimated(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+    """A budget in money is not passed in silence, and says how many calls it had to estimate."""
+    budget = opened(max_cost=3.0)
+    assert admitted(budget, 1) == 1
+    assert budget.paid("gpt-test", {}, None, lambda: USAGE) == 2.0
+    assert "max_cost=3 counts what some calls of 'gpt-test' cost by the length" in caplog.text
+    # Of which only the total is told.
+    assert admitted(budget, 1) == 1
+    assert budget.paid("gpt-test", {"total_tokens": 9}, None, lambda: USAGE) == 2.0
+    with pytest.raises(BudgetExceeded, match=r"\$4\.0000 \(tokens of 1 calls not told\)"):
+        budget.admit("gpt-test", None)
+
+
+def test_answer_without_usage_is_not_estimated_where_money_has_no_limit(opened: Open) -> None:
+    budget = opened(max_calls=1)
+    assert admitted(budget, 1) == 1
+    assert budget.paid("gpt-test", {}, None, lambda: USAGE) == 0.0
+    with pytest.raises(BudgetExceeded, match=r"\$0\.0000 \(tokens of 1 calls not told\)"):
+        budget.admit("gpt-test", None)
+
+
 def test_a_price_that_nobody_knows_is_said_before_anything_is_spent(opened: Open) -> None:
     with pytest.raises(BudgetExceeded, match=r"'gpt-unknown' was not made: .*prices=") as caught:
         opened(max_cost=3.0).admit("gpt-unknown", None)
