@@ -106,6 +106,7 @@ def enable(
     redact: Callable[[Any], Any] | None = UNCHANGED,
     propagate_headers: bool = UNCHANGED,
     join_trace: bool = UNCHANGED,
+    databricks_token: Callable[[], str] | None = UNCHANGED,
     forward_env: Sequence[str] = UNCHANGED,
     max_calls: int | None = UNCHANGED,
     max_cost: float | None = UNCHANGED,
@@ -174,6 +175,8 @@ def enable(
         join_trace: Make the span that the variable ``TRACEPARENT`` names, as an orchestrator sets
             it for what it starts, the parent of what this process traces: of what is traced in the
             execution context in which :func:`~mlflow_ctx_autolog.enable` is called.
+        databricks_token: Returns a token for the workspace whose Unity Catalog table takes the
+            spans.
         forward_env: Names of environment variables of the driver that tasks get as well, with their
             values at the time a function is handed to Spark, in its broadcast.
         max_calls: Requests to models that one job, which is one trace of the driver, may make.

@@ -182,6 +182,9 @@ class Config:
         join_trace: Make the span that the variable ``TRACEPARENT`` names, as an orchestrator sets
             it for what it starts, the parent of what this process traces: of what is traced in the
             execution context in which :func:`~mlflow_ctx_autolog.enable` is called.
+        databricks_token: Returns a token for the workspace whose Unity Catalog table takes the
+            spans. It travels to the workers as Spark pickles functions, is called there, and again
+            when the workspace refuses its token. See ``docs/databricks.md``.
         forward_env: Names of environment variables of the driver that tasks get as well, with
             their values at the time a function is handed to Spark, in its broadcast. By default
             none, since whoever listens to Spark's network can read it. In a variable, separated
@@ -235,6 +238,7 @@ class Config:
     redact: Callable[[Any], Any] | None = _setting(None, Function())  # noqa: RUF009
     propagate_headers: bool = _setting(True, Flag())
     join_trace: bool = _setting(False, Flag())
+    databricks_token: Callable[[], str] | None = _setting(None, Function())  # noqa: RUF009
     forward_env: Sequence[str] = _setting((), Names())
     max_calls: int | None = _setting(None, Number(at_least=1, whole=True, optional=True))
     max_cost: float | None = _setting(None, Number(above=0, at_most=1_000_000_000, optional=True))
@@ -301,8 +305,8 @@ class Config:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that JSON can hold as a dictionary: all but ``redact``."""
-        names = [field.name for field in fields(self) if field.name != "redact"]
+        """Return the fields that JSON can hold as a dictionary: all but functions."""
+        names = [name for name, kind in kinds().items() if not isinstance(kind, Function)]
         document = {name: getattr(self, name) for name in names}
         if isinstance(self.reuse_answers, Answers):
             document["reuse_answers"] = self.reuse_answers.to_dict()

@@ -40,8 +40,9 @@ from mlflow_ctx_autolog.log_ins import without_credentials, without_log_ins
 from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force
 from mlflow_ctx_autolog.recorder.request import new_key
 from mlflow_ctx_autolog.spans.content import ContentPolicy
-from mlflow_ctx_autolog.stores import otlp
+from mlflow_ctx_autolog.stores import databricks, otlp
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.sending import appends
 from mlflow_ctx_autolog.stores.tracking_server import redirect_of
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.runner import process_id
@@ -348,19 +349,20 @@ def _warn_of_network(session: Any) -> None:
 
 def _pickled_filters(session: Any) -> bytes | None:
     """Return the user's functions that spans go through before they are sent, if there are any."""
-    redact, span_processors = settings().redact, tracing.span_processors()
-    if session is None or (redact is None and not span_processors):
+    redact, token = settings().redact, settings().databricks_token
+    span_processors = tracing.span_processors()
+    if session is None or (redact is None and token is None and not span_processors):
         return None
-    filters = redact, tuple(span_processors)
+    filters = redact, tuple(span_processors), token
     try:
         if filters not in _pickles:
-            _pickles[filters] = spark_api.pickled((redact, span_processors))
+            _pickles[filters] = spark_api.pickled((redact, span_processors, token))
         return _pickles[filters]
     except Exception as error:
         raise ValueError(
-            "The redact function or MLflow's span processors cannot be sent to the workers, since "
-            f"they cannot be pickled: {type(error).__name__}: {error}. Let them refer to nothing "
-            "that cannot, such as locks and connections."
+            "redact, databricks_token or MLflow's span processors cannot be sent to the workers, "
+            f"since they cannot be pickled: {type(error).__name__}: {error}. Let them refer to "
+            "nothing that cannot, such as locks and connections."
         ) from error
 
 
@@ -405,6 +407,8 @@ def transport(session: Any = None) -> tuple[str | None, str]:
             "MLFLOW_ENABLE_OTLP_EXPORTER=false."
         )
     uri, reason = store.worker_tracking_uri()
+    if (table := _table(session, wanted)) is not None:
+        return table
     if wanted == "driver":
         return None, "the transport is set to 'driver'"
     if wanted == "direct" and uri is None:
@@ -413,6 +417,40 @@ def transport(session: Any = None) -> tuple[str | None, str]:
     if wanted == "auto" and is_here and spark_api.has_workers_elsewhere(session):
         return None, f"workers on other hosts cannot reach {uri}"
     return uri, reason
+
+
+def _table(session: Any, wanted: str) -> tuple[str, str] | None:
+    """Return where workers append spans to a Unity Catalog table, and why; None where they don't.
+
+    With ``auto`` they do where their log-in is known, or where there is no other way.
+    """
+    workspace = None if wanted == "driver" else store.table_workspace()
+    if workspace is None:
+        return None
+    uri = databricks.table_uri(workspace)
+    if settings().databricks_token is not None:
+        return uri, f"{workspace} takes spans, with the tokens of databricks_token"
+    if databricks.TOKEN_VARIABLE in settings().forward_env:
+        return uri, f"{workspace} takes spans, with the {databricks.TOKEN_VARIABLE} of forward_env"
+    if wanted == "direct":
+        return uri, f"{workspace} takes spans, with the log-in that workers have"
+    if session is not None and spark_api.spark_context(session) is None:
+        return uri, (
+            f"{workspace} takes spans, and Spark Connect has no other way: workers need a log-in, "
+            f"which forward_env=[{databricks.TOKEN_VARIABLE!r}] or databricks_token= gives them, "
+            "unless databricks-sdk finds one there"
+        )
+    return None
+
+
+def _place(tracking_uri: str | None) -> str:
+    """Return what of a store takes the spans: its experiment, or its table."""
+    if otlp.is_collector(tracking_uri):
+        # There may be no tracking server to ask.
+        return ""
+    if databricks.is_table(tracking_uri):
+        return str(store.span_table())
+    return tracing.current_experiment_id()
 
 
 def flush(timeout: float = 30.0) -> bool:
@@ -548,8 +586,7 @@ def _shared(session: Any, propagation: str) -> DriverContext:
     tags, metadata = tracing.declared_traces()
     return DriverContext(
         tracking_uri=tracking_uri,
-        # A collector has none, and there may be no tracking server to ask.
-        experiment_id="" if otlp.is_collector(tracking_uri) else tracing.current_experiment_id(),
+        experiment_id=_place(tracking_uri),
         workspace=tracing.active_workspace(),
         tags=tags,
         metadata=metadata,
@@ -571,14 +608,13 @@ def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
     """Return the context with the span that is active now, and how large its trace may become."""
     headers = tracing.active_span_headers()
     session_id, user = tracing.session_and_user() if headers else (None, None)
-    is_collector = otlp.is_collector(shared.tracking_uri)
     context = replace(
         shared,
         traceparent=headers.get("traceparent"),
         tracestate=headers.get("tracestate"),
         session_id=session_id,
         user=user,
-        spans_per_host=None if is_collector else _spans_per_host(session),
+        spans_per_host=None if appends(shared.tracking_uri) else _spans_per_host(session),
     )
     if shared.propagation == BY_PROPERTY:
         return context

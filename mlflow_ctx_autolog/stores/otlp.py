@@ -16,7 +16,7 @@ from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, war
 from mlflow_ctx_autolog.stores.answers import Answer, failure
 from mlflow_ctx_autolog.stores.http import TLS, exchange
 
-__all__ = ["collector_uri", "is_collector", "send_to_collector"]
+__all__ = ["check_all_were_taken", "collector_uri", "is_collector", "send_to_collector"]
 
 _logger = logging.getLogger(__name__)
 
@@ -116,10 +116,10 @@ def send_to_collector(
     )
     if not 200 <= answer.status < 300:
         raise failure(answer, "set OTEL_EXPORTER_OTLP_HEADERS where this process runs", url)
-    _check_all_were_taken(answer)
+    check_all_were_taken(answer)
 
 
-def _check_all_were_taken(answer: Answer) -> None:
+def check_all_were_taken(answer: Answer) -> None:
     """Raise where an answer says that spans were rejected, or is no collector's.
 
     Raises:

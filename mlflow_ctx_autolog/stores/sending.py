@@ -7,19 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mlflow_ctx_autolog.delivery.records import Destination, Record
+from mlflow_ctx_autolog.stores.databricks import is_table, send_to_table
 from mlflow_ctx_autolog.stores.http import untraced
 from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
 from mlflow_ctx_autolog.stores.tracking_server import send_to_server, speaks_to
 
-__all__ = ["needs_mlflow", "send", "send_to"]
+__all__ = ["appends", "needs_mlflow", "send", "send_to"]
+
+
+def appends(uri: str | None) -> bool:
+    """Whether a store keeps a span as often as it is sent, so that each is sent when it has ended.
+
+    So do collectors and tables of Unity Catalog; they are told of nothing but spans.
+    """
+    return is_collector(uri) or is_table(uri)
 
 
 def needs_mlflow(uri: str | None) -> bool:
     """Whether records can be sent to an address only by a process that has MLflow loaded.
 
-    So it is with databases, Databricks, folders of files and log-ins that only MLflow can make.
+    So it is with databases, traces of Databricks' experiments, folders of files, and log-ins that
+    only MLflow can make.
     """
-    return uri is not None and not is_collector(uri) and not speaks_to(uri)
+    return uri is not None and not appends(uri) and not speaks_to(uri)
 
 
 def send(
@@ -27,7 +37,7 @@ def send(
 ) -> None:
     """Store records, spans in one request. Storing a record again replaces it.
 
-    A collector is sent no more than the spans.
+    What :func:`appends` is sent no more than the spans.
 
     Args:
         destination: Where they belong.
@@ -39,9 +49,11 @@ def send(
         StoreError: The store does not answer, or refuses them.
     """
     uri = destination.tracking_uri
+    spans = [record for record in records if record.kind == "span"]
     if uri is not None and is_collector(uri):
-        spans = [record for record in records if record.kind == "span"]
         send_to_collector(uri, spans, environ)
+    elif uri is not None and is_table(uri):
+        send_to_table(uri, destination.experiment_id, spans, environ)
     elif speaks_to(uri, environ):
         send_to_server(destination, records, environ)
     else:

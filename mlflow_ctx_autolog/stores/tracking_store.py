@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from mlflow.tracing.utils.otlp import (
     resource_to_otel_proto,
     should_use_otlp_exporter,
 )
+from mlflow.utils.databricks_utils import get_databricks_host_creds
 from mlflow.utils.proto_json_utils import message_to_json, parse_dict
 from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX as TRACES_PATH
 from mlflow.utils.uri import is_databricks_uri
@@ -63,6 +65,7 @@ __all__ = [
     "store_version",
     "store_whole_trace",
     "sum_of_costs",
+    "table_workspace",
     "trace_record",
     "worker_tracking_uri",
 ]
@@ -107,6 +110,23 @@ def span_table() -> str | None:
             "not know. Set the experiment anew with mlflow.set_experiment(), or upgrade MLflow."
         )
     return str(table)
+
+
+def table_workspace() -> str | None:
+    """Return the address of the workspace whose Unity Catalog table takes this process's spans.
+
+    None where they go elsewhere.
+    """
+    uri = mlflow.get_tracking_uri()
+    if not is_databricks_uri(uri) or span_table() is None:
+        return None
+    return _workspace(uri)
+
+
+@functools.lru_cache(maxsize=8)
+def _workspace(uri: str) -> str:
+    # Which may ask the network who logs in.
+    return str(get_databricks_host_creds(uri).host).rstrip("/")
 
 
 def store_version() -> str | None:

@@ -22,11 +22,22 @@ class DatabricksWorkspace(HTTPServer):
     signed addresses. With ``location``, as ``"catalog.schema.prefix"``, its experiment has a Unity
     Catalog trace location: spans are posted by OTLP, the info of a trace by itself. Give
     `environment` to the process that is to use it.
+
+    It refuses what the documentation of the service says that it refuses: a token that has ended,
+    another table than the location's own, what is no OTLP, a body that is too large, and more
+    requests than it has time for. None of its limits is known to be the service's.
+
+    Args:
+        location: The location of the experiment's traces; None for the experiment itself.
+        longest: Bytes of a body at most.
     """
 
-    def __init__(self, location: str | None = None) -> None:
+    def __init__(self, location: str | None = None, longest: int = 10_000_000) -> None:
         self.location = location
+        self.longest = longest
         self.experiment_id = "1001"
+        self.token = "not-a-token"
+        self._busy = 0
         self._spans: list[tuple[str, bytes]] = []
         self._infos: dict[str, dict[str, Any]] = {}
         self._files: dict[str, bytes] = {}
@@ -35,7 +46,18 @@ class DatabricksWorkspace(HTTPServer):
     @property
     def environment(self) -> dict[str, str]:
         """The variables by which MLflow and the Databricks SDK find it and log in."""
-        return {"DATABRICKS_HOST": self.uri, "DATABRICKS_TOKEN": "not-a-token"}
+        return {"DATABRICKS_HOST": self.uri, "DATABRICKS_TOKEN": self.token}
+
+    def renew_token(self) -> str:
+        """Take no more requests with the token of so far; return another one."""
+        with self._lock:
+            self.token = f"{self.token}-renewed"
+            return self.token
+
+    def throttle(self, requests: int) -> None:
+        """Answer so many requests for spans with 429."""
+        with self._lock:
+            self._busy = requests
 
     @property
     def infos(self) -> dict[str, dict[str, Any]]:
@@ -56,21 +78,36 @@ class DatabricksWorkspace(HTTPServer):
             return self._storage(request, path)
         if path.startswith("/.well-known/"):
             return Reply(404)
-        if request.headers.get("authorization") != "Bearer not-a-token":
+        if request.headers.get("authorization") != f"Bearer {self.token}":
             return _json({"error_code": "UNAUTHENTICATED", "message": "no token"}, 401)
         if path == _EXPERIMENT:
             return _json({"experiment": self._experiment()})
         if (request.method, path) == ("POST", _TRACES):
             return self._start_trace(json.loads(request.body)["trace"])
         if self.location is not None and path == "/api/2.0/otel/v1/traces":
-            self._spans.append((request.headers["x-databricks-uc-table-name"], request.body))
-            return Reply(200, b"", {"Content-Type": "application/x-protobuf"})
+            return self._take_spans(request)
         if self.location is not None and (found := _INFO.fullmatch(path)):
             info = self._infos[found[1]] = json.loads(request.body)
             return _json(info)
         if (found := _TRACE.fullmatch(path)) and found[1] in self._infos:
             return self._of_trace(found[1], found[2] or "", request.body)
         return _json({"error_code": "ENDPOINT_NOT_FOUND", "message": f"No API at {path}"}, 404)
+
+    def _take_spans(self, request: Received) -> Reply:
+        table = request.headers.get("x-databricks-uc-table-name")
+        if table != f"{self.location}_otel_spans":
+            return _json({"error_code": "TABLE_DOES_NOT_EXIST", "message": f"no {table}"}, 404)
+        if request.headers.get("content-type") != "application/x-protobuf":
+            return _json({"error_code": "BAD_REQUEST", "message": "no protobuf"}, 415)
+        if len(request.body) > self.longest:
+            return _json({"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "too large"}, 413)
+        if self._busy:
+            self._busy -= 1
+            reply = _json({"error_code": "RESOURCE_EXHAUSTED", "message": "too many"}, 429)
+            reply.headers["Retry-After"] = "1"
+            return reply
+        self._spans.append((table, request.body))
+        return Reply(200, b"", {"Content-Type": "application/x-protobuf"})
 
     def _experiment(self) -> dict[str, Any]:
         experiment: dict[str, Any] = {

@@ -25,8 +25,8 @@ from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
-from mlflow_ctx_autolog.stores.otlp import is_collector
-from mlflow_ctx_autolog.stores.sending import needs_mlflow, send
+from mlflow_ctx_autolog.stores.databricks import provide_token
+from mlflow_ctx_autolog.stores.sending import appends, needs_mlflow, send
 from mlflow_ctx_autolog.task import (
     Task,
     Work,
@@ -295,11 +295,12 @@ def content_policy(
     if filters is not None:
         try:
             # What Spark pickled along with the function, and with no less trust.
-            redact, span_processors = pickle.loads(filters)
+            redact, span_processors, token = pickle.loads(filters)
+            provide_token(token)
         except Exception as error:
             reason = (
-                "The driver's redact function or span processors cannot be unpickled on this "
-                f"worker ({type(error).__name__}: {error}), so content of spans is withheld. "
+                "The driver's redact, databricks_token or span processors cannot be unpickled on "
+                f"this worker ({type(error).__name__}: {error}), so content of spans is withheld. "
                 "Install the modules that they need on every node."
             )
     elif context.has_span_processors or (context.redacts and redact is None):
@@ -370,7 +371,7 @@ def _is_set_up() -> bool:
 def _task_environment(context: DriverContext) -> dict[str, str | None]:
     """Return the environment variables of a process while it runs a task; None removes one."""
     uri = context.tracking_uri
-    store = {} if uri is None or is_collector(uri) else {"MLFLOW_TRACKING_URI": uri}
+    store = {} if uri is None or appends(uri) else {"MLFLOW_TRACKING_URI": uri}
     return {
         **context.environment,
         **store,

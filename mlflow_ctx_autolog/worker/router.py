@@ -18,6 +18,7 @@ from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanRecord
 from mlflow_ctx_autolog.spans.trace_info import trace_document
 from mlflow_ctx_autolog.stores.otlp import is_collector
+from mlflow_ctx_autolog.stores.sending import appends
 from mlflow_ctx_autolog.task import Task
 from mlflow_ctx_autolog.worker.action_trace import ActionTraces
 from mlflow_ctx_autolog.worker.linked_trace import LinkedTrace, reparented
@@ -98,8 +99,7 @@ class TraceRouter:
             self._submit_linked_trace(task, task.linked, is_over=True)
 
     def _send_ahead(self, task: Task, content: ContentPolicy, span: SpanRecord) -> None:
-        # A collector takes a span that is sent again for another one.
-        if not is_collector(task.context.tracking_uri):
+        if not appends(task.context.tracking_uri):
             # Not counted: it is sent, and counted, when it ends.
             record = replace(content.record(span), status="UNSET")
             self._deliveries.to(task.destination).submit(
@@ -258,7 +258,7 @@ def _info_of_own_trace(task: Task, span: SpanRecord) -> Record | None:
     context = task.context
     if context.traceparent is not None or not context.metadata:
         return None
-    if is_collector(context.tracking_uri):
+    if appends(context.tracking_uri):
         return None
     info = trace_document(
         span.mlflow_trace_id,

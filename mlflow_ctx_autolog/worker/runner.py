@@ -19,7 +19,7 @@ from mlflow_ctx_autolog import __version__
 from mlflow_ctx_autolog.context import BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
-from mlflow_ctx_autolog.stores.otlp import is_collector
+from mlflow_ctx_autolog.stores.sending import appends
 from mlflow_ctx_autolog.task import Task, current_task, driver_trace_id, open_tasks
 from mlflow_ctx_autolog.worker import attempt
 from mlflow_ctx_autolog.worker.spark_task import (
@@ -156,7 +156,7 @@ class Submission:
 
     def _of_action(self, context: DriverContext, action: ActionContext) -> DriverContext:
         """Return the context of a task whose action is a trace, since no span is active there."""
-        if is_collector(context.tracking_uri):
+        if appends(context.tracking_uri):
             # It takes a span but once, and nobody knows which task is the last.
             return context
         what = None if action.action is None else action.action.partition(".")[2]

@@ -26,11 +26,13 @@ from mlflow_ctx_autolog.config import (
 ROOT = Path(__file__).parents[2]
 NAMES = [field.name for field in dataclasses.fields(Config)]
 FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress"]
+FUNCTIONS = ["redact", "databricks_token"]
 OTHERS = [
     "spool_directory",
     "transport",
     "propagation",
     "redact",
+    "databricks_token",
     "forward_env",
     "prices",
     "cost_header",
@@ -53,6 +55,7 @@ OTHER = Config(
     capture_content=False,
     max_content_chars=100,
     redact=repr,
+    databricks_token=str,
     propagate_headers=False,
     join_trace=True,
     forward_env=("MLFLOW_TRACKING_TOKEN",),
@@ -405,7 +408,7 @@ def test_settings_can_be_pickled_and_hashed() -> None:
 
 def test_settings_as_a_dictionary_make_the_same_settings() -> None:
     """The dictionary is enough to make them again, but for the function among them."""
-    without_function = dataclasses.replace(OTHER, redact=None)
+    without_function = dataclasses.replace(OTHER, redact=None, databricks_token=None)
     assert Config(**OTHER.to_dict()) == without_function
     assert Config(**json.loads(json.dumps(OTHER.to_dict()))) == without_function
 
@@ -443,7 +446,7 @@ def test_the_page_of_settings_is_made_of_them() -> None:
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page.page()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("redact", "answers_key")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*FUNCTIONS, "answers_key")])
 def test_every_setting_can_be_a_variable(name: str) -> None:
     """What its kind writes into a variable, it reads back."""
     value = getattr(OTHER, name)
