@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.config import checked_prices
 from mlflow_ctx_autolog.exceptions import shortened
+from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.reporting.call_report import CallReport
 from mlflow_ctx_autolog.reporting.calls import Attempt, Call, is_wanted, read_calls
 from mlflow_ctx_autolog.reporting.causes import judge, skewed_hosts
@@ -200,7 +201,9 @@ class _Reader:
         self._note_on_costs()
         if not ids:
             self._notes.append("There are no traces in this run, or experiment and time.")
-        address = uri if uri.startswith(("http://", "https://")) else None
+        # Of a page that is sent around.
+        shown = without_credentials(uri) or ""
+        address = shown if shown.startswith(("http://", "https://")) else None
         return CallReport(
             judged, self._attempts, list(ids), self._notes, address, self._jobs, source=uri
         )

@@ -68,7 +68,8 @@ def reported(
     root = span("root", None, "UNKNOWN", arguments.pop("opened", 0), 10)
     trace = StoredTrace("tr-1", "7", state, arguments.pop("metadata", {}), [root, *spans])
     monkeypatch.setattr(reading, "read_stored_trace", lambda *_: trace)
-    return report_function("tr-1", tracking_uri="http://mlflow", **arguments)
+    uri = arguments.pop("uri", "http://mlflow")
+    return report_function("tr-1", tracking_uri=uri, **arguments)
 
 
 def test_what_was_repeated_and_what_it_cost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +279,15 @@ def test_library_around_the_client_is_no_second_call(monkeypatch: pytest.MonkeyP
 
     assert [each.call.span_id for each in found.calls] == ["a"]
     assert found.calls[0].call.function == "extract"
+
+
+def test_password_of_the_store_is_not_in_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is sent around, and logged to runs; its links go to the store all the same."""
+    uri = "http://bob:hunter2@mlflow.example/base?api=hunter2"
+    found = reported(monkeypatch, [task("t"), call("a", "t", 1)], uri=uri)
+    for text in (found._page(), found._repr_html_(), repr(found), str(found)):
+        assert "hunter2" not in text
+    assert "http://mlflow.example/base" in found._page()
 
 
 def test_page_is_private_and_escapes_prompts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import secrets
 import socket
 import subprocess
@@ -330,6 +331,24 @@ def test_a_tasks_span_is_announced(database: Destination) -> None:
         assert task.attributes["spark.task.outcome"] == "running"
         assert TaskReceipt.from_attributes("", task.span_id, task.attributes) is None
     assert _stored(database, context)["task"].attributes["spark.task.outcome"] == "completed"
+
+
+def _tell_of_a_patient() -> None:
+    with mlflow.start_span("child") as span:
+        span.set_inputs({"text": "John Doe"})
+
+
+def test_what_attach_redacts_is_withheld_in_child_processes(database: Destination) -> None:
+    """Where its function is not to be had."""
+    context = _context(database.tracking_uri)
+    with ctx_autolog.attach(context, "task", redact=lambda _: "[redacted]"):
+        child = multiprocessing.get_context("fork").Process(target=_tell_of_a_patient)
+        child.start()
+        child.join(60)
+
+    (span,) = [each for each in _stored(database, context).values() if each.name == "child"]
+    assert "John" not in json.dumps(span.to_dict())
+    assert span.inputs is None
 
 
 def test_spans_that_only_the_driver_can_store_come_home(database: Destination) -> None:
