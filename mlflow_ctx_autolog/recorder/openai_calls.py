@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.imports import when_imported
+from mlflow_ctx_autolog.log_ins import remember
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.recorder.annotations import current_annotations, set_last_call
 from mlflow_ctx_autolog.recorder.call import Call, CallOwner, StreamedAnswer
@@ -26,6 +27,7 @@ __all__ = ["OpenAIRecorder"]
 _logger = logging.getLogger(__name__)
 
 _TRACEPARENT = "traceparent"
+_SHORTEST_KEY = 12
 
 
 class _Resource(NamedTuple):
@@ -220,6 +222,7 @@ class OpenAIRecorder:
     def _begun(
         self, resource: _Resource, owner: CallOwner, client: Any, kwargs: dict[str, Any]
     ) -> tuple[Call, dict[str, Any]]:
+        _remember_key(client)
         name = type(client).__name__
         message_format = _FORMATS.get(resource.span_type)
         kwargs, attributes = request_attributes(kwargs, message_format)
@@ -259,6 +262,14 @@ class OpenAIRecorder:
             what(*args)
         except Exception:
             _logger.warning("A call of the OpenAI client is not recorded in full", exc_info=True)
+
+
+def _remember_key(client: Any) -> None:
+    """Keep the client's key out of the texts of errors, which servers quote it in."""
+    key = getattr(getattr(client, "_client", None), "api_key", None)
+    # Servers that ask for none are given words, such as EMPTY.
+    if isinstance(key, str) and len(key) >= _SHORTEST_KEY:
+        remember(key)
 
 
 def _is_of_parse(kwargs: Mapping[str, Any]) -> bool:

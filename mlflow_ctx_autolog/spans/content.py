@@ -11,7 +11,9 @@ from typing import Any
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.exceptions import warn_once
-from mlflow_ctx_autolog.spans.record import SpanRecord
+from mlflow_ctx_autolog.log_ins import without_log_ins
+from mlflow_ctx_autolog.spans.attributes import EXCEPTION_EVENT
+from mlflow_ctx_autolog.spans.record import SpanEvent, SpanRecord
 
 __all__ = ["ContentPolicy"]
 
@@ -116,16 +118,16 @@ class ContentPolicy:
     def record(self, span: SpanRecord) -> SpanRecord:
         """Return a span with the content that may be sent."""
         attributes = self.attributes(span.attributes)
-        if not self.changes_content and attributes == span.attributes and not span.events:
+        is_same = attributes == span.attributes and not span.events and not span.message
+        if is_same and not self.changes_content:
             return span
         return replace(
             span,
             attributes=attributes,
             events=tuple(
-                replace(event, attributes=self.attributes(event.attributes))
-                for event in span.events
+                replace(event, attributes=self.attributes(_shown(event))) for event in span.events
             ),
-            message=self.text(span.message),
+            message=self.text(span.message and without_log_ins(span.message)),
         )
 
     def text(self, text: str | None) -> str | None:
@@ -187,6 +189,16 @@ class ContentPolicy:
                 )
                 return None
         return value if self._max_chars is None else _cut(value, self._max_chars)
+
+
+def _shown(event: SpanEvent) -> Mapping[str, Any]:
+    """Return what an event says; of an exception, whose texts quote anything, no log-ins."""
+    if event.name != EXCEPTION_EVENT:
+        return event.attributes
+    return {
+        name: without_log_ins(value) if isinstance(value, str) else value
+        for name, value in event.attributes.items()
+    }
 
 
 def _loaded(raw: Any) -> tuple[Any, bool]:

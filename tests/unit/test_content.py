@@ -23,6 +23,7 @@ from mlflow_ctx_autolog import exceptions
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.spans.content import ContentPolicy
+from mlflow_ctx_autolog.spans.record import SpanEvent, SpanRecord
 from mlflow_ctx_autolog.stores.tracking_store import read_trace, span_record
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request
 from mlflow_ctx_autolog.tracing import filtered, snapshot
@@ -377,3 +378,26 @@ def test_attributes_of_links_are_content(span: LiveSpan) -> None:
     finished._span._links = (Link(context, {"note": SECRET, "gen_ai.request.model": "m"}),)
     (link,) = filtered(finished, ContentPolicy(Config(capture_content=False)))._span.links
     assert dict(link.attributes) == {"gen_ai.request.model": "m"}
+
+
+def test_texts_of_exceptions_are_without_log_ins() -> None:
+    """Servers quote the key that they refuse, and clients the header that they cannot send."""
+    text = "Incorrect key: token=s3cret-of-mine, at http://me:s3cret-of-mine@host/v1"
+    said = {"exception.type": "E", "exception.message": text, "exception.stacktrace": text}
+    span = SpanRecord(
+        "1" * 32,
+        "2" * 16,
+        None,
+        "call",
+        0,
+        1,
+        {},
+        events=(SpanEvent("exception", 0, said), SpanEvent("note", 0, {"text": text})),
+        status="ERROR",
+        message=text,
+    )
+    found = ContentPolicy(Config()).record(span)
+    assert "s3cret" not in f"{found.message}{found.events[0]}"
+    assert "Incorrect key" in str(found.message)
+    # What users write themselves is theirs.
+    assert found.events[1].attributes == {"text": text}
