@@ -40,7 +40,10 @@ VARIABLES = (
     "MLFLOW_TRACE_TIMEOUT_SECONDS",
     "MLFLOW_USE_DEFAULT_TRACER_PROVIDER",
 )
+# Of a Databricks cluster: its access mode.
+_ACCESS_MODE = "spark.databricks.clusterUsageTags.dataSecurityMode"
 SPARK_SETTINGS = (
+    _ACCESS_MODE,
     "spark.decommission.enabled",
     "spark.dynamicAllocation.enabled",
     "spark.python.daemon.module",
@@ -531,7 +534,8 @@ def spans_can_travel(subject: Subject) -> Verdict | None:
     way = (
         "with the task to the driver" if subject.facts.transport == "driver" else "from the workers"
     )
-    found = f"{way}: {subject.facts.transport_reason}"
+    mode = _setting(subject.facts, _ACCESS_MODE, "")
+    found = f"{way}: {subject.facts.transport_reason}{f' (access mode {mode})' if mode else ''}"
     if not subject.facts.takes_spans:
         return _warned(f"{found}; they are stored only with the driver's span, when that ends")
     return _passed(found)

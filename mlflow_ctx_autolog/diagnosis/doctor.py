@@ -30,6 +30,7 @@ from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, sho
 from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.access import access
+from mlflow_ctx_autolog.stores.databricks import is_table
 from mlflow_ctx_autolog.versions import SUPPORTED
 
 __all__ = ["diagnose", "doctor"]
@@ -116,6 +117,7 @@ class _Examination:
             "spool_directory": self._config.spool_directory,
         }
         self._model_url = model_url
+        self._worker_uri: str | None = None
 
     def run(self) -> list[Finding]:
         """Return the findings of all checks."""
@@ -123,6 +125,7 @@ class _Examination:
         worker_uri = None
         try:
             worker_uri, facts.transport_reason = transport(self._session)
+            self._worker_uri = worker_uri
             facts.transport = "driver" if worker_uri is None else "direct"
             if store.exports_to_collector():
                 # Which takes spans, and cannot be asked for any.
@@ -154,8 +157,12 @@ class _Examination:
             if self._experiment_error is not None and "store" in facts.driver:
                 facts.driver["store"]["experiment"] = self._experiment_error
             if self._session is not None:
-                theirs = {} if worker_uri is None else {"tracking_uri": worker_uri}
-                self._ask_workers({**self._question, **theirs, **asked_of_store})
+                theirs = asked_of_store
+                if worker_uri is not None:
+                    theirs = {**asked_of_store, "tracking_uri": worker_uri}
+                if is_table(worker_uri):
+                    theirs["experiment_id"] = store.span_table()
+                self._ask_workers({**self._question, **theirs})
             if trace_id is not None:
                 with suppress(StoreError):
                     _, spans = store.read_trace(self._destination(), trace_id)
@@ -202,6 +209,8 @@ class _Examination:
             return "a collector cannot be asked what it has"
         if any(finding.level == "fail" for finding in findings):
             return "something else has to be put right first"
+        if is_table(self._worker_uri):
+            return "a Unity Catalog table cannot be asked what it has without a SQL warehouse"
         if self._experiment_id is None:
             return "the experiment is not known"
         if self._facts.driver["sampling_ratio"] < 1:

@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.stores.answers import failure
+from mlflow_ctx_autolog.stores.databricks import is_table, table_access
 from mlflow_ctx_autolog.stores.mlflow_client import (
     exchange_with,
     in_its_workspace,
@@ -38,7 +39,8 @@ def access(
 
     Args:
         tracking_uri: The store.
-        experiment_id: An experiment in it; None to ask no further than for the log-in.
+        experiment_id: An experiment in it, or a Unity Catalog table; None to ask no further than
+            for the log-in.
         records: What to store there, to see whether that is allowed.
         workspace: The workspace of the server that the experiment is in.
 
@@ -48,11 +50,19 @@ def access(
         last.
     """
     destination = Destination(tracking_uri, experiment_id or "0", workspace=workspace)
+    if is_table(tracking_uri):
+        last, problem = table_access(tracking_uri, destination.experiment_id)
+        return _steps(last, problem)
     last, problem = _try_experiment(destination)
     if experiment_id is None and last == "experiment":
         last, problem = "login", None
     elif problem is None and records:
         last, problem = _try_write(destination, records)
+    return _steps(last, problem)
+
+
+def _steps(last: str, problem: str | None) -> dict[str, str | None]:
+    """Return each step up to the last, with what is wrong there."""
     steps = ("reach", "login", "experiment", "write")
     return {**dict.fromkeys(steps[: steps.index(last)]), last: problem}
 

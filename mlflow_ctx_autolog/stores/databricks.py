@@ -15,7 +15,14 @@ from mlflow_ctx_autolog.stores.answers import Answer, failure
 from mlflow_ctx_autolog.stores.http import exchange
 from mlflow_ctx_autolog.stores.otlp import check_all_were_taken
 
-__all__ = ["TOKEN_VARIABLE", "is_table", "provide_token", "send_to_table", "table_uri"]
+__all__ = [
+    "TOKEN_VARIABLE",
+    "is_table",
+    "provide_token",
+    "send_to_table",
+    "table_access",
+    "table_uri",
+]
 
 TOKEN_VARIABLE = "DATABRICKS_TOKEN"
 
@@ -83,6 +90,31 @@ def send_to_table(
     if not 200 <= answer.status < 300:
         raise failure(answer, _ADVICE, url)
     check_all_were_taken(answer)
+
+
+def table_access(
+    uri: str, table: str, environ: Mapping[str, str] = os.environ
+) -> tuple[str, str | None]:
+    """Return how far this process gets with a table, by a request without spans.
+
+    Returns:
+        The last step that was taken, ``"reach"``, ``"login"`` or ``"write"``, and what is wrong
+        there; None where nothing is.
+    """
+    host = uri.removeprefix(_SCHEME)
+    url = f"{host}{_PATH}"
+    try:
+        _log_in(host, environ)
+    except StoreError as error:
+        return "login", str(error)
+    try:
+        answer = _post(host, url, table, b"", environ)
+    except StoreError as error:
+        return "reach", str(error)
+    if 200 <= answer.status < 300:
+        return "write", None
+    step = "login" if answer.status in (401, 403) else "write"
+    return step, str(failure(answer, _ADVICE, url))
 
 
 def _post(host: str, url: str, table: str, body: bytes, environ: Mapping[str, str]) -> Answer:

@@ -10,6 +10,7 @@ import pytest
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError
 from mlflow_ctx_autolog.stores import databricks
+from mlflow_ctx_autolog.stores.access import access
 from mlflow_ctx_autolog.stores.sending import appends, needs_mlflow, send
 from mlflow_ctx_autolog.testing import DatabricksWorkspace
 
@@ -134,6 +135,36 @@ def test_what_it_refuses_is_an_error(
     assert caught.value.refused == (said == "413")
     assert (caught.value.retry_after == 1) == (said == "429")
     assert workspace.spans == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "steps"),
+    [
+        pytest.param(lambda _: None, {"reach": None, "login": None, "experiment": None}, id="well"),
+        pytest.param(lambda workspace: workspace.renew_token(), {"reach": None}, id="ended token"),
+        pytest.param(
+            lambda workspace: setattr(workspace, "location", "a.b.c"),
+            {"reach": None, "login": None, "experiment": None},
+            id="no such table",
+        ),
+        pytest.param(lambda workspace: workspace.close(), {}, id="away"),
+    ],
+)
+def test_access_is_told_step_by_step(
+    workspace: DatabricksWorkspace,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[DatabricksWorkspace], Any],
+    steps: dict[str, None],
+) -> None:
+    """And nothing is stored for it."""
+    monkeypatch.setenv("DATABRICKS_TOKEN", workspace.token)
+    uri = str(place(workspace).tracking_uri)
+    spoil(workspace)
+    found = access(uri, TABLE)
+    *before, last = found
+    assert dict.fromkeys(before) == steps
+    assert (found[last] is None) == (last == "write" and workspace.location == "main.traces.legal")
+    assert b"".join(body for _, body in workspace.spans) == b""
 
 
 @pytest.mark.parametrize("host", ["", "adb-1.2.azuredatabricks.net", "https://me:secret@host"])
