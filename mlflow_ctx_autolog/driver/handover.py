@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from mlflow_ctx_autolog import __version__, tracing, versions
 from mlflow_ctx_autolog.arguments import check_function, check_number, check_spark, check_type
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
-from mlflow_ctx_autolog.delivery.receipts import Receipt
+from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.actions import Actions
 from mlflow_ctx_autolog.driver.carriers import Carriers
@@ -73,11 +74,11 @@ class Driver:
         self.config: Config | None = None
         self.warned_of_network = False
         self.enabled_at = 0.0
-        # Whether a task was seen that could not read what the driver says of its action.
+        # Whether there was a task from which the platform hid what the driver says of its action.
         self.hides_properties = False
         self.fingerprint_key = new_key()
         self.progress = Progress()
-        self.ledger = Ledger(settings, self.spark_facts, self.progress.add)
+        self.ledger = Ledger(settings, self.spark_facts, self._task_ended)
         self.executed_plans = ExecutedPlans()
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
@@ -107,6 +108,28 @@ class Driver:
             self.batches.uninstall()
             self.actions.uninstall()
             self.threads.uninstall()
+
+    @contextlib.contextmanager
+    def says_span(self) -> Iterator[None]:
+        """Have Spark be told which span is active for a block, also while nothing is enabled."""
+        was_on = self.propagator.is_on
+        self.propagator.install()
+        try:
+            yield
+        finally:
+            if not was_on:
+                self.propagator.uninstall()
+
+    def _task_ended(self, receipt: TaskReceipt) -> None:
+        self.progress.add(receipt)
+        if receipt.hides_properties and self.propagator.is_on and not self.hides_properties:
+            self.hides_properties = True
+            _logger.warning(
+                "Spark's tasks see no local properties here, so that they cannot be told which "
+                "span their action is of, and its calls are in a trace of their own. What is "
+                "handed to Spark from now on takes its span along in the broadcast; to have "
+                'it so from the first job on, say propagation="broadcast".'
+            )
 
     def mark(self, function: Any) -> None:
         """Have a function carry the context, also while nothing is enabled."""

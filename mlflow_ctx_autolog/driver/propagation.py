@@ -57,6 +57,11 @@ class ActionPropagator:
         # Where several threads share what they say.
         self._speaker: int | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether Spark is told."""
+        return self._is_on
+
     def install(self) -> None:
         """Idempotent."""
         self._is_on = True
