@@ -158,7 +158,12 @@ def active_context() -> Context:
 
 def active_otel_span() -> Any:
     """Return the span that is active in this execution context, as cheaply as can be."""
-    return mlflow_provider.get_current_otel_span()
+    # MLflow looks up first whether it shares OpenTelemetry's contexts. If so, its own have no span.
+    span = get_current_span(_mlflow_context.get_current())
+    return span if is_valid(span) else mlflow_provider.get_current_otel_span()
+
+
+_mlflow_context = mlflow_provider.mlflow_runtime_context
 
 
 def active_run_id() -> str | None:

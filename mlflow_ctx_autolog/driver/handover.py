@@ -79,7 +79,7 @@ class Driver:
         self.fingerprint_key = new_key()
         self.progress = Progress()
         self.ledger = Ledger(settings, self.spark_facts, self._task_ended)
-        self.executed_plans = ExecutedPlans()
+        self.executed_plans = ExecutedPlans(self._functions_ran)
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.instrumentor = SparkInstrumentor(self.submit)
@@ -205,13 +205,14 @@ class Driver:
         self._session = session
         spark_api.tell_daemons_of(session)
         self.executed_plans.watch(session)
+        self.executed_plans.hand_over()
         self._functions.add(name)
         relay = spark_api.relay_of(session, self.ledger.receive)
         by_property = self.uses_properties and not on_driver
         shared = _shared(session, BY_PROPERTY if by_property else BY_BROADCAST)
         if shared.tracking_uri is None:
             _check_relay(relay is not None)
-        _open_trace(shared, receipts_come_home=relay is not None, functions=1)
+        _open_trace(shared, receipts_come_home=relay is not None)
         options = {
             "name": name,
             "required": required,
@@ -258,6 +259,11 @@ class Driver:
                 action=self.actions.latest, run_id=tracing.active_run_id(), spent=spent
             )
         return action.to_text()
+
+    def _functions_ran(self, functions: int) -> None:
+        # On Spark Connect, where no receipt tells of their tasks.
+        if not store.exports_to_collector():
+            self.ledger.open(receipts_come_home=False, functions=functions)
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""
@@ -609,11 +615,11 @@ def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
     return context.under(ActionContext(context.traceparent, session_id, spent=spent))
 
 
-def _open_trace(shared: DriverContext, *, receipts_come_home: bool, functions: int = 0) -> None:
+def _open_trace(shared: DriverContext, *, receipts_come_home: bool) -> None:
     if shared.tracking_uri is None:
         driver.ledger.meet_workers(process_id())
     if not otlp.is_collector(shared.tracking_uri):
-        driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
+        driver.ledger.open(receipts_come_home=receipts_come_home)
 
 
 def _spans_per_host(session: Any) -> int | None:

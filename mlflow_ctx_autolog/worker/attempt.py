@@ -69,6 +69,7 @@ def begin(
         span_processors=span_processors,
         budget=budget_of(context),
         answers=answers_of(context, name, function or name, attributes),
+        hides_properties=context.propagation == BY_PROPERTY and not sees_properties(),
     )
     for other in open_tasks():
         # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
@@ -253,7 +254,7 @@ def _relay(
         rows=task.rows_in,
         sums=task.sums.to_dict(),
         root=None if task.span is None else root_of(task.context, task.span.start),
-        hides_properties=task.context.propagation == BY_PROPERTY and not sees_properties(),
+        hides_properties=task.hides_properties,
     )
     partition = int(task_attributes().get("spark.partition.id", 0))
     share = relay_bytes(task.context.max_result_bytes, partition)
