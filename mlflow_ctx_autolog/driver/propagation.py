@@ -131,11 +131,27 @@ class ActionPropagator:
         told = self._told
         before = told.text if getattr(told, "context", None) is context else None
         told.moment, told.context = moment, context
+        if _is_of_jvm(threading.current_thread()):
+            before, text = self._on_thread_of_jvm(context, before, text)
+        told.text = text
         if before == text:
             return
         self._warn_if_shared(text)
         context._jsc.setLocalProperty(ACTION_PROPERTY, text)
-        told.text = text
+
+    def _on_thread_of_jvm(
+        self, context: Any, before: str | None, text: str | None
+    ) -> tuple[str | None, str | None]:
+        """Return what was said and what to say where the JVM calls: a listener, or of a stream.
+
+        It does so on a thread that runs actions of its own. Unless what it calls opens a span, they
+        belong where whoever started the stream has said.
+        """
+        told = self._told
+        if not hasattr(told, "heard"):
+            before = told.heard = context._jsc.getLocalProperty(ACTION_PROPERTY)
+        names_span = text is not None and ActionContext.from_text(text).traceparent is not None
+        return before, text if names_span else told.heard
 
     def _warn_if_shared(self, text: str | None) -> None:
         """Warn where two threads that say something have one thread of the JVM between them."""
@@ -203,6 +219,12 @@ class BatchFunctions:
 
 
 _NOTHING = object()
+
+
+def _is_of_jvm(thread: threading.Thread) -> bool:
+    """Whether a thread runs what the JVM calls, on behalf of one of the JVM's own."""
+    module = getattr(getattr(thread, "_target", None), "__module__", None)
+    return str(module).startswith("py4j.")
 
 
 def _active_spark_context() -> Any:
