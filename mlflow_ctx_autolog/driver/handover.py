@@ -83,7 +83,9 @@ class Driver:
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.instrumentor = SparkInstrumentor(self.submit)
-        self.propagator = ActionPropagator(self._moment, self._tell, self.executed_plans.expect)
+        self.propagator = ActionPropagator(
+            self._moment, self._tell, self.executed_plans.expect, self._settles
+        )
         self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
         self.actions = Actions()
         self.threads = SpanThreads()
@@ -236,6 +238,10 @@ class Driver:
     def uses_properties(self) -> bool:
         """Whether tasks learn of their span by a property of Spark's, rather than by broadcast."""
         return settings().propagation != "broadcast" and not self.hides_properties
+
+    def _settles(self, context: Any) -> bool:
+        # What a budget has spent may change at any moment; so may what there is without a span.
+        return tracing.has_span(context) and not settings().has_budget
 
     def _moment(self) -> object:
         span = tracing.active_otel_span()

@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -18,6 +19,7 @@ from mlflow_ctx_autolog.context import ActionContext
 from mlflow_ctx_autolog.driver.instrumentor import find_class
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.patching import Patch, Redirect
+from mlflow_ctx_autolog.tracing import current_context
 from mlflow_ctx_autolog.worker.spark_task import ACTION_PROPERTY
 
 __all__ = ["ActionPropagator", "BatchFunctions"]
@@ -39,6 +41,8 @@ class ActionPropagator:
             else to say.
         text: Returns what there is to say, for tasks to read; called where ``moment`` has changed.
         on_request: Called with each request to Spark Connect that is about to be sent.
+        settles: Whether ``moment`` stays as it is as long as an object is what
+            :func:`~mlflow_ctx_autolog.tracing.current_context` returns, which is quicker to ask.
     """
 
     def __init__(
@@ -46,11 +50,15 @@ class ActionPropagator:
         moment: Callable[[], object],
         text: Callable[[], str],
         on_request: Callable[[Any], None],
+        settles: Callable[[object], bool] = lambda _: False,
     ) -> None:
+        self._settles = settles
         self._moment = moment
         self._text = text
         self._on_request = on_request
         self._told = threading.local()
+        # For each thread, where nothing was left to say, and to which SparkContext.
+        self._settled = threading.local()
         self._redirect: Redirect | None = None
         self._patch: Patch | None = None
         self._is_on = False
@@ -65,6 +73,7 @@ class ActionPropagator:
     def install(self) -> None:
         """Idempotent."""
         self._is_on = True
+        self._settled = threading.local()
         if self._redirect is None and (
             gateway := find_class(("py4j.java_gateway",), "GatewayClient", "send_command")
         ):
@@ -84,6 +93,7 @@ class ActionPropagator:
         """Say no more, and take back what was said on this thread. Idempotent."""
         if self._is_on:
             self._is_on = False
+            self._settled = threading.local()
             self._tell_jvm(None)
         for patch in (self._redirect, self._patch):
             if patch is not None:
@@ -103,6 +113,9 @@ class ActionPropagator:
         return None if text is None else ActionContext.from_text(text)
 
     def _tell_jvm(self, client: Any) -> Any:
+        settled, here = self._settled, current_context()
+        if getattr(settled, "here", None) is here and settled.context is _active_spark_context():
+            return client
         told = self._told
         if getattr(told, "is_telling", False):
             return client
@@ -114,6 +127,8 @@ class ActionPropagator:
                 moment = self._moment() if self._is_on else None
                 if getattr(told, "moment", _NOTHING) != moment or told.context is not context:
                     self._tell(context, moment)
+                settled.here = here if self._settles(here) else None
+                settled.context = context
         except Exception as error:
             warn_once(
                 _logger,
@@ -228,4 +243,9 @@ def _is_of_jvm(thread: threading.Thread) -> bool:
 
 
 def _active_spark_context() -> Any:
-    return importlib.import_module("pyspark").SparkContext._active_spark_context
+    return _spark_context_class()._active_spark_context
+
+
+@functools.cache
+def _spark_context_class() -> Any:
+    return importlib.import_module("pyspark").SparkContext
