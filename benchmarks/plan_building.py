@@ -1,7 +1,8 @@
 """How long it takes to build a plan of many columns with a UDF, with tracing and without, in turns.
 
-Prints a Markdown table: seconds of either, their ratio in the median of the rounds, and how many
-broadcasts, each a file, the traced builds have left behind.
+Prints a Markdown table: seconds of either, by the clock and of the driver's CPU, without Spark's,
+their ratio in the median of the rounds, and how many broadcasts, each a file, the traced builds
+have left behind.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ def with_columns(spark: Any, columns: int) -> Any:
     return frame
 
 
+def selected(spark: Any, columns: int) -> Any:
+    """Use one UDF in many columns of one select."""
+    shout = udf(lambda text: text.upper(), "string")
+    frame = spark.range(2).selectExpr("'a' AS text")
+    return frame.select([shout("text").alias(f"c{number}") for number in range(columns)])
+
+
 def separate_functions(spark: Any, columns: int) -> Any:
     """Select columns, each by a UDF of its own."""
     functions = [udf(lambda text, number=number: f"{text}{number}") for number in range(columns)]
@@ -41,13 +49,17 @@ def separate_functions(spark: Any, columns: int) -> Any:
     return frame.select([function("text") for function in functions])
 
 
-SHAPES = {"one UDF, `withColumn`": with_columns, "as many UDFs, `select`": separate_functions}
+SHAPES = {
+    "one UDF, `withColumn`": with_columns,
+    "one UDF, `select`": selected,
+    "as many UDFs, `select`": separate_functions,
+}
 
 
-def seconds(spark: Any, build: Callable[[Any, int], Any], columns: int) -> float:
-    started = time.perf_counter()
+def seconds(spark: Any, build: Callable[[Any, int], Any], columns: int) -> tuple[float, float]:
+    started = time.perf_counter(), time.process_time()
     build(spark, columns)
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def broadcasts(spark: Any) -> int:
@@ -62,15 +74,15 @@ def main() -> None:
     given = parser.parse_args()
     os.environ["PYSPARK_PYTHON"] = sys.executable
     spark = quiet_spark("local[2]")
-    print("| columns | without, s | with, s | ratio | broadcasts |")
-    print("|---|---|---|---|---|")
+    print("| columns | without, s | with, s | ratio | CPU without, s | with, s | broadcasts |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         mlflow.set_experiment(experiment_id="0")
         for shape, build in SHAPES.items():
             before = broadcasts(spark)
             # The first of each warms up.
-            times: dict[bool, list[float]] = {False: [], True: []}
+            times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
             for _ in range(given.rounds + 1):
                 for is_traced in (False, True):
                     with contextlib.ExitStack() as stack:
@@ -79,10 +91,14 @@ def main() -> None:
                             stack.enter_context(mlflow.start_span("job"))
                         times[is_traced].append(seconds(spark, build, given.columns))
             without, with_ = times[False][1:], times[True][1:]
-            ratio = statistics.median(b / a for a, b in zip(without, with_, strict=True))
+            ratio = statistics.median(b[0] / a[0] for a, b in zip(without, with_, strict=True))
+            (wall, cpu), (wall_with, cpu_with) = (
+                [statistics.median(each) for each in zip(*rounds, strict=True)]
+                for rounds in (without, with_)
+            )
             print(
-                f"| {given.columns}, {shape} | {statistics.median(without):.2f} "
-                f"| {statistics.median(with_):.2f} | {ratio:.2f} | {broadcasts(spark) - before} |"
+                f"| {given.columns}, {shape} | {wall:.2f} | {wall_with:.2f} | {ratio:.2f} "
+                f"| {cpu:.2f} | {cpu_with:.2f} | {broadcasts(spark) - before} |"
             )
         mlflow.flush_trace_async_logging()
     spark.stop()

@@ -169,7 +169,8 @@ class Config:
             property of Spark's (on Spark Connect, a tag of the operation) that names the span
             active where the action runs, so that plans are the same under each span;
             ``"broadcast"``: by the broadcast that each function takes along, one for each span,
-            for platforms that hide properties and tags from tasks.
+            for platforms that hide properties and tags from tasks. ``"auto"`` does so, too, once
+            :func:`~mlflow_ctx_autolog.doctor`, or on classic Spark a task, has found that out.
         capture_content: Whether spans hold prompts, answers and other texts, or only what happened:
             model, tokens, cost, times, outcome. Where neither this nor its variable is set, that of
             OpenTelemetry, ``OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT``, is heeded.

@@ -82,6 +82,7 @@ class Task:
         is_open: Whether the task has begun and not ended.
         began: When it did, on the monotonic clock.
         elsewhere: The id of the task's span, where it is the parent process that runs it.
+        hides_properties: Whether the platform hides from it what the driver says of its action.
     """
 
     context: DriverContext
@@ -110,6 +111,7 @@ class Task:
     is_open: bool = False
     began: float = field(default_factory=time.monotonic)
     elsewhere: str | None = None
+    hides_properties: bool = False
     # Holds the function's context variables from one step to the next, apart from Spark's own.
     _variables: contextvars.Context = field(default_factory=contextvars.copy_context)
     _thread: int = field(default_factory=threading.get_ident)

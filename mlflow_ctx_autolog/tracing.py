@@ -82,6 +82,7 @@ __all__ = [
     "attach_parent",
     "complete_info",
     "cost_of",
+    "current_context",
     "current_experiment_id",
     "declared_traces",
     "end_info",
@@ -92,6 +93,7 @@ __all__ = [
     "has_active_span",
     "has_ended",
     "has_failed",
+    "has_span",
     "info_of_json",
     "info_of_trace",
     "is_client_call",
@@ -158,7 +160,21 @@ def active_context() -> Context:
 
 def active_otel_span() -> Any:
     """Return the span that is active in this execution context, as cheaply as can be."""
-    return mlflow_provider.get_current_otel_span()
+    # MLflow looks up first whether it shares OpenTelemetry's contexts. If so, its own have no span.
+    span = get_current_span(current_context())
+    return span if is_valid(span) else mlflow_provider.get_current_otel_span()
+
+
+_mlflow_context = mlflow_provider.mlflow_runtime_context
+
+
+def current_context() -> Context:
+    """Return MLflow's own context, which is another object wherever another span is active in it.
+
+    It has none where MLflow shares OpenTelemetry's contexts.
+    """
+    context: Context = _mlflow_context.get_current()
+    return context
 
 
 def active_run_id() -> str | None:
@@ -406,6 +422,11 @@ _WITHOUT_SPAN = create_key("ctx_autolog_without_span")
 def without_span() -> Context:
     """Return what is active where no span is to be, whatever handed the work over."""
     return set_value(_WITHOUT_SPAN, True, Context())
+
+
+def has_span(context: Context) -> bool:
+    """Whether a span is active in a context."""
+    return is_valid(get_current_span(context))
 
 
 def has_ended(context: Context) -> bool:

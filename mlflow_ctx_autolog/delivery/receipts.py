@@ -67,6 +67,7 @@ class TaskReceipt:
         set_aside: Of those that wait, kept in a file since the store does not have them.
         root: Where no span was active and the action is the trace: what the driver closes it with,
             ``name``, ``span_id``, ``began`` (nanoseconds since the epoch), ``metadata``, ``tags``.
+        hides_properties: Whether the platform hides from it what the driver says of its action.
     """
 
     trace_id: str
@@ -89,6 +90,7 @@ class TaskReceipt:
     sums: Mapping[str, Any] = field(default_factory=dict)
     set_aside: int = 0
     root: Mapping[str, Any] | None = None
+    hides_properties: bool = False
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""

@@ -68,7 +68,7 @@ class Facts:
         transport: ``"direct"``, ``"driver"`` or ``"otlp"``; None where spans cannot travel.
         transport_reason: Why it is this one, or none.
         takes_spans: Whether the store takes single spans.
-        has_active_span: Whether a span is active on the driver; None where that is not asked.
+        propagation: The setting: ``"auto"`` or ``"broadcast"``.
         model_url_was_named: Whether the user said which model endpoint workers have to reach.
         spans_found: Ids of the spans, of those that the processes wrote, that the driver finds in
             its store; None where it could not look.
@@ -86,7 +86,7 @@ class Facts:
     transport: str | None = None
     transport_reason: str = ""
     takes_spans: bool = True
-    has_active_span: bool | None = None
+    propagation: str = "auto"
     model_url_was_named: bool = False
     spans_found: list[str] | None = None
     clock_difference: tuple[str, float] | None = None
@@ -778,20 +778,24 @@ def _setting(facts: Facts, name: str, default: str) -> str | None:
 
 
 @check(
-    "A span is active on the driver",
-    where="driver",
-    advice='Hand functions to Spark inside a span: with mlflow.start_span("my-job"): ...',
+    "Tasks see which span their action is of",
+    where="workers",
+    advice='Say enable(propagation="broadcast"), or MLFLOW_CTX_AUTOLOG_PROPAGATION=broadcast. This '
+    "process does so from now on, for what it hands to Spark after doctor().",
 )
-def span_is_active(subject: Subject) -> Verdict | None:
-    """Calls belong to the span that is active where the action runs.
+def tasks_see_their_span(subject: Subject) -> Verdict | None:
+    """The driver says it in a local property, on Spark Connect in a tag, and calls belong there.
 
-    Where none is, each action is a trace of its own.
+    Some platforms hide these from tasks. Calls are then in traces of their actions, until the span
+    travels in the broadcast, where plans are shared within one span only.
     """
-    if subject.facts.has_active_span is None:
-        return Verdict("unknown", "asked outside of your program")
-    return (
-        _passed("one is") if subject.facts.has_active_span else _warned("none is, at this moment")
-    )
+    if "sees_action" not in subject.process:
+        return None
+    if subject.process["sees_action"]:
+        return _passed("they do")
+    if subject.facts.propagation == "broadcast":
+        return _passed("they do not, and need not: it is in the broadcast")
+    return _warned("the driver said it, and the task has not seen it")
 
 
 @check(

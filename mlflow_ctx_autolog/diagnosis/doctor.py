@@ -62,14 +62,13 @@ def doctor(spark: Any = None, *, model_url: str | None = None) -> Diagnosis:
     check_spark("spark", spark)
     check_url("model_url", model_url)
     session = spark_api.active_session() if spark is None else spark
-    return diagnose(session, model_url=model_url, has_active_span=tracing.has_active_span())
+    return diagnose(session, model_url=model_url)
 
 
 def diagnose(
     session: Any,
     *,
     model_url: str | None = None,
-    has_active_span: bool | None = None,
     session_error: str | None = None,
 ) -> Diagnosis:
     """See :func:`doctor`.
@@ -77,11 +76,10 @@ def diagnose(
     Args:
         session: A Spark session; None where there is none.
         model_url: See :func:`doctor`.
-        has_active_span: Whether a span is active; None where it makes no sense to ask.
         session_error: Why there is no session, where there should be one.
     """
     started = time.monotonic()
-    examination = _Examination(session, model_url, has_active_span, session_error)
+    examination = _Examination(session, model_url, session_error)
     findings = examination.run()
     shown = (replace(each, found=probe.without_secrets(each.found)) for each in findings)
     return Diagnosis(tuple(shown), time.monotonic() - started)
@@ -94,7 +92,6 @@ class _Examination:
         self,
         session: Any,
         model_url: str | None,
-        has_active_span: bool | None,
         session_error: str | None,
     ) -> None:
         self._session = session
@@ -106,7 +103,7 @@ class _Examination:
             driver={},
             workers_error=session_error,
             tracking_uri=without_credentials(self._uri) or "",
-            has_active_span=has_active_span,
+            propagation=self._config.propagation,
             model_url_was_named=(model_url or os.environ.get("OPENAI_BASE_URL")) is not None,
             takes_spans=store.store_takes_spans(),
         )
@@ -186,8 +183,11 @@ class _Examination:
         question["model_url"] = self._model_url
         question["default_model_url"] = _OPENAI
         try:
-            answers = spark_api.run_on_workers(session, probe.tell, json.dumps(question))
+            with driver.says_span():
+                answers = spark_api.run_on_workers(session, probe.tell, json.dumps(question))
             facts.workers = [json.loads(answer) for answer in answers]
+            if any(worker.get("sees_action") is False for worker in facts.workers):
+                driver.hides_properties = True
             # In a job of its own, since what is known of a clock is no more exact than a job is
             # short.
             before = time.time()

@@ -103,7 +103,8 @@ def _facts_by_the_library(
         ``tracing``, ``no_store`` and, if there is one, ``spool``: what is wrong with them, None
         if nothing is;
         ``sampling_ratio``;
-        ``layers``: modules of others on the OpenAI client's calls; ``store``: see
+        ``layers``: modules of others on the OpenAI client's calls; in a task, ``sees_action``:
+        whether it sees what the driver says of its action; ``store``: see
         :func:`mlflow_ctx_autolog.stores.access.access`; ``span_id``: of the span that was
         written.
     """
@@ -112,6 +113,7 @@ def _facts_by_the_library(
     from mlflow_ctx_autolog.stores.access import access
     from mlflow_ctx_autolog.stores.tracking_store import span_record
     from mlflow_ctx_autolog.tracing import lone_span, sampling_ratio, tracing_problem
+    from mlflow_ctx_autolog.worker.spark_task import action_text, in_spark_task
 
     facts: dict[str, Any] = {
         "tracing": tracing_problem(),
@@ -119,6 +121,8 @@ def _facts_by_the_library(
         "sampling_ratio": sampling_ratio(),
         "layers": layers_on_calls(),
     }
+    if in_spark_task():
+        facts["sees_action"] = action_text() is not None
     if has_spool:
         directory = None if spool_directory is None else Path(spool_directory)
         facts["spool"] = directory_problem(directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
@@ -19,7 +19,7 @@ class Carriers:
     """
 
     def __init__(self) -> None:
-        self._texts: dict[str, str] = {}
+        self._texts: dict[Hashable, str] = {}
         self._broadcasts: weakref.WeakKeyDictionary[Any, dict[str, Any]] = (
             weakref.WeakKeyDictionary()
         )
@@ -33,7 +33,8 @@ class Carriers:
                 carrier yet; one that was made before serves for all that share as much with it.
             spark: The SparkContext that broadcasts it; None for the text itself.
         """
-        key = shared.to_json()
+        # Looked up at each use of a function, where to write the JSON would take too long.
+        key = shared, shared.propagation, frozenset(shared.spent.items())
         text = self._texts.get(key)
         if text is None:
             text = self._texts[key] = whole().to_json()

@@ -8,6 +8,7 @@ job would fail.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,17 +19,18 @@ _MODULE = "mlflow_ctx_autolog.daemon"
 _PATH = "PYTHONPATH"
 
 
-def tell_daemons(context: Any) -> None:
+def tell_daemons(context: Any, settings: Mapping[str, str]) -> None:
     """Have the daemons that run later functions of a SparkContext look beside themselves.
 
     Nothing where the daemon is another one, or the library is not among the job's files.
 
     Args:
         context: A SparkContext, whose ``environment`` Spark sets for Python processes.
+        settings: What it was started with, which the JVM takes its time to tell.
     """
-    if context.getConf().get("spark.python.daemon.module", None) != _MODULE:
+    if settings.get("spark.python.daemon.module") != _MODULE:
         return
-    sent = [*context.getConf().get("spark.submit.pyFiles", "").split(",")]
+    sent = settings.get("spark.submit.pyFiles", "").split(",")
     sent += getattr(context, "_python_includes", [])
     names = [PurePosixPath(path).name for path in sent]
     ours = [name for name in names if name.startswith("mlflow_ctx_autolog")]

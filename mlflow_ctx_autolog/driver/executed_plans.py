@@ -26,9 +26,15 @@ class ExecutedPlans:
     """Notes, for each operation of a Spark Connect session, which nodes its final plan had.
 
     The server sends them with an action's results, and the client hands them to nobody else.
+
+    Args:
+        functions_ran: Called with the number of functions that an action of this thread has run,
+            which were handed over on it: not those of a plan that was only looked at, registered,
+            or read from a cache.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, functions_ran: Callable[[int], None] = lambda _: None) -> None:
+        self._functions_ran = functions_ran
         self._lock = threading.Lock()
         self._patch: Patch | None = None
         self._requested = threading.local()
@@ -55,6 +61,10 @@ class ExecutedPlans:
             request: Names its operation, once it has been sent.
         """
         self._requested.last = request
+
+    def hand_over(self) -> None:
+        """Note that a function was handed over on this thread."""
+        self._requested.functions = getattr(self._requested, "functions", 0) + 1
 
     def since(self, time_ms: int) -> dict[str, dict[str, int]]:
         """Return, for each operation since a time, how many nodes of its plan were of a kind.
@@ -83,8 +93,12 @@ class ExecutedPlans:
             plan = self._plans.setdefault(operation, _Plan())
             plan.names.update(names)
             plan.ended = time.time_ns() // 1_000_000
+            has_function = ANY_FUNCTION in plan.kinds()
             while len(self._plans) > _KEPT:
                 self._plans.popitem(last=False)
+        if has_function and (functions := getattr(self._requested, "functions", 0)):
+            self._requested.functions = 0
+            self._functions_ran(functions)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from mlflow_ctx_autolog import __version__, tracing, versions
 from mlflow_ctx_autolog.arguments import check_function, check_number, check_spark, check_type
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
-from mlflow_ctx_autolog.delivery.receipts import Receipt
+from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.actions import Actions
 from mlflow_ctx_autolog.driver.carriers import Carriers
@@ -74,16 +75,18 @@ class Driver:
         self.config: Config | None = None
         self.warned_of_network = False
         self.enabled_at = 0.0
-        # Whether a task was seen that could not read what the driver says of its action.
+        # Whether there was a task from which the platform hid what the driver says of its action.
         self.hides_properties = False
         self.fingerprint_key = new_key()
         self.progress = Progress()
-        self.ledger = Ledger(settings, self.spark_facts, self.progress.add)
-        self.executed_plans = ExecutedPlans()
+        self.ledger = Ledger(settings, self.spark_facts, self._task_ended)
+        self.executed_plans = ExecutedPlans(self._functions_ran)
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.instrumentor = SparkInstrumentor(self.submit)
-        self.propagator = ActionPropagator(self._moment, self._tell, self.executed_plans.expect)
+        self.propagator = ActionPropagator(
+            self._moment, self._tell, self.executed_plans.expect, self._settles
+        )
         self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
         self.actions = Actions()
         self.threads = SpanThreads()
@@ -108,6 +111,28 @@ class Driver:
             self.batches.uninstall()
             self.actions.uninstall()
             self.threads.uninstall()
+
+    @contextlib.contextmanager
+    def says_span(self) -> Iterator[None]:
+        """Have Spark be told which span is active for a block, also while nothing is enabled."""
+        was_on = self.propagator.is_on
+        self.propagator.install()
+        try:
+            yield
+        finally:
+            if not was_on:
+                self.propagator.uninstall()
+
+    def _task_ended(self, receipt: TaskReceipt) -> None:
+        self.progress.add(receipt)
+        if receipt.hides_properties and self.propagator.is_on and not self.hides_properties:
+            self.hides_properties = True
+            _logger.warning(
+                "Spark's tasks see no local properties here, so that they cannot be told which "
+                "span their action is of, and its calls are in a trace of their own. What is "
+                "handed to Spark from now on takes its span along in the broadcast; to have "
+                'it so from the first job on, say propagation="broadcast".'
+            )
 
     def mark(self, function: Any) -> None:
         """Have a function carry the context, also while nothing is enabled."""
@@ -183,13 +208,14 @@ class Driver:
         self._session = session
         spark_api.tell_daemons_of(session)
         self.executed_plans.watch(session)
+        self.executed_plans.hand_over()
         self._functions.add(name)
         relay = spark_api.relay_of(session, self.ledger.receive)
         by_property = self.uses_properties and not on_driver
         shared = _shared(session, BY_PROPERTY if by_property else BY_BROADCAST)
         if shared.tracking_uri is None:
             _check_relay(relay is not None)
-        _open_trace(shared, receipts_come_home=relay is not None, functions=1)
+        _open_trace(shared, receipts_come_home=relay is not None)
         options = {
             "name": name,
             "required": required,
@@ -214,6 +240,10 @@ class Driver:
         """Whether tasks learn of their span by a property of Spark's, rather than by broadcast."""
         return settings().propagation != "broadcast" and not self.hides_properties
 
+    def _settles(self, context: Any) -> bool:
+        # What a budget has spent may change at any moment; so may what there is without a span.
+        return tracing.has_span(context) and not settings().has_budget
+
     def _moment(self) -> object:
         span = tracing.active_otel_span()
         if not tracing.is_valid(span):
@@ -236,6 +266,11 @@ class Driver:
                 action=self.actions.latest, run_id=tracing.active_run_id(), spent=spent
             )
         return action.to_text()
+
+    def _functions_ran(self, functions: int) -> None:
+        # On Spark Connect, where no receipt tells of their tasks.
+        if not store.exports_to_collector():
+            self.ledger.open(receipts_come_home=False, functions=functions)
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""
@@ -622,11 +657,11 @@ def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
     return context.under(ActionContext(context.traceparent, session_id, spent=spent))
 
 
-def _open_trace(shared: DriverContext, *, receipts_come_home: bool, functions: int = 0) -> None:
+def _open_trace(shared: DriverContext, *, receipts_come_home: bool) -> None:
     if shared.tracking_uri is None:
         driver.ledger.meet_workers(process_id())
     if not otlp.is_collector(shared.tracking_uri):
-        driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
+        driver.ledger.open(receipts_come_home=receipts_come_home)
 
 
 def _spans_per_host(session: Any) -> int | None:

@@ -113,7 +113,7 @@ class _Book:
         is_complete: Whether the store had all spans when it was last asked.
         was_warned_of: Whether the user knows that it is not complete.
         was_silence_told: Whether the user knows that tasks left no spans of their calls.
-        handed_over: Functions that were handed to Spark in it.
+        handed_over: Functions that Spark is known to have run in it.
         settling: Held while the store is asked.
         opened: When it was handed to Spark first, on the monotonic clock.
         root: The root of an action's trace, which no span of the driver is; None where one is.
@@ -222,7 +222,7 @@ class Ledger:
 
         Args:
             receipts_come_home: Whether tasks that succeed bring a receipt to :meth:`receive`.
-            functions: How many functions are handed to Spark with it.
+            functions: How many functions Spark is known to have run under it.
         """
         if self._open_again(receipts_come_home, functions):
             return
@@ -627,9 +627,9 @@ class Ledger:
             message = self._silence(subject, reasons[0])
         elif book.handed_over and not tasks and not book.receipts_come_home and book.is_complete:
             message = (
-                f"{book.handed_over} functions were handed to Spark in trace {book.trace_id}, and "
-                "there is not a span of their tasks. If they have run by now, something has kept "
-                f"all spans from the store. {self.likely_causes('tasks')}"
+                f"{book.handed_over} functions have run in trace {book.trace_id}, and there is "
+                "not a span of their tasks: something has kept all of them from the store. "
+                f"{self.likely_causes('tasks')}"
             )
         else:
             return

@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -18,6 +19,7 @@ from mlflow_ctx_autolog.context import ActionContext
 from mlflow_ctx_autolog.driver.instrumentor import find_class
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.patching import Patch, Redirect
+from mlflow_ctx_autolog.tracing import current_context
 from mlflow_ctx_autolog.worker.spark_task import ACTION_PROPERTY
 
 __all__ = ["ActionPropagator", "BatchFunctions"]
@@ -39,6 +41,8 @@ class ActionPropagator:
             else to say.
         text: Returns what there is to say, for tasks to read; called where ``moment`` has changed.
         on_request: Called with each request to Spark Connect that is about to be sent.
+        settles: Whether ``moment`` stays as it is as long as an object is what
+            :func:`~mlflow_ctx_autolog.tracing.current_context` returns, which is quicker to ask.
     """
 
     def __init__(
@@ -46,20 +50,30 @@ class ActionPropagator:
         moment: Callable[[], object],
         text: Callable[[], str],
         on_request: Callable[[Any], None],
+        settles: Callable[[object], bool] = lambda _: False,
     ) -> None:
+        self._settles = settles
         self._moment = moment
         self._text = text
         self._on_request = on_request
         self._told = threading.local()
+        # For each thread, where nothing was left to say, and to which SparkContext.
+        self._settled = threading.local()
         self._redirect: Redirect | None = None
         self._patch: Patch | None = None
         self._is_on = False
         # Where several threads share what they say.
         self._speaker: int | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether Spark is told."""
+        return self._is_on
+
     def install(self) -> None:
         """Idempotent."""
         self._is_on = True
+        self._settled = threading.local()
         if self._redirect is None and (
             gateway := find_class(("py4j.java_gateway",), "GatewayClient", "send_command")
         ):
@@ -79,6 +93,7 @@ class ActionPropagator:
         """Say no more, and take back what was said on this thread. Idempotent."""
         if self._is_on:
             self._is_on = False
+            self._settled = threading.local()
             self._tell_jvm(None)
         for patch in (self._redirect, self._patch):
             if patch is not None:
@@ -98,6 +113,9 @@ class ActionPropagator:
         return None if text is None else ActionContext.from_text(text)
 
     def _tell_jvm(self, client: Any) -> Any:
+        settled, here = self._settled, current_context()
+        if getattr(settled, "here", None) is here and settled.context is _active_spark_context():
+            return client
         told = self._told
         if getattr(told, "is_telling", False):
             return client
@@ -109,6 +127,8 @@ class ActionPropagator:
                 moment = self._moment() if self._is_on else None
                 if getattr(told, "moment", _NOTHING) != moment or told.context is not context:
                     self._tell(context, moment)
+                settled.here = here if self._settles(here) else None
+                settled.context = context
         except Exception as error:
             warn_once(
                 _logger,
@@ -126,11 +146,27 @@ class ActionPropagator:
         told = self._told
         before = told.text if getattr(told, "context", None) is context else None
         told.moment, told.context = moment, context
+        if _is_of_jvm(threading.current_thread()):
+            before, text = self._on_thread_of_jvm(context, before, text)
+        told.text = text
         if before == text:
             return
         self._warn_if_shared(text)
         context._jsc.setLocalProperty(ACTION_PROPERTY, text)
-        told.text = text
+
+    def _on_thread_of_jvm(
+        self, context: Any, before: str | None, text: str | None
+    ) -> tuple[str | None, str | None]:
+        """Return what was said and what to say where the JVM calls: a listener, or of a stream.
+
+        It does so on a thread that runs actions of its own. Unless what it calls opens a span, they
+        belong where whoever started the stream has said.
+        """
+        told = self._told
+        if not hasattr(told, "heard"):
+            before = told.heard = context._jsc.getLocalProperty(ACTION_PROPERTY)
+        names_span = text is not None and ActionContext.from_text(text).traceparent is not None
+        return before, text if names_span else told.heard
 
     def _warn_if_shared(self, text: str | None) -> None:
         """Warn where two threads that say something have one thread of the JVM between them."""
@@ -200,5 +236,16 @@ class BatchFunctions:
 _NOTHING = object()
 
 
+def _is_of_jvm(thread: threading.Thread) -> bool:
+    """Whether a thread runs what the JVM calls, on behalf of one of the JVM's own."""
+    module = getattr(getattr(thread, "_target", None), "__module__", None)
+    return str(module).startswith("py4j.")
+
+
 def _active_spark_context() -> Any:
-    return importlib.import_module("pyspark").SparkContext._active_spark_context
+    return _spark_context_class()._active_spark_context
+
+
+@functools.cache
+def _spark_context_class() -> Any:
+    return importlib.import_module("pyspark").SparkContext

@@ -98,7 +98,7 @@ def _context_of_classic(receiver: Any) -> Any:
 def tell_daemons_of(spark: Any) -> None:
     """See :func:`~mlflow_ctx_autolog.driver.daemon_path.tell_daemons`."""
     if (context := spark_context(spark)) is not None:
-        tell_daemons(context)
+        tell_daemons(context, _facts_of(context))
 
 
 def application_id(spark: Any) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow_ctx_autolog.context import DriverContext
+from mlflow_ctx_autolog.context import BY_PROPERTY, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.delivery.relay import driver_is_here, relay_bytes
 from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
@@ -22,7 +22,7 @@ from mlflow_ctx_autolog.worker.action_trace import root_of
 from mlflow_ctx_autolog.worker.answers import answers_of
 from mlflow_ctx_autolog.worker.placement import open_placement
 from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
-from mlflow_ctx_autolog.worker.spark_task import task_attributes
+from mlflow_ctx_autolog.worker.spark_task import sees_properties, task_attributes
 
 __all__ = ["begin", "finish"]
 
@@ -69,6 +69,7 @@ def begin(
         span_processors=span_processors,
         budget=budget_of(context),
         answers=answers_of(context, name, function or name, attributes),
+        hides_properties=context.propagation == BY_PROPERTY and not sees_properties(),
     )
     for other in open_tasks():
         # A Python worker runs one task attempt at a time, so this one was dropped unfinished.
@@ -253,6 +254,7 @@ def _relay(
         rows=task.rows_in,
         sums=task.sums.to_dict(),
         root=None if task.span is None else root_of(task.context, task.span.start),
+        hides_properties=task.hides_properties,
     )
     partition = int(task_attributes().get("spark.partition.id", 0))
     share = relay_bytes(task.context.max_result_bytes, partition)

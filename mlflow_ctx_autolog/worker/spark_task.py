@@ -23,6 +23,7 @@ __all__ = [
     "is_batch",
     "on_task_end",
     "row_count",
+    "sees_properties",
     "skips_rest",
     "stream_query",
     "task_attributes",
@@ -56,6 +57,11 @@ def action_text() -> str | None:
         found = re.search(rf"_Tag_{ACTION_PROPERTY}=([^,]*)", _job_tags(context))
         text = None if found is None else found[1]
     return text
+
+
+def sees_properties() -> bool:
+    """Whether the running task sees local properties of Spark's, of which there are always some."""
+    return bool(getattr(_task_context(), "_localProperties", True))
 
 
 def action_scope(action: str | None) -> str:

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("names", nargs="+")
     options = parser.parse_args()
-    faulthandler.dump_traceback_later(1700, exit=True)
+    faulthandler.dump_traceback_later(3000, exit=True)
     import functions
     import job
     import workload
@@ -58,23 +58,23 @@ def main() -> None:
     ):
         cloudpickle.register_pickle_by_value(module)
     spark = _session(options.engine)
-    facts: dict[str, Any] = {}
+
+    def tell(name: str, value: Any) -> None:
+        # At once, for who waits for it, and in case that a later program ends the process.
+        with Path(options.output).open("a") as output:
+            output.write(json.dumps([name, value], default=repr) + "\n")
+
     with OpenAIEndpoint() as endpoint:
         run = Run(spark, endpoint, is_traced=options.database is not None)
         if options.database is not None:
             _enable(options.database)
         for name in options.names:
             print(name, flush=True)
-            facts[name] = run.facts_of(PROGRAMS[name])
-            # What there is, in case that a later one ends the process.
-            Path(options.output).with_suffix(".partial.json").write_text(
-                json.dumps(facts, indent=1, default=repr)
-            )
-        session = session_facts(spark)
-        traced = run.traced_calls() if options.database is not None else {}
+            tell(f"program {name}", run.facts_of(PROGRAMS[name]))
+        tell("session", session_facts(spark))
+        tell("traced", run.traced_calls() if options.database is not None else {})
+        tell("seconds", run.seconds)
         spark.stop()
-    document = {"programs": facts, "session": session, "traced": traced, "seconds": run.seconds}
-    Path(options.output).write_text(json.dumps(document, indent=1, default=repr))
 
 
 def _session(engine: str) -> Any:

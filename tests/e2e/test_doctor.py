@@ -11,16 +11,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import functions
 import mlflow
 import pandas as pd
 import pyspark
 import pytest
 import requests
 from pyspark.sql import SparkSession
-from workload import SCHEMA, ask, stored_traces
+from pyspark.sql.functions import udf
+from workload import SCHEMA, ask, stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
+from mlflow_ctx_autolog.driver.handover import driver
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer, TrackingStore
 
 # One worker at a time, as each has to import everything.
@@ -123,6 +127,21 @@ def _take_openai_back_by_years(packages: Path) -> None:
     (packages / "openai" / "__init__.py").write_text("__version__ = '0.28.1'\n")
 
 
+def _hide_properties(packages: Path) -> None:
+    """Have tasks see no local property of Spark's, on Connect no tag, as on some platforms."""
+    code = (
+        "from pyspark import TaskContext\n"
+        "nothing = property(lambda self: {}, lambda self, value: None)\n"
+        "TaskContext._localProperties = nothing\n"
+    )
+    (packages / "sitecustomize.py").write_text(code)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known_of_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "hides_properties", False)
+
+
 @pytest.mark.parametrize(
     ("spoil", "cause", "level", "found"),
     [
@@ -131,6 +150,7 @@ def _take_openai_back_by_years(packages: Path) -> None:
         (_set_the_clock_back, "clocks_agree", "warn", "is off by 3"),
         (_disable_tracing, "tracing_is_on", "fail", "OTEL_SDK_DISABLED"),
         (_take_openai_back_by_years, "versions_are_supported", "fail", "openai 0.28.1, not from"),
+        (_hide_properties, "tasks_see_their_span", "warn", "the task has not seen it"),
     ],
 )
 def test_what_is_wrong_on_workers_only(
@@ -152,6 +172,49 @@ def test_what_is_wrong_on_workers_only(
     assert (finding.check, finding.level) == (cause, level)
     assert found in finding.found
     assert finding.where != "driver"
+
+
+@pytest.mark.parametrize("is_asked", [True, False], ids=["doctor", "the first job"])
+def test_where_properties_are_hidden_calls_belong_to_their_span(
+    spark: SparkSession,
+    endpoint: OpenAIEndpoint,
+    experiment_id: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_asked: bool,
+) -> None:
+    """What the doctor has found, or a task, is heeded: the span travels in the broadcast.
+
+    What runs before that is found out is a trace of its action, and no other span's.
+    """
+    ask_model = functions.asker(endpoint.base_url)
+    column = udf(lambda number: ask_model(number), "string")
+
+    def act(name: str, times: int) -> Any:
+        with mlflow.start_span(name) as span:
+            frames = [spark.range(0, 4, 1, 2).select(column("id")) for _ in range(times)]
+            assert frames[0].sameSemantics(frames[-1])
+            for frame in frames:
+                frame.collect()
+        return span
+
+    with _interpreter(spark, tmp_path) as packages, ctx_autolog.enable():
+        _hide_properties(packages)
+        if is_asked:
+            ctx_autolog.doctor(spark, model_url=endpoint.base_url)
+        else:
+            act("before", 1)
+        spans = [act("one", 1), act("other", 2)]
+        assert ctx_autolog.flush(60)
+
+    assert [len(stored_trace(span.trace_id).calls) for span in spans] == [4, 8]
+    others = [each for each in stored_traces(experiment_id) if each.root.name not in _ACTS]
+    assert [len(each.calls) for each in others] == ([] if is_asked else [4])
+    warned = [text for text in caplog.messages if "see no local properties" in text]
+    assert len(warned) == (0 if is_asked else 1)
+
+
+_ACTS = ("before", "one", "other")
 
 
 def test_a_file_on_two_hosts(
@@ -368,9 +431,7 @@ def test_the_command(
         "few_retries",
         "executors_say_goodbye",
         "workers_are_reused",
-        "span_is_active",
     }
     assert levels["no_speculation"] == "warn"
-    assert levels["span_is_active"] == "unknown"
     assert "read back from the store" in findings["round_trip"]["found"]
     assert stored_traces(experiment_id) == []

@@ -31,6 +31,7 @@ def process(**changed: Any) -> dict[str, Any]:
         "model": None,
         "store": {"reach": None, "login": None, "experiment": None, "write": None},
         "span_id": "1",
+        "sees_action": True,
         **changed,
     }
 
@@ -43,7 +44,6 @@ def facts(**changed: Any) -> Facts:
         spark={"spark.speculation": None, "spark.task.maxFailures": None},
         tracking_uri="http://server",
         transport="direct",
-        has_active_span=True,
         spans_found=["1"],
         clock_difference=("a", 0.0),
         round_trip_skipped=None,
@@ -173,6 +173,16 @@ def test_an_endpoint_out_of_reach(was_named: bool, level: str) -> None:
     found = only(facts(workers=workers, model_url_was_named=was_named))
 
     assert (found.check, found.level) == ("model_is_reachable", level)
+
+
+def test_a_platform_that_hides_what_the_driver_says() -> None:
+    """Tasks that do not see it are warned of, but where nobody needs it."""
+    hidden = facts(workers=[process(), process(host="b", sees_action=False)])
+    found = only(hidden)
+    assert (found.check, found.level) == ("tasks_see_their_span", "warn")
+    assert found.found.startswith("b: ")
+    assert 'propagation="broadcast"' in found.advice
+    assert complaints(replace(hidden, propagation="broadcast")) == []
 
 
 def test_every_check_says_what_it_is_about() -> None:

@@ -10,15 +10,16 @@ import pytest
 from mlflow_ctx_autolog.driver.daemon_path import tell_daemons
 
 
-def context(files: str, daemon: str | None, path: str | None = None, added: Any = ()) -> Any:
-    """Return a stand-in for a SparkContext with these files."""
-    conf = {"spark.submit.pyFiles": files, "spark.python.daemon.module": daemon}
+def context(path: str | None = None, added: Any = ()) -> Any:
+    """Return a stand-in for a SparkContext that files were added to."""
     environment = {} if path is None else {"PYTHONPATH": path}
-    return SimpleNamespace(
-        environment=environment,
-        _python_includes=list(added),
-        getConf=lambda: SimpleNamespace(get=lambda name, default: conf[name] or default),
-    )
+    return SimpleNamespace(environment=environment, _python_includes=list(added))
+
+
+def settings(files: str, daemon: str = "mlflow_ctx_autolog.daemon") -> dict[str, str]:
+    """Return the settings of a job that was sent with these files."""
+    sent = {"spark.submit.pyFiles": files} if files else {}
+    return {**sent, "spark.python.daemon.module": daemon}
 
 
 @pytest.mark.parametrize(
@@ -35,14 +36,15 @@ def test_the_daemon_looks_beside_itself(
     files: str, added: list[str], before: str | None, after: str | None
 ) -> None:
     """For the library's file, once, and only where it is among the job's."""
-    given = context(files, "mlflow_ctx_autolog.daemon", before, added)
-    tell_daemons(given)
-    tell_daemons(given)
+    given = context(before, added)
+    tell_daemons(given, settings(files))
+    tell_daemons(given, settings(files))
     assert given.environment.get("PYTHONPATH") == after
 
 
 def test_another_daemon_is_left_alone() -> None:
     """It has no need of the library."""
-    given = context("/a/mlflow_ctx_autolog.zip", None)
-    tell_daemons(given)
+    given = context()
+    tell_daemons(given, settings("/a/mlflow_ctx_autolog.zip", "another.daemon"))
+    tell_daemons(given, {})
     assert given.environment == {}

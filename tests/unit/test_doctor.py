@@ -42,11 +42,6 @@ def causes(diagnosis: ctx_autolog.Diagnosis) -> dict[str, str]:
     return {finding.check: finding.level for finding in complaints}
 
 
-def examine_in_span() -> ctx_autolog.Diagnosis:
-    with mlflow.start_span("job"):
-        return ctx_autolog.doctor()
-
-
 @pytest.fixture
 def store(database: Destination) -> Iterator[Destination]:
     """A store in which nothing of the doctor's remains."""
@@ -64,18 +59,13 @@ def tracing_is_restored() -> Iterator[None]:
 
 def test_a_driver_on_which_all_is_well(store: Destination) -> None:
     """Nothing is found; without a Spark session, what needs one is said not to be known."""
-    diagnosis = examine_in_span()
+    diagnosis = ctx_autolog.doctor()
 
     assert causes(diagnosis) == {}
     by_check = {finding.check: finding for finding in diagnosis.findings}
     assert by_check["experiment_is_writable"].found == "a span was stored"
     assert by_check["workers_answer"].level == "unknown"
     assert "there is no Spark session" in by_check["round_trip"].found
-
-
-def test_no_active_span(store: Destination) -> None:
-    """That no span is active at this moment is a warning."""
-    assert causes(ctx_autolog.doctor()) == {"span_is_active": "warn"}
 
 
 def test_a_store_where_nobody_listens(store: Destination) -> None:
@@ -85,7 +75,7 @@ def test_a_store_where_nobody_listens(store: Destination) -> None:
     mlflow.set_tracking_uri(uri)
     diagnosis = ctx_autolog.doctor()
 
-    assert causes(diagnosis) == {"store_is_reachable": "fail", "span_is_active": "warn"}
+    assert causes(diagnosis) == {"store_is_reachable": "fail"}
     (failure,) = diagnosis.failures
     assert uri in failure.found
     assert "mlflow.set_tracking_uri" in failure.advice
@@ -113,7 +103,7 @@ def test_a_probe_that_cannot_be_deleted_is_tagged(
         raise MlflowException("not for you", error_code=PERMISSION_DENIED)
 
     monkeypatch.setattr(TracingClient, "delete_traces", forbidden)
-    diagnosis = examine_in_span()
+    diagnosis = ctx_autolog.doctor()
 
     assert causes(diagnosis) == {}
     (trace,) = mlflow.search_traces(
@@ -132,7 +122,7 @@ def test_a_store_that_does_not_let_in(store: Destination, status: int, cause: st
         mlflow.set_tracking_uri(proxy.uri)
         diagnosis = ctx_autolog.doctor()
 
-    assert causes(diagnosis) == {cause: "fail", "span_is_active": "warn"}
+    assert causes(diagnosis) == {cause: "fail"}
     assert str(status) in diagnosis.failures[0].found
 
 
@@ -145,7 +135,7 @@ def test_an_experiment_whose_name_is_unknown(
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
     diagnosis = ctx_autolog.doctor()
 
-    assert causes(diagnosis) == {"experiment_exists": "fail", "span_is_active": "warn"}
+    assert causes(diagnosis) == {"experiment_exists": "fail"}
     assert "4711" in diagnosis.failures[0].found
 
 
@@ -164,7 +154,7 @@ def test_an_experiment_that_is_gone(store: Destination, what: str) -> None:
     finally:
         mlflow.tracing.reset()
 
-    assert causes(diagnosis) == {"experiment_exists": "fail", "span_is_active": "warn"}
+    assert causes(diagnosis) == {"experiment_exists": "fail"}
     assert f"the experiment {number}" in diagnosis.failures[0].found
 
 
@@ -177,7 +167,7 @@ def test_an_experiment_that_takes_nothing(store: Destination) -> None:
         )
     diagnosis = ctx_autolog.doctor()
 
-    assert causes(diagnosis) == {"experiment_is_writable": "fail", "span_is_active": "warn"}
+    assert causes(diagnosis) == {"experiment_is_writable": "fail"}
     assert "you may not write" in diagnosis.failures[0].found
 
 
@@ -187,7 +177,7 @@ def test_a_file_store(store: Destination, tmp_path: Path, monkeypatch: pytest.Mo
     mlflow.set_tracking_uri((tmp_path / "files").as_uri())
     diagnosis = ctx_autolog.doctor()
 
-    assert causes(diagnosis) == {"spans_can_travel": "warn", "span_is_active": "warn"}
+    assert causes(diagnosis) == {"spans_can_travel": "warn"}
     assert "file store" in diagnosis.warnings[0].found
 
 
@@ -199,7 +189,7 @@ def test_a_transport_that_cannot_be_had(
     monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_TRANSPORT", "direct")
     mlflow.set_tracking_uri((tmp_path / "files").as_uri())
 
-    assert causes(ctx_autolog.doctor()) == {"spans_can_travel": "fail", "span_is_active": "warn"}
+    assert causes(ctx_autolog.doctor()) == {"spans_can_travel": "fail"}
 
 
 def test_a_collector_instead_of_a_store(
@@ -210,7 +200,7 @@ def test_a_collector_instead_of_a_store(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
     diagnosis = ctx_autolog.doctor()
 
-    assert causes(diagnosis) == {"span_is_active": "warn"}
+    assert causes(diagnosis) == {}
     by_check = {finding.check: finding for finding in diagnosis.findings}
     assert "OTLP endpoint" in by_check["spans_can_travel"].found
     assert by_check["store_is_reachable"].level == "unknown"
@@ -220,7 +210,7 @@ def test_buffers_that_are_set_low(store: Destination, monkeypatch: pytest.Monkey
     """Settings by which MLflow drops spans are named with their values."""
     monkeypatch.setenv("MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE", "10")
     monkeypatch.setenv("MLFLOW_TRACE_BUFFER_TTL_SECONDS", "7200")
-    diagnosis = examine_in_span()
+    diagnosis = ctx_autolog.doctor()
 
     assert causes(diagnosis) == {"nothing_is_forgotten": "warn"}
     assert "MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE=10" in diagnosis.warnings[0].found
@@ -277,7 +267,7 @@ def test_what_enable_finds_too(
     """The doctor names the cause and no other; enable() warns once of it, or raises if strict."""
     provoke(tmp_path, monkeypatch)
     diagnosis = ctx_autolog.doctor()
-    assert causes(diagnosis) == {check: level, "span_is_active": "warn"}
+    assert causes(diagnosis) == {check: level}
     (found,) = [each for each in diagnosis.findings if each.check == check]
 
     with pytest.warns(ctx_autolog.CtxAutologWarning) as warned:
@@ -302,7 +292,7 @@ def test_a_share_that_the_user_has_chosen(
     """Sampling a share is a warning of the doctor's, and for enable() nothing to speak of."""
     monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0.5")
 
-    assert causes(ctx_autolog.doctor()) == {"all_is_sampled": "warn", "span_is_active": "warn"}
+    assert causes(ctx_autolog.doctor()) == {"all_is_sampled": "warn"}
     with ctx_autolog.enable(strict=True):
         pass
 
@@ -350,7 +340,7 @@ def test_a_real_instrumentation(
             monkeypatch.setattr(holder, method, vars(holder)[method])
     mlflow.openai.autolog()
     instrument()
-    diagnosis = examine_in_span()
+    diagnosis = ctx_autolog.doctor()
 
     assert causes(diagnosis) == {"nobody_else_traces": "warn"}
     assert name in diagnosis.warnings[0].found
@@ -455,7 +445,7 @@ def test_no_store_at_all_is_found_first(
     diagnosis = ctx_autolog.doctor()
     first = diagnosis.failures[0]
 
-    assert causes(diagnosis) == {"there_is_a_store": "fail", "span_is_active": "warn"}
+    assert causes(diagnosis) == {"there_is_a_store": "fail"}
     assert (
         "MLflow has a tracking store: no tracking store: the tracking URI is sqlite:"
         in (str(diagnosis).splitlines()[1])

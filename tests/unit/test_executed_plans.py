@@ -71,6 +71,22 @@ def test_plans_without_functions_are_left_out(plans: ExecutedPlans) -> None:
     assert plans.since(0) == {}
 
 
+def test_functions_are_told_of_once_they_have_run() -> None:
+    """Not where a plan was only looked at, reads a cache, or runs what others handed over."""
+    told: list[int] = []
+    plans = ExecutedPlans(told.append)
+    plans.watch(SESSION)
+    answered(plans, "of others", Node(1, "ArrowEvalPython"))
+    plans.hand_over()
+    plans.hand_over()
+    answered(plans, "cached", Node(1, "InMemoryTableScan"))
+    assert told == []
+    for _ in range(2):
+        answered(plans, "run", Node(1, "ArrowEvalPython"))
+    plans.unwatch()
+    assert told == [2]
+
+
 def test_what_cannot_be_noted_is_no_error(plans: ExecutedPlans) -> None:
     plans.watch(SESSION)
     nodes = SimpleNamespace(metrics=[Node(1, "MapInPandas")])

@@ -21,7 +21,10 @@ class Context:
 
     def __init__(self) -> None:
         self.told: list[tuple[int, str, str | None]] = []
-        self._jsc = SimpleNamespace(setLocalProperty=self._set)
+        self.heard: str | None = None
+        self._jsc = SimpleNamespace(
+            setLocalProperty=self._set, getLocalProperty=lambda name: self.heard
+        )
 
     def _set(self, name: str, value: str | None) -> None:
         self.told.append((threading.get_ident(), name, value))
@@ -117,6 +120,24 @@ def test_a_failure_to_tell_is_warned_of_and_passes(
     driver.context._jsc.setLocalProperty = fail
     driver.act("one")
     assert "the JVM is gone" in caplog.text
+
+
+@pytest.mark.parametrize("heard", ["of the stream", None])
+def test_a_thread_that_the_jvm_calls_on_keeps_what_it_has(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, heard: str | None
+) -> None:
+    """Unless a span is opened there, as long as it is active: the stream's calls are not theirs."""
+    driver.context.heard = heard
+    texts = {None: "none", "one": PARENT}
+    monkeypatch.setattr(driver.propagator, "_text", lambda: texts[driver.span])
+
+    def call() -> None:
+        for span in (None, "one", None):
+            driver.act(span)
+
+    monkeypatch.setattr(propagation, "_is_of_jvm", lambda thread: True)
+    call()
+    assert driver.context.texts == [PARENT, heard]
 
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

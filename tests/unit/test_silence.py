@@ -101,7 +101,7 @@ def test_no_task_is_in_the_store_where_none_can_tell(
     trace_id = end_of(book, receipts_come_home=False)
 
     (text,) = told(caplog)
-    assert f"1 functions were handed to Spark in trace {trace_id}" in text
+    assert f"1 functions have run in trace {trace_id}" in text
     assert "The tracking store can be reached" in text
 
 
