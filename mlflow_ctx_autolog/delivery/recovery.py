@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_ctx_autolog.delivery.records import Destination, Record
-from mlflow_ctx_autolog.delivery.segments import REFUSED, DamagedError, Segment, spool_files
+from mlflow_ctx_autolog.delivery.segments import (
+    REFUSED,
+    DamagedError,
+    Segment,
+    destination_of,
+    spool_files,
+)
 from mlflow_ctx_autolog.delivery.spool import REASON, first_of, put_aside
 from mlflow_ctx_autolog.exceptions import StoreError, warn_once
 from mlflow_ctx_autolog.log_ins import safe_logger
@@ -46,7 +52,7 @@ class Recovered:
     is_damaged: bool = False
 
 
-def recover(path: Path, send: Send, only_for: str | None = None) -> Recovered:
+def recover(path: Path, send: Send) -> Recovered:
     """Deliver what is in a spool file, and remove from it what was delivered; it, when empty.
 
     What the store refuses, or fails over while it takes the others, is set aside in a file of its
@@ -56,7 +62,6 @@ def recover(path: Path, send: Send, only_for: str | None = None) -> Recovered:
     Args:
         path: The file.
         send: Stores records, or raises. Storing one again must leave one.
-        only_for: Names a driver; a file that is not for it alone to store is left as it is.
 
     Raises:
         BlockingIOError: The process that writes it is alive.
@@ -74,8 +79,6 @@ def recover(path: Path, send: Send, only_for: str | None = None) -> Recovered:
             segment.delete()
             return found
         destination = segment.destination()
-        if only_for is not None and destination.driver_id != only_for:
-            return found
         damage = segment.scan()
         readable = len(segment)
         _Pass(segment, destination, send, found).run()
@@ -188,13 +191,17 @@ class Recovery:
 
     Args:
         send: See :func:`recover`.
+        is_left: Tells whether files of a destination are for somebody else to look into.
     """
 
     # How long nothing is looked for, in seconds, once it was.
     _interval = 30.0
 
-    def __init__(self, send: Send) -> None:
+    def __init__(
+        self, send: Send, is_left: Callable[[Destination, Path | None], bool] = lambda *_: False
+    ) -> None:
         self._send = send
+        self._is_left = is_left
         self._next = 0.0
 
     def start(self, directory: str | None) -> None:
@@ -209,9 +216,17 @@ class Recovery:
                 target=self._run, args=(folder,), name="mlflow-ctx-autolog-recovery", daemon=True
             ).start()
 
+    def _is_for_others(self, path: Path, directory: Path | None) -> bool:
+        # Without its lock, for which they would take its process to be alive.
+        with suppress(OSError):
+            return self._is_left(destination_of(path), directory)
+        return False
+
     def _run(self, directory: Path | None) -> None:
         for path in spool_files(directory):
             try:
+                if self._is_for_others(path, directory):
+                    continue
                 found = recover(path, self._send)
             except DamagedError as error:
                 text = f"The spool {path} was left behind, and is left there: {error}."

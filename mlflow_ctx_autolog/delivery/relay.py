@@ -10,6 +10,8 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_ctx_autolog.delivery.directory import (
@@ -17,10 +19,25 @@ from mlflow_ctx_autolog.delivery.directory import (
     default_directory,
     private_file,
 )
+from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.delivery.recovery import Send, recover
-from mlflow_ctx_autolog.delivery.segments import spool_files
+from mlflow_ctx_autolog.delivery.segments import destination_of, spool_files
 
-__all__ = ["announce_driver", "collect", "driver_is_here", "relay_bytes"]
+__all__ = ["Collected", "announce_driver", "collect", "driver_is_here", "relay_bytes"]
+
+
+@dataclass
+class Collected:
+    """What was found in a directory.
+
+    Args:
+        records: Those that were taken.
+        held: Files that their processes have still, since a task is running, or was a moment ago.
+    """
+
+    records: int = 0
+    held: int = 0
+
 
 _NAME = re.compile(r"mlflow-ctx-autolog-[0-9a-f]{32}\.driver")
 # Partitions that have equal shares of what goes home with tasks; later ones have less and less.
@@ -105,17 +122,24 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def collect(directory: Path | None, driver_id: str, send: Send) -> int:
-    """Take what workers of a driver have left in a directory; return how many records it was.
+def collect(
+    directory: Path | None, is_asked: Callable[[Destination], bool], send: Send
+) -> Collected:
+    """Take what workers have left in a directory.
 
     Args:
         directory: Where; None for the default one.
-        driver_id: Names the driver; what belongs to others is left.
+        is_asked: Tells whether records that belong to a destination are to be taken.
         send: Takes records, or raises.
     """
-    stored = 0
+    found = Collected()
     for path in spool_files(directory):
-        # Another process has it still, or has been faster.
+        # Somebody else may have been faster.
         with contextlib.suppress(OSError):
-            stored += recover(path, send, only_for=driver_id).stored
-    return stored
+            if not is_asked(destination_of(path)):
+                continue
+            try:
+                found.records += recover(path, send).stored
+            except BlockingIOError:
+                found.held += 1
+    return found

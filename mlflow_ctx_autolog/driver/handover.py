@@ -42,6 +42,7 @@ from mlflow_ctx_autolog.recorder.request import new_key
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores import otlp
 from mlflow_ctx_autolog.stores import tracking_store as store
+from mlflow_ctx_autolog.stores.sending import is_database
 from mlflow_ctx_autolog.stores.tracking_server import redirect_of
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.runner import process_id
@@ -217,7 +218,8 @@ class Driver:
         span = tracing.active_otel_span()
         if not tracing.is_valid(span):
             span = self.actions.latest, tracing.active_run_id()
-        return (span, self.ledger.spent()) if settings().has_budget else span
+        acknowledged = self.ledger.acknowledgements.told()
+        return span, self.ledger.spent() if settings().has_budget else None, acknowledged
 
     def _tell(self) -> str:
         headers = tracing.active_span_headers()
@@ -227,14 +229,13 @@ class Driver:
             if not store.exports_to_collector():
                 self.ledger.open(receipts_come_home=True)
             session_id, _ = tracing.session_and_user()
-        spent = self.ledger.spent() if settings().has_budget else {}
         if headers:
-            action = ActionContext(headers.get("traceparent"), session_id, spent=spent)
+            action = ActionContext(headers.get("traceparent"), session_id)
         else:
-            action = ActionContext(
-                action=self.actions.latest, run_id=tracing.active_run_id(), spent=spent
-            )
-        return action.to_text()
+            action = ActionContext(action=self.actions.latest, run_id=tracing.active_run_id())
+        spent = self.ledger.spent() if settings().has_budget else {}
+        acknowledged = self.ledger.acknowledgements.told()
+        return replace(action, spent=spent, acknowledged=acknowledged).to_text()
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""
@@ -275,12 +276,20 @@ def describe_transport() -> str:
         UnsupportedStoreError: They cannot.
     """
     uri, reason = transport()
+    if uri is not None and _is_relayed(uri):
+        way = f"with the task to the driver, which stores them in {uri}"
+        return f"Spans travel {way}: a worker would have to load MLflow to write to a database."
     if uri is None:
         place = without_credentials(store.current_tracking_uri())
         way = f"with the task to the driver, which stores them in {place}"
     else:
         way = f"from the workers to {uri}"
     return f"Spans travel {way}: {reason}."
+
+
+def _is_relayed(uri: str | None) -> bool:
+    """Whether workers that see this driver's directory leave it to the driver to store spans."""
+    return uri is None or (is_database(uri) and settings().transport != "direct")
 
 
 def warn_of_old_store() -> None:
@@ -587,8 +596,7 @@ def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
 
 
 def _open_trace(shared: DriverContext, *, receipts_come_home: bool, functions: int = 0) -> None:
-    if shared.tracking_uri is None:
-        driver.ledger.meet_workers(process_id())
+    driver.ledger.meet_workers(process_id(), stores_for_them=_is_relayed(shared.tracking_uri))
     if not otlp.is_collector(shared.tracking_uri):
         driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
 

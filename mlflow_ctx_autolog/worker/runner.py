@@ -151,6 +151,7 @@ class Submission:
         if context.propagation != BY_PROPERTY:
             return context
         action = _action()
+        attempt.acknowledge(action.acknowledged)
         context = context.under(action)
         return context if context.traceparent is not None else self._of_action(context, action)
 
