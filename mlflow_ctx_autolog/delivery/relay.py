@@ -78,7 +78,7 @@ def announce_driver(directory: Path | None, driver_id: str) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     _held.append(file)
     _remove_old(path.parent)
-    atexit.register(path.unlink, missing_ok=True)
+    atexit.register(functools.partial(path.unlink, missing_ok=True))
 
 
 _held: list[io.FileIO] = []

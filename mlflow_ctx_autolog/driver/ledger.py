@@ -80,7 +80,7 @@ T = TypeVar("T")
 # What a task brings home: its receipt as JSON, if it is its own; tracking URI and experiment that
 # the spans belong to; the records that the worker could not store itself; and by what they are
 # acknowledged: the name of the worker's outbox, and a number.
-Arrival = tuple["str | None", "str | None", str, Sequence[tuple[str, str, bytes]], tuple[str, int]]
+Arrival = tuple[Any, ...]
 
 # Seconds to wait at first before it is looked again for what is on its way.
 _LOOK = 0.05
@@ -359,14 +359,16 @@ class Ledger:
                 self._warn("broken", f"What a task brought home could not be read: {error!r}")
 
     def _receive(self, arrival: Arrival) -> None:
-        receipt, tracking_uri, experiment_id, fields, (token, number) = arrival
+        # Workers of an earlier release name no outbox.
+        receipt, tracking_uri, experiment_id, fields, *outbox = arrival
         records = [Record(*each) for each in fields]
         came = None if receipt is None else TaskReceipt.from_json(receipt)
         if came is not None:
             self._open_action_of_receipt(came, experiment_id)
         if records:
             self._store(Destination(tracking_uri, experiment_id), records, came)
-            self.acknowledgements.note(token, number)
+            for token, number in outbox:
+                self.acknowledgements.note(token, number)
         if came is not None:
             self._enter(came)
 
