@@ -691,7 +691,8 @@ class Ledger:
             give_up = give_up_if_down and delivery.store_is_down
             answered = delivery.flush(timeout, give_up=give_up)
             stored = None
-            if answered:
+            # A store that takes whole traces only has nothing of one that is open.
+            if answered and (book.delivers or book.has_ended):
                 # Those that the store does not have do not arrive, however long one waits.
                 refused = delivery.set_aside + sum(task.set_aside for task in book.tasks())
                 # With some time left to ask once more.
