@@ -518,6 +518,9 @@ class Ledger:
         book.spans = len(own)
         book.usage, book.cost = totals_of(own)
         book.sums = sums_of(own)
+        if not book.delivers and book.table is None:
+            # Spark may have stopped reading a task before it could tell.
+            self._learn_of_tasks(book, trace.data.spans)
         book.has_ended = True
         record_totals(book.info, *book.totals())
         self._record_facts(book)
@@ -786,7 +789,9 @@ class Ledger:
 
     def _read_receipts(self, book: _Book) -> None:
         """Learn of tasks that brought no receipt: attempts that failed, all on Spark Connect."""
-        _, spans = read_trace(book.destination, book.trace_id)
+        self._learn_of_tasks(book, read_trace(book.destination, book.trace_id)[1])
+
+    def _learn_of_tasks(self, book: _Book, spans: Sequence[Any]) -> None:
         by_id = {span.span_id: span for span in spans}
         for task_id, below in _by_task(spans).items():
             if task_id is None or task_id in book.receipts:

@@ -251,10 +251,10 @@ class WorkerProcess:
 
     def _adopt(self, destination: Destination, records: Sequence[Record]) -> None:
         uri = destination.tracking_uri
-        if destination.driver_id is not None and any(
-            task.destination.driver_id == destination.driver_id for task in open_tasks()
-        ):
-            # Home with the task that is running.
+        driver_id = destination.driver_id
+        drivers = {each.destination.driver_id for each in self.deliveries.all()}
+        if driver_id is not None and driver_id in drivers:
+            # With the task that is running, or the next one.
             outbox = self.deliveries.to(destination)
             for record in records:
                 outbox.submit(record)
