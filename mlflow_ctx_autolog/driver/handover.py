@@ -28,6 +28,7 @@ from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.marked import MarkedFunctions
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
+from mlflow_ctx_autolog.driver.stops import SparkStops
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.driver.threads import SpanThreads
 from mlflow_ctx_autolog.exceptions import (
@@ -87,6 +88,7 @@ class Driver:
         self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
         self.actions = Actions()
         self.threads = SpanThreads()
+        self.stops = SparkStops(self.await_workers)
         self._carriers = Carriers()
         self._session: Any = None
         self._functions: set[str] = set()
@@ -99,6 +101,7 @@ class Driver:
         self.batches.install()
         self.actions.install()
         self.threads.install()
+        self.stops.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
@@ -108,6 +111,11 @@ class Driver:
             self.batches.uninstall()
             self.actions.uninstall()
             self.threads.uninstall()
+            self.stops.uninstall()
+
+    def await_workers(self) -> None:
+        """Wait until the store has what workers have not sent yet, but may any moment."""
+        self.ledger.await_workers(settings().flush_timeout)
 
     def mark(self, function: Any) -> None:
         """Have a function carry the context, also while nothing is enabled."""

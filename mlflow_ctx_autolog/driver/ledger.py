@@ -587,6 +587,21 @@ class Ledger:
             self._settle_and_warn(book, remaining, give_up_if_down=give_up_if_down)
         return flushed
 
+    def await_workers(self, timeout: float) -> None:
+        """Wait until the store has what tasks have told of, before their processes may be gone.
+
+        Args:
+            timeout: Seconds to wait at most, for all traces.
+        """
+        deadline = time.monotonic() + timeout
+        for book in list(self._books.values()):
+            told = list(book.receipts.values())
+            is_waited_for = any(task.delivered < task.made for task in told)
+            if book.is_complete or book.was_warned_of or not book.delivers or not is_waited_for:
+                continue
+            self._within(deadline, flush_exports)
+            self._settle(book, max(0.0, deadline - time.monotonic()), give_up_if_down=True)
+
     def check(self, timeout: float, since: float) -> None:
         """Raise for the first trace that has ended and is not complete in the store.
 
@@ -770,7 +785,7 @@ class Ledger:
             return stored + refused + sum(task.lost for task in book.tasks()) < book.made
 
         pause = _LOOK
-        while book.has_ended and may_arrive() and (remaining := until - time.monotonic()) > 0:
+        while may_arrive() and (remaining := until - time.monotonic()) > 0:
             time.sleep(min(pause, remaining))
             pause = min(2 * pause, 0.5)
             if self._collect().records:
