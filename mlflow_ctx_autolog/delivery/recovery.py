@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlflow_ctx_autolog.delivery.directory import is_held
+from mlflow_ctx_autolog.delivery.intake import start_thread
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.segments import (
     REFUSED,
@@ -205,16 +207,16 @@ class Recovery:
         self._next = 0.0
 
     def start(self, directory: str | None) -> None:
-        """Look for spools in a thread of its own, unless that was done a moment ago."""
+        """Look for spools, unless that was done a moment ago, and deliver them in a thread."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self._interval
         folder = None if directory is None else Path(directory)
-        with suppress(RuntimeError):
-            threading.Thread(
-                target=self._run, args=(folder,), name="mlflow-ctx-autolog-recovery", daemon=True
-            ).start()
+        # Mostly there is nothing, and no need of a thread, which takes its share of memory.
+        found = [path for path in spool_files(folder) if not self._is_for_others(path, folder)]
+        if left := [path for path in found if not is_held(path)]:
+            start_thread(functools.partial(self._run, left), "recovery")
 
     def _is_for_others(self, path: Path, directory: Path | None) -> bool:
         # Without its lock, for which they would take its process to be alive.
@@ -222,11 +224,9 @@ class Recovery:
             return self._is_left(destination_of(path), directory)
         return False
 
-    def _run(self, directory: Path | None) -> None:
-        for path in spool_files(directory):
+    def _run(self, paths: Sequence[Path]) -> None:
+        for path in paths:
             try:
-                if self._is_for_others(path, directory):
-                    continue
                 found = recover(path, self._send)
             except DamagedError as error:
                 text = f"The spool {path} was left behind, and is left there: {error}."

@@ -17,6 +17,7 @@ from pathlib import Path
 from mlflow_ctx_autolog.delivery.directory import (
     check_is_private,
     default_directory,
+    is_held,
     private_file,
 )
 from mlflow_ctx_autolog.delivery.records import Destination
@@ -97,7 +98,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 def _remove_old(folder: Path) -> None:
     """Remove what drivers that were killed have left."""
     for path in folder.iterdir():
-        if _NAME.fullmatch(path.name) and not _is_held(path):
+        if _NAME.fullmatch(path.name) and not is_held(path):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -107,18 +108,7 @@ def driver_is_here(directory: Path | None, driver_id: str) -> bool:
     folder = directory or default_directory()
     with contextlib.suppress(OSError):
         check_is_private(directory)
-        return _is_held(folder / f"{_file_name(driver_id)}.driver")
-    return False
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        with io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+        return is_held(folder / f"{_file_name(driver_id)}.driver")
     return False
 
 
