@@ -46,8 +46,8 @@ from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.sending import is_database
 from mlflow_ctx_autolog.stores.tracking_server import redirect_of
 from mlflow_ctx_autolog.worker import process
-from mlflow_ctx_autolog.worker.runner import process_id
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
+from mlflow_ctx_autolog.worker.submission import process_id
 
 __all__ = [
     "Driver",
