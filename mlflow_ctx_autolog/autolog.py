@@ -82,8 +82,7 @@ class Handle:
                 _check_if_strict()
         finally:
             if self._before is None:
-                with _lock:
-                    _uninstall()
+                _switch_off()
             else:
                 switch_on(self._before)
 
@@ -292,13 +291,19 @@ def disable() -> None:
     try:
         _check_if_strict()
     finally:
-        with _lock:
-            _uninstall()
+        _switch_off()
 
 
 def _check_if_strict() -> None:
     if driver.config is not None and driver.config.strict:
         driver.ledger.check(driver.config.flush_timeout, driver.enabled_at)
+
+
+def _switch_off() -> None:
+    if driver.config is not None:
+        driver.await_workers()
+    with _lock:
+        _uninstall()
 
 
 def _uninstall() -> None:

@@ -52,6 +52,8 @@ class ActionContext:
         run_id: MLflow's run that was active then, where there was no span.
         spent: What the calls of its trace have spent so far, as far as the driver knows:
             ``calls`` and ``cost``; empty where no budget asks.
+        acknowledged: Which spans the driver has of those that tasks gave to Spark for it: by the
+            name of a worker's outbox, all up to that number.
     """
 
     traceparent: str | None = None
@@ -59,6 +61,7 @@ class ActionContext:
     action: str | None = None
     run_id: str | None = None
     spent: Mapping[str, float] = field(default_factory=dict, hash=False)
+    acknowledged: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def to_text(self) -> str:
         """Serialise to one line of ASCII without commas, blanks or quotes."""
@@ -70,6 +73,9 @@ class ActionContext:
         if self.run_id is not None:
             fields.append(f"run={self.run_id}")
         fields += [f"{name}={amount:.12g}" for name, amount in self.spent.items()]
+        if self.acknowledged:
+            told = (f"{name}.{number}" for name, number in self.acknowledged.items())
+            fields.append(f"acknowledged={'+'.join(told)}")
         return ";".join(fields)
 
     @classmethod
@@ -85,7 +91,11 @@ class ActionContext:
         named = dict(each.partition("=")[::2] for each in fields)
         session = named.get("session")
         spent: dict[str, float] = {}
+        acknowledged: dict[str, int] = {}
         try:
+            for each in filter(None, named.get("acknowledged", "").split("+")):
+                name, _, number = each.partition(".")
+                acknowledged[name] = int(number)
             for name in ("calls", "cost"):
                 if name in named:
                     spent[name] = float(named[name])
@@ -99,6 +109,7 @@ class ActionContext:
             named.get("action"),
             named.get("run"),
             spent,
+            acknowledged,
         )
 
 

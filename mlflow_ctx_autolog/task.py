@@ -59,6 +59,7 @@ class Task:
         attempt_id: Spark's id of the task attempt; None outside Spark.
         relay: A Spark accumulator for the task's receipt, and for spans that cannot be stored
             from here; None where there is none.
+        is_relayed: Whether the driver stores its spans, rather than this process.
         span_processors: What the driver's MLflow has each span go through before it ends.
         span: The task's span.
         parent: What is active in the function when it begins, parent of what has no other: the
@@ -89,6 +90,7 @@ class Task:
     content: ContentPolicy
     attempt_id: int | None = None
     relay: Any = None
+    is_relayed: bool = False
     span_processors: Sequence[Callable[[Any], None]] = ()
     span: OpenSpan | None = None
     parent: SpanContext | None = None
@@ -121,7 +123,7 @@ class Task:
     def destination(self) -> Destination:
         """Where this task's spans are stored."""
         uri, experiment_id = self.context.tracking_uri, self.context.experiment_id
-        driver_id = self.context.process_id if uri is None else None
+        driver_id = self.context.process_id if uri is None or self.is_relayed else None
         return Destination(uri, experiment_id, driver_id, self.context.workspace)
 
     def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:

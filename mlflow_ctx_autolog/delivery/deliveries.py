@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.records import Destination
-from mlflow_ctx_autolog.delivery.sender import Delivery
 
 __all__ = ["Deliveries"]
 
@@ -14,17 +14,17 @@ __all__ = ["Deliveries"]
 class Deliveries:
     """A process's deliveries, one for each destination, made on first use."""
 
-    def __init__(self, make: Callable[[Destination], Delivery]) -> None:
+    def __init__(self, make: Callable[[Destination], Outbox]) -> None:
         self._make = make
-        self._by_destination: dict[Destination, Delivery] = {}
+        self._by_destination: dict[Destination, Outbox] = {}
 
-    def to(self, destination: Destination) -> Delivery:
+    def to(self, destination: Destination) -> Outbox:
         """Return the delivery to a destination."""
         found = self._by_destination.get(destination)
         # setdefault, since two threads may ask for the first time at once.
         return found or self._by_destination.setdefault(destination, self._make(destination))
 
-    def all(self) -> list[Delivery]:
+    def all(self) -> list[Outbox]:
         """Return those that have been made."""
         return list(self._by_destination.values())
 
@@ -33,7 +33,7 @@ class Deliveries:
 
         Args:
             timeout: Seconds to wait at most.
-            give_up_if_down: See :meth:`Delivery.flush`; for stores that are known to be down.
+            give_up_if_down: See :meth:`Outbox.flush`; for stores that are known to be down.
         """
         deadline = time.monotonic() + timeout
         flushed = []

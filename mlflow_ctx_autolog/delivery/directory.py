@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
 import os
 import stat
 import tempfile
 from pathlib import Path
 
-__all__ = ["check_is_private", "default_directory", "directory_problem", "private_file"]
+__all__ = [
+    "check_is_private",
+    "default_directory",
+    "directory_problem",
+    "is_held",
+    "private_file",
+]
 
 
 def default_directory() -> Path:
@@ -50,6 +58,18 @@ def private_file(directory: Path | None, name: str, *, may_exist: bool = False) 
         os.close(descriptor)
         raise
     return path, descriptor
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process that is alive has locked a file for itself."""
+    try:
+        with io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def directory_problem(directory: Path | None) -> str | None:

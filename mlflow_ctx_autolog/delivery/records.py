@@ -13,9 +13,9 @@ class Destination:
     """Where a span is stored: a tracking store and an experiment in it.
 
     Args:
-        tracking_uri: The store; None where only the driver can store it.
+        tracking_uri: The store; None where only the driver knows it.
         experiment_id: The experiment; of spans that go to a Unity Catalog table, that table.
-        driver_id: Names that driver's process.
+        driver_id: Names the driver's process that stores it; None where this process does.
         workspace: The workspace of the server that the experiment is in; None for the default one.
     """
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlflow_ctx_autolog.delivery.directory import is_held
+from mlflow_ctx_autolog.delivery.intake import start_thread
 from mlflow_ctx_autolog.delivery.records import Destination, Record
-from mlflow_ctx_autolog.delivery.segments import REFUSED, DamagedError, Segment, spool_files
+from mlflow_ctx_autolog.delivery.segments import (
+    REFUSED,
+    DamagedError,
+    Segment,
+    destination_of,
+    spool_files,
+)
 from mlflow_ctx_autolog.delivery.spool import REASON, first_of, put_aside
 from mlflow_ctx_autolog.exceptions import StoreError, warn_once
 from mlflow_ctx_autolog.log_ins import safe_logger
@@ -46,7 +54,7 @@ class Recovered:
     is_damaged: bool = False
 
 
-def recover(path: Path, send: Send, only_for: str | None = None) -> Recovered:
+def recover(path: Path, send: Send) -> Recovered:
     """Deliver what is in a spool file, and remove from it what was delivered; it, when empty.
 
     What the store refuses, or fails over while it takes the others, is set aside in a file of its
@@ -56,7 +64,6 @@ def recover(path: Path, send: Send, only_for: str | None = None) -> Recovered:
     Args:
         path: The file.
         send: Stores records, or raises. Storing one again must leave one.
-        only_for: Names a driver; a file that is not for it alone to store is left as it is.
 
     Raises:
         BlockingIOError: The process that writes it is alive.
@@ -74,8 +81,6 @@ def recover(path: Path, send: Send, only_for: str | None = None) -> Recovered:
             segment.delete()
             return found
         destination = segment.destination()
-        if only_for is not None and destination.driver_id != only_for:
-            return found
         damage = segment.scan()
         readable = len(segment)
         _Pass(segment, destination, send, found).run()
@@ -188,29 +193,39 @@ class Recovery:
 
     Args:
         send: See :func:`recover`.
+        is_left: Tells whether files of a destination are for somebody else to look into.
     """
 
     # How long nothing is looked for, in seconds, once it was.
     _interval = 30.0
 
-    def __init__(self, send: Send) -> None:
+    def __init__(
+        self, send: Send, is_left: Callable[[Destination, Path | None], bool] = lambda *_: False
+    ) -> None:
         self._send = send
+        self._is_left = is_left
         self._next = 0.0
 
     def start(self, directory: str | None) -> None:
-        """Look for spools in a thread of its own, unless that was done a moment ago."""
+        """Look for spools, unless that was done a moment ago, and deliver them in a thread."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self._interval
         folder = None if directory is None else Path(directory)
-        with suppress(RuntimeError):
-            threading.Thread(
-                target=self._run, args=(folder,), name="mlflow-ctx-autolog-recovery", daemon=True
-            ).start()
+        # Mostly there is nothing, and no need of a thread, which takes its share of memory.
+        found = [path for path in spool_files(folder) if not self._is_for_others(path, folder)]
+        if left := [path for path in found if not is_held(path)]:
+            start_thread(functools.partial(self._run, left), "recovery")
 
-    def _run(self, directory: Path | None) -> None:
-        for path in spool_files(directory):
+    def _is_for_others(self, path: Path, directory: Path | None) -> bool:
+        # Without its lock, for which they would take its process to be alive.
+        with suppress(OSError):
+            return self._is_left(destination_of(path), directory)
+        return False
+
+    def _run(self, paths: Sequence[Path]) -> None:
+        for path in paths:
             try:
                 found = recover(path, self._send)
             except DamagedError as error:

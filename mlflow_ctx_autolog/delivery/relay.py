@@ -10,17 +10,35 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_ctx_autolog.delivery.directory import (
     check_is_private,
     default_directory,
+    is_held,
     private_file,
 )
+from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.delivery.recovery import Send, recover
-from mlflow_ctx_autolog.delivery.segments import spool_files
+from mlflow_ctx_autolog.delivery.segments import destination_of, spool_files
 
-__all__ = ["announce_driver", "collect", "driver_is_here", "relay_bytes"]
+__all__ = ["Collected", "announce_driver", "collect", "driver_is_here", "relay_bytes"]
+
+
+@dataclass
+class Collected:
+    """What was found in a directory.
+
+    Args:
+        records: Those that were taken.
+        held: Files that their processes have still, since a task is running, or was a moment ago.
+    """
+
+    records: int = 0
+    held: int = 0
+
 
 _NAME = re.compile(r"mlflow-ctx-autolog-[0-9a-f]{32}\.driver")
 # Partitions that have equal shares of what goes home with tasks; later ones have less and less.
@@ -61,7 +79,7 @@ def announce_driver(directory: Path | None, driver_id: str) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     _held.append(file)
     _remove_old(path.parent)
-    atexit.register(path.unlink, missing_ok=True)
+    atexit.register(functools.partial(path.unlink, missing_ok=True))
 
 
 _held: list[io.FileIO] = []
@@ -80,7 +98,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 def _remove_old(folder: Path) -> None:
     """Remove what drivers that were killed have left."""
     for path in folder.iterdir():
-        if _NAME.fullmatch(path.name) and not _is_held(path):
+        if _NAME.fullmatch(path.name) and not is_held(path):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -90,32 +108,28 @@ def driver_is_here(directory: Path | None, driver_id: str) -> bool:
     folder = directory or default_directory()
     with contextlib.suppress(OSError):
         check_is_private(directory)
-        return _is_held(folder / f"{_file_name(driver_id)}.driver")
+        return is_held(folder / f"{_file_name(driver_id)}.driver")
     return False
 
 
-def _is_held(path: Path) -> bool:
-    try:
-        with io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def collect(directory: Path | None, driver_id: str, send: Send) -> int:
-    """Take what workers of a driver have left in a directory; return how many records it was.
+def collect(
+    directory: Path | None, is_asked: Callable[[Destination], bool], send: Send
+) -> Collected:
+    """Take what workers have left in a directory.
 
     Args:
         directory: Where; None for the default one.
-        driver_id: Names the driver; what belongs to others is left.
+        is_asked: Tells whether records that belong to a destination are to be taken.
         send: Takes records, or raises.
     """
-    stored = 0
+    found = Collected()
     for path in spool_files(directory):
-        # Another process has it still, or has been faster.
+        # Somebody else may have been faster.
         with contextlib.suppress(OSError):
-            stored += recover(path, send, only_for=driver_id).stored
-    return stored
+            if not is_asked(destination_of(path)):
+                continue
+            try:
+                found.records += recover(path, send).stored
+            except BlockingIOError:
+                found.held += 1
+    return found

@@ -30,7 +30,7 @@ from mlflow_ctx_autolog.delivery.directory import (
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.log_ins import without_credentials
 
-__all__ = ["REFUSED", "DamagedError", "Segment", "spool_files"]
+__all__ = ["REFUSED", "DamagedError", "Segment", "destination_of", "spool_files"]
 
 # Of files that hold what a store will not have, each with its reason.
 REFUSED = ".refused.spool"
@@ -135,23 +135,10 @@ class Segment:
         Raises:
             DamagedError: It does not say.
         """
-        head, _ = self._head()
-        try:
-            fields = json.loads(head)
-            return Destination(**fields)
-        except (TypeError, ValueError) as error:
-            raise DamagedError("it does not say where its spans belong") from error
+        return _destination(self._head()[0])
 
     def _head(self) -> tuple[bytes, int]:
-        start = self._read(0, _LONGEST_HEAD)
-        if start.startswith(_OLDER_MAGIC):
-            raise DamagedError(
-                "it was written by an older release, as a database; recover it with that release"
-            )
-        first, magic, rest = start.partition(_MAGIC)
-        head, newline, _ = rest.partition(b"\n")
-        if first or not magic or not newline:
-            raise DamagedError("it is no spool")
+        head = _head(self._read(0, _LONGEST_HEAD))
         return head, len(_MAGIC) + len(head) + 1
 
     def add(self, numbered: Sequence[tuple[int, Record]]) -> None:
@@ -298,6 +285,37 @@ class Segment:
         # In this order, so that nobody can have it meanwhile.
         self.path.unlink(missing_ok=True)
         self._file.close()
+
+
+def destination_of(path: Path) -> Destination:
+    """Return where the records of a spool belong, whoever has it.
+
+    Raises:
+        DamagedError: It does not say, or not yet.
+        OSError: It cannot be read.
+    """
+    with io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        return _destination(_head(file.read(_LONGEST_HEAD)))
+
+
+def _head(start: bytes) -> bytes:
+    """Return what a file's beginning says of its records, without the mark before it."""
+    if start.startswith(_OLDER_MAGIC):
+        raise DamagedError(
+            "it was written by an older release, as a database; recover it with that release"
+        )
+    first, magic, rest = start.partition(_MAGIC)
+    head, newline, _ = rest.partition(b"\n")
+    if first or not magic or not newline:
+        raise DamagedError("it is no spool")
+    return head
+
+
+def _destination(head: bytes) -> Destination:
+    try:
+        return Destination(**json.loads(head))
+    except (TypeError, ValueError) as error:
+        raise DamagedError("it does not say where its spans belong") from error
 
 
 def _body(record: Record) -> bytes:

@@ -1,75 +1,52 @@
-"""From a finished span to the store: a queue on disk, batches, a sender thread of its own."""
+"""From what waits to the store: batches, and a sender thread of their own."""
 
 from __future__ import annotations
 
-import os
+import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from mlflow_ctx_autolog.config import Config
-from mlflow_ctx_autolog.delivery.intake import Intake, start_thread
+from mlflow_ctx_autolog.delivery.intake import start_thread
+from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.pacing import Pacing
-from mlflow_ctx_autolog.delivery.receipts import Counts
 from mlflow_ctx_autolog.delivery.records import Destination, Record
-from mlflow_ctx_autolog.delivery.spool import Spool
 from mlflow_ctx_autolog.exceptions import StoreError
-from mlflow_ctx_autolog.log_ins import safe_logger, without_credentials
+from mlflow_ctx_autolog.log_ins import safe_logger
 
-__all__ = ["Counts", "Delivery"]
+__all__ = ["Delivery"]
 
 _logger = safe_logger(__name__)
 
 
-class Delivery:
-    """Stores finished spans from a thread of its own, so that no caller waits for the store.
+class Delivery(Outbox):
+    """Stores what waits in an outbox from a thread of its own, so that no caller waits for it.
 
-    - :meth:`submit` never raises, and does not wait for the store. It appends to the spool, so
-      that what a killed process has not sent can still be sent by another. Once the disk is slow,
-      another thread does so, until it is prompt again. Where neither disk nor memory has room,
-      the new span is dropped and counted as lost.
-    - Another thread sends what is in the spool, in batches, oldest first. The first goes after
-      ``config.send_interval``, or when ``config.batch_size`` have gathered; the longer it goes
-      on, and the slower the store answers, the longer the interval and the larger the batches, so
-      that many workers do not overrun the store. Tasks need not wait for that: what several have
-      made goes together.
+    - The first batch goes after ``config.send_interval``, or when ``config.batch_size`` have
+      gathered, the oldest first; the longer it goes on, and the slower the store answers, the
+      longer the interval and the larger the batches, so that many workers do not overrun the
+      store. Tasks need not wait for that: what several have made goes together.
     - A batch that the store does not take is tried again, with a growing pause or the one that
       the store asks for. One that it refuses is halved, until the span in it that it refuses is
       alone: that is set aside in a file, with the reason. So is one that the store fails over
       again and again while it takes the others. One warning names the reason; another says when
       the store takes spans again.
-    - Records that only the driver can store are kept until :meth:`take`.
-    - A forked child starts with an empty queue: the parent still has, and sends, what it held.
 
     Args:
         destination: Where all records of this delivery go; another one needs another delivery,
             so that a store that is down holds up nobody else's spans.
         send: Stores records there, or raises. Storing a record again must leave one.
         config: Sizes and times.
-
-    Attributes:
-        store_is_down: Whether the last flush was in vain, and nothing was stored since.
-        is_unsupported: Whether the store has answered last that it takes no single spans.
-        delivered: Records stored so far.
-        lost: Records dropped so far, or refused by a store that has not said which.
-        set_aside: Records that the store does not have, and that wait in a file for ``recover``.
-        first_error: The first reason why the store did not take what waits, was set aside or
-            lost; None where all is well.
     """
 
-    # How long those who can wait do so, in seconds, for a disk that is slower than they are.
-    _patience_for_room = 10.0
-    # How long a flush waits, in seconds, while the store is known to be down.
-    _patience_when_down = 1.0
     # Bytes of payload in one request, unless one span is larger.
     _request_bytes = 4_000_000
     # How long the thread stays, in seconds, when there is nothing to do; and the empty file.
     _idle_time = 60.0
     _linger = 2.0
-    # What they are made of, for tests to make them of something quicker.
-    _intake_class, _pacing_class = Intake, Pacing
+    # For tests to make it of something quicker.
+    _pacing_class = Pacing
 
     def __init__(
         self,
@@ -77,108 +54,47 @@ class Delivery:
         send: Callable[[Destination, Sequence[Record]], None],
         config: Config | None = None,
     ) -> None:
-        self.destination = destination
-        self._config = config or Config()
         self._send = send
-        self._reset()
-        _deliveries.add(self)
-
-    def _begin_anew(self) -> None:
-        self._spool.leave_to_parent()
-        self._reset()
+        super().__init__(destination, config)
 
     def _reset(self) -> None:
-        self._spool = self._new_spool()
-        self._intake = self._intake_class(
-            lambda records, patience: self._spool.add(records, patience),
-            lambda: self._config.max_waiting_bytes,
-            self._note_written,
-            self._lose,
-        )
+        super()._reset()
         self._pacing = self._pacing_class(self._config)
-        self._lock = threading.Lock()
         self._due = threading.Condition(self._lock)  # What the sender waits for.
         self._settled = threading.Condition(self._lock)  # What a flush waits for.
         self._sender: threading.Thread | None = None
         self._is_idle = False
-        self._is_full = False
         self._flushes = 0
+        self._flushed = -math.inf
         self._hurries = False
         self._attempts = 0
-        self.store_is_down = False
-        self.is_unsupported = False
-        self._unbooked = 0  # Stored, and perhaps off the disk, but not counted yet.
-        self._counts: dict[str, Counts] = {}
-        self.delivered = 0
-        self.lost = 0
-        self.set_aside = 0
         self._rejected = 0  # Of those lost, the ones that had been in the spool.
-        self.first_error: str | None = None
-
-    def _new_spool(self) -> Spool:
-        config = self._config
-        directory = None if config.spool_directory is None else Path(config.spool_directory)
-        return Spool(self.destination, directory, config.spool_max_bytes, config.max_waiting_bytes)
 
     def configure(self, config: Config) -> None:
         """Use other settings from now on; those of the spool, once it is empty."""
-        with self._lock:
-            if config != self._config:
-                self._config = self._pacing.config = config
-                if not self.waiting:
-                    self._spool.discard()
-                    self._spool = self._new_spool()
-
-    @property
-    def waiting(self) -> int:
-        """Records that are not stored yet."""
-        return self._intake.pending + len(self._spool) + self._unbooked
+        super().configure(config)
+        self._pacing.config = config
 
     @property
     def holds_only_refused(self) -> bool:
         """Whether the store answers, and has all but what was set aside."""
         return self.set_aside > 0 and not self.waiting
 
-    def counts(self, owner: str) -> Counts:
-        """Return what became of the spans that were submitted under ``owner``."""
-        with self._lock:
-            return self._counts.get(owner, Counts())
-
-    def forget(self, owner: str) -> None:
-        """Stop counting for ``owner``."""
-        with self._lock:
-            self._counts.pop(owner, None)
-
-    def submit(self, record: Record) -> None:
-        """Take a finished span.
-
-        Returns when it is safe on the disk, or at once where the disk takes its time.
-        """
-        with self._lock:
-            self._count_made(record)
-        self._intake.put(record)
-
     def submit_all(self, records: Sequence[Record], *, at_once: bool = False) -> None:
-        """Take records that nobody's call waits for: returns when there is room for them.
-
-        Args:
-            records: What to store.
-            at_once: Send what waits now, rather than wait for more.
-        """
-        with self._lock:
-            self._hurries |= at_once
-            for record in records:
-                self._count_made(record)
-        self._intake.put_later(records, self._patience_for_room)
+        """See :meth:`Outbox.submit_all`."""
+        if at_once:
+            with self._lock:
+                self._hurries = True
+        super().submit_all(records)
 
     def _note_written(self, count: int) -> None:
-        """See to what follows from it that records are in the spool; mostly, that is nothing."""
+        """See :meth:`Outbox._note_written`."""
         waiting, batch = len(self._spool), self._pacing.batch_size()
         # Waking the sender for each span would cost more than storing it.
         is_full = batch <= waiting < batch + count + 16
         if is_full or self._sender is None or self._is_idle or self._flushes or self._hurries:
             with self._lock:
-                if self._sender is None and self.destination.tracking_uri is not None:
+                if self._sender is None:
                     self._sender = start_thread(self._deliver, "sender")
                 self._due.notify()
 
@@ -204,8 +120,6 @@ class Delivery:
         self._intake.wait(timeout)
         pacing = self._pacing
         with self._lock:
-            if self.destination.tracking_uri is None:
-                return self.waiting == 0
             goal = self._done + self.waiting
             attempts = self._attempts + (1 if self.store_is_down or pacing.failures else 2)
             if give_up and self.store_is_down:
@@ -233,6 +147,7 @@ class Delivery:
             self.store_is_down = not stored
             if stored:
                 pacing.begin_anew()
+                self._flushed = time.monotonic()
         # Nor is a trace of this one left on the disk.
         self._spool.discard()
         return stored
@@ -241,32 +156,17 @@ class Delivery:
     def _done(self) -> int:
         return self.delivered + self.set_aside + self._rejected
 
-    def take(self, max_bytes: int | None = None) -> list[Record]:
-        """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive.
+    def was_flushed(self, seconds: float) -> bool:
+        """Whether all that waited was stored at some moment of these last seconds."""
+        is_failing = self.store_is_down or self._pacing.failures > 0
+        return not is_failing and time.monotonic() - self._flushed < seconds
 
-        Args:
-            max_bytes: Payloads at most, the oldest first; None for all.
-        """
-        if not self._intake.wait(self._patience_when_down):
-            # The disk hangs.
-            return []
-        found = self._spool.peek(len(self._spool), 1 << 62 if max_bytes is None else max_bytes)
-        if found and max_bytes is not None and len(found[0][1].payload) > max_bytes:
-            return []
-        self._spool.remove(number for number, _ in found)
-        self._spool.discard()
+    def take(self) -> list[Record]:
+        """See :meth:`Outbox.take`."""
+        found = super().take()
         with self._lock:
             self._pacing.forget_suspects()
-        return [record for _, record in found]
-
-    def release(self) -> int:
-        """Leave what is on the disk to whoever comes for it; return how many records that are.
-
-        To be called where this process cannot store them, and does not keep others waiting.
-        """
-        if not self._intake.wait(self._patience_when_down):
-            return 0
-        return self._spool.release()
+        return found
 
     def send_soon(self) -> None:
         """Send what waits within ``config.send_interval``, with what comes meanwhile.
@@ -277,42 +177,6 @@ class Delivery:
         with self._lock:
             if self._pacing.soon():
                 self._due.notify()
-
-    def _count_made(self, record: Record) -> None:
-        if record.owner:
-            self._counts.setdefault(record.owner, Counts()).made += 1
-
-    def _counts_of(self, record: Record) -> Counts:
-        # Of an owner that was forgotten, nobody wants to know.
-        return self._counts.get(record.owner, Counts())
-
-    def _lose(self, records: Sequence[Record]) -> None:
-        with self._lock:
-            self.lost += len(records)
-            for record in records:
-                self._counts_of(record).lost += 1
-            was_full, self._is_full = self._is_full, True
-        if was_full:
-            return
-        disk = self._spool.disk_problem or "it takes too long to write"
-        if self._config.spool_max_bytes == 0:
-            disk = "spool_max_bytes=0 allows none"
-        _logger.warning(
-            "Finished spans of this process are lost until there is room for them again. Neither "
-            "disk nor memory has any: of the spool, %s; %s, and %s bytes of max_waiting_bytes are "
-            "on their way to the disk. %d wait for the tracking store %s, which %s. "
-            "spool_max_bytes and max_waiting_bytes can be raised.",
-            disk,
-            self._spool.memory_problem,
-            f"{self._intake.bytes:,}",
-            self.waiting,
-            self._store_name,
-            f"does not take them: {self.first_error}" if self.first_error else "has refused none",
-        )
-
-    @property
-    def _store_name(self) -> str | None:
-        return without_credentials(self.destination.tracking_uri)
 
     def _deliver(self) -> None:
         pacing = self._pacing
@@ -483,14 +347,3 @@ class Delivery:
                 self._store_name,
                 failures,
             )
-
-
-_deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()
-
-
-def _reset_all() -> None:
-    for delivery in _deliveries:
-        delivery._begin_anew()
-
-
-os.register_at_fork(after_in_child=_reset_all)

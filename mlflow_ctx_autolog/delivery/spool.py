@@ -157,16 +157,18 @@ class Spool:
         if self._newest.get(name) == number:
             del self._newest[name]
 
-    def peek(self, count: int, size: int) -> list[tuple[int, Record]]:
+    def peek(self, count: int, size: int, after: int = 0) -> list[tuple[int, Record]]:
         """Return the oldest records with their numbers: at least one, if there is any.
 
         Args:
             count: Records at most.
             size: Bytes of payload at most, unless the first one is larger.
+            after: The number of one, and of all older ones, that are not asked for.
         """
         with self._lock:
             oldest = heapq.merge(self._on_disk, self._in_memory)
-            numbers = list(itertools.islice(oldest, count))
+            asked = (number for number in oldest if number > after)
+            numbers = list(itertools.islice(asked, count))
         return list(first_of(self._read_all(numbers), count, size))
 
     def _read_all(self, numbers: Iterable[int]) -> Iterator[tuple[int, Record]]:
@@ -182,6 +184,12 @@ class Spool:
         with self._disk_errors("could not be read"):
             return self._on_disk[number][0].read(number)
         return None
+
+    def remove_until(self, number: int) -> None:
+        """Forget the record with a number, and all older ones."""
+        with self._lock:
+            old = [each for each in (*self._on_disk, *self._in_memory) if each <= number]
+        self.remove(old)
 
     def remove(self, numbers: Iterable[int]) -> set[int]:
         """Forget records that somebody else has now; return the numbers of those it held."""

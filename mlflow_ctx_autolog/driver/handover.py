@@ -29,6 +29,7 @@ from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.marked import MarkedFunctions
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
+from mlflow_ctx_autolog.driver.stops import SparkStops
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.driver.threads import SpanThreads
 from mlflow_ctx_autolog.exceptions import (
@@ -43,11 +44,11 @@ from mlflow_ctx_autolog.recorder.request import new_key
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores import databricks, otlp
 from mlflow_ctx_autolog.stores import tracking_store as store
-from mlflow_ctx_autolog.stores.sending import appends
+from mlflow_ctx_autolog.stores.sending import appends, is_database
 from mlflow_ctx_autolog.stores.tracking_server import redirect_of
 from mlflow_ctx_autolog.worker import process
-from mlflow_ctx_autolog.worker.runner import process_id
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
+from mlflow_ctx_autolog.worker.submission import process_id
 
 __all__ = [
     "Driver",
@@ -90,6 +91,7 @@ class Driver:
         self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
         self.actions = Actions()
         self.threads = SpanThreads()
+        self.stops = SparkStops(self.await_workers)
         self._carriers = Carriers()
         self._session: Any = None
         self._functions: set[str] = set()
@@ -102,6 +104,7 @@ class Driver:
         self.batches.install()
         self.actions.install()
         self.threads.install()
+        self.stops.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
@@ -111,6 +114,11 @@ class Driver:
             self.batches.uninstall()
             self.actions.uninstall()
             self.threads.uninstall()
+            self.stops.uninstall()
+
+    def await_workers(self) -> None:
+        """Wait until the store has what workers have not sent yet, but may any moment."""
+        self.ledger.await_workers(settings().flush_timeout)
 
     @contextlib.contextmanager
     def says_span(self) -> Iterator[None]:
@@ -248,7 +256,8 @@ class Driver:
         span = tracing.active_otel_span()
         if not tracing.is_valid(span):
             span = self.actions.latest, tracing.active_run_id()
-        return (span, self.ledger.spent()) if settings().has_budget else span
+        acknowledged = self.ledger.acknowledgements.told()
+        return span, self.ledger.spent() if settings().has_budget else None, acknowledged
 
     def _tell(self) -> str:
         headers = tracing.active_span_headers()
@@ -258,14 +267,13 @@ class Driver:
             if not store.exports_to_collector():
                 self.ledger.open(receipts_come_home=True)
             session_id, _ = tracing.session_and_user()
-        spent = self.ledger.spent() if settings().has_budget else {}
         if headers:
-            action = ActionContext(headers.get("traceparent"), session_id, spent=spent)
+            action = ActionContext(headers.get("traceparent"), session_id)
         else:
-            action = ActionContext(
-                action=self.actions.latest, run_id=tracing.active_run_id(), spent=spent
-            )
-        return action.to_text()
+            action = ActionContext(action=self.actions.latest, run_id=tracing.active_run_id())
+        spent = self.ledger.spent() if settings().has_budget else {}
+        acknowledged = self.ledger.acknowledgements.told()
+        return replace(action, spent=spent, acknowledged=acknowledged).to_text()
 
     def _functions_ran(self, functions: int) -> None:
         # On Spark Connect, where no receipt tells of their tasks.
@@ -311,12 +319,20 @@ def describe_transport() -> str:
         UnsupportedStoreError: They cannot.
     """
     uri, reason = transport()
+    if uri is not None and _is_relayed(uri):
+        way = f"with the task to the driver, which stores them in {uri}"
+        return f"Spans travel {way}: a worker would have to load MLflow to write to a database."
     if uri is None:
         place = without_credentials(store.current_tracking_uri())
         way = f"with the task to the driver, which stores them in {place}"
     else:
         way = f"from the workers to {uri}"
     return f"Spans travel {way}: {reason}."
+
+
+def _is_relayed(uri: str | None) -> bool:
+    """Whether workers that see this driver's directory leave it to the driver to store spans."""
+    return uri is None or (is_database(uri) and settings().transport != "direct")
 
 
 def warn_of_old_store() -> None:
@@ -658,8 +674,7 @@ def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
 
 
 def _open_trace(shared: DriverContext, *, receipts_come_home: bool) -> None:
-    if shared.tracking_uri is None:
-        driver.ledger.meet_workers(process_id())
+    driver.ledger.meet_workers(process_id(), stores_for_them=_is_relayed(shared.tracking_uri))
     if not otlp.is_collector(shared.tracking_uri):
         driver.ledger.open(receipts_come_home=receipts_come_home)
 

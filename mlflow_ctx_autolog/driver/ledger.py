@@ -16,12 +16,16 @@ from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
+from mlflow_ctx_autolog.delivery.handed_over import Acknowledgements
+from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
-from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
+from mlflow_ctx_autolog.delivery.relay import Collected, announce_driver, collect
+from mlflow_ctx_autolog.delivery.repeated import Repeated
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, default_directory
 from mlflow_ctx_autolog.driver.job_sums import job_sums, sums_of
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError, StoreError
+from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
 from mlflow_ctx_autolog.spans.call_sums import CallSums
@@ -74,9 +78,12 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # What a task brings home: its receipt as JSON, if it is its own; tracking URI and experiment that
-# the spans belong to; and the records that the worker could not store itself.
-Arrival = tuple["str | None", "str | None", str, Sequence[tuple[str, str, bytes]]]
+# the spans belong to; the records that the worker could not store itself; and by what they are
+# acknowledged: the name of the worker's outbox, and a number.
+Arrival = tuple[Any, ...]
 
+# Seconds to wait at first before it is looked again for what is on its way.
+_LOOK = 0.05
 # Seconds after the last late task in which others may come, before the totals are written again.
 _LULL = 1.0
 # Traces that are kept in the book; of older ones, what comes late is stored but not counted.
@@ -210,6 +217,8 @@ class Ledger:
         self._came_home: str | None = None
         self._driver_id: str | None = None
         self._collecting = threading.Lock()
+        self._collector = Repeated(self._collect, "collector")
+        self.acknowledgements = Acknowledgements()
         # The spans of whole traces that are about to be stored, by the trace's key and their ids.
         self._ending: dict[str, dict[str, Any]] = {}
         # For whoever diagnoses to say more.
@@ -350,41 +359,72 @@ class Ledger:
                 self._warn("broken", f"What a task brought home could not be read: {error!r}")
 
     def _receive(self, arrival: Arrival) -> None:
-        receipt, tracking_uri, experiment_id, fields = arrival
+        # Workers of an earlier release name no outbox.
+        receipt, tracking_uri, experiment_id, fields, *outbox = arrival
         records = [Record(*each) for each in fields]
         came = None if receipt is None else TaskReceipt.from_json(receipt)
         if came is not None:
             self._open_action_of_receipt(came, experiment_id)
         if records:
             self._store(Destination(tracking_uri, experiment_id), records, came)
+            for token, number in outbox:
+                self.acknowledgements.note(token, number)
         if came is not None:
             self._enter(came)
 
-    def meet_workers(self, driver_id: str) -> None:
-        """Let workers of this host leave in a directory what only this process can store.
+    def meet_workers(self, driver_id: str, *, stores_for_them: bool) -> None:
+        """Let workers of this host leave in a directory what they have no time or way to store.
 
         Args:
-            driver_id: By which they know it.
+            driver_id: By which they know this process.
+            stores_for_them: Whether it is this process that stores their spans.
         """
         self._driver_id = driver_id
-        # Else they hand over with their tasks as much as Spark lets them.
-        with suppress(OSError):
-            announce_driver(self._directory(), driver_id)
+        if stores_for_them:
+            # Else they hand over with their tasks as much as Spark lets them.
+            with suppress(OSError):
+                announce_driver(self._directory(), driver_id)
+            self._collector.wake()
 
     def _directory(self) -> Path | None:
         directory = self._config().spool_directory
         return None if directory is None else Path(directory)
 
-    def _collect(self) -> None:
-        """Take what workers have left in the directory that they share with this process."""
+    def _collect(self) -> Collected:
+        """Take what workers have left in the directory that they share with this process.
+
+        That is what this process stores for them, and what those that were killed had not sent.
+        """
+        books = list(self._books.values())
+        stores = {without_credentials(book.destination.tracking_uri) for book in books}
+
+        def is_asked(destination: Destination) -> bool:
+            if destination.driver_id is not None:
+                return destination.driver_id == self._driver_id
+            return destination.tracking_uri in stores
+
         if self._driver_id is None:
-            return
+            return Collected()
         with self._collecting:
-            collect(
-                self._directory(),
-                self._driver_id,
-                lambda destination, records: self._store(destination, records, None),
-            )
+            return collect(self._directory(), is_asked, self._store_collected)
+
+    def _collect_all(self, book: _Book) -> None:
+        """Collect what there is, and what tasks that Spark ends just now will leave in a moment."""
+        deadline = time.monotonic() + self._config().flush_timeout
+        # A store that takes whole traces only has no room for what comes later.
+        while self._collect().held and not book.delivers and time.monotonic() < deadline:
+            time.sleep(_LOOK)
+
+    def _store_collected(self, destination: Destination, records: Sequence[Record]) -> None:
+        self._store(destination, records, None)
+        if not any(book.has_ended for book in list(self._books.values())):
+            return
+        spans = (_decoded(record) for record in records if record.kind == "span")
+        for trace_id in {span.mlflow_trace_id for span in spans}:
+            if (book := self._book_of(trace_id)) is not None and book.has_ended and book.is_ours:
+                # What it comes to is another number now.
+                book.is_complete = False
+                self._settle_soon()
 
     def _enter(self, receipt: TaskReceipt) -> None:
         self._progress(receipt)
@@ -397,6 +437,7 @@ class Ledger:
                 del self._without_trace[next(iter(self._without_trace))]
             return
         book.receipts[receipt.task_span_id] = receipt
+        self._collector.wake()
         if book.has_ended:
             self._warn_of_silence(book)
             if book.is_ours:
@@ -408,12 +449,10 @@ class Ledger:
         self._open_action_of_records(records)
         book = None if receipt is None else self._book_of(receipt.trace_id)
         workspace = active_workspace() if book is None else book.destination.workspace
-        if destination.tracking_uri is not None:
-            reason = None if receipt is None else receipt.first_error
-            is_late = receipt is not None and receipt.delivered > 0
-            if reason is not None or not is_late:
-                # Else the worker reached the store, and the rest came home to save its time.
-                self._came_home = self._came_home or reason or "no answer in time"
+        workspace = destination.workspace or workspace
+        if destination.tracking_uri is not None and receipt is not None:
+            # Without a reason, the worker had no time to wait for an answer.
+            self._came_home = self._came_home or receipt.first_error
         if store_takes_spans() if book is None else book.delivers:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own
@@ -467,7 +506,7 @@ class Ledger:
         # By their ids, as a later record of a span takes the place of an earlier one.
         spans = {span.span_id: span for span in trace.data.spans}
         self._ending[_key(book.trace_id)] = spans
-        self._collect()
+        self._collect_all(book)
         del self._ending[_key(book.trace_id)]
         trace.data.spans[:] = spans.values()
         if book.delivers:
@@ -479,6 +518,9 @@ class Ledger:
         book.spans = len(own)
         book.usage, book.cost = totals_of(own)
         book.sums = sums_of(own)
+        if not book.delivers and book.table is None:
+            # Spark may have stopped reading a task before it could tell.
+            self._learn_of_tasks(book, trace.data.spans)
         book.has_ended = True
         record_totals(book.info, *book.totals())
         self._record_facts(book)
@@ -544,6 +586,21 @@ class Ledger:
             remaining = max(0.0, deadline - time.monotonic())
             self._settle_and_warn(book, remaining, give_up_if_down=give_up_if_down)
         return flushed
+
+    def await_workers(self, timeout: float) -> None:
+        """Wait until the store has what tasks have told of, before their processes may be gone.
+
+        Args:
+            timeout: Seconds to wait at most, for all traces.
+        """
+        deadline = time.monotonic() + timeout
+        for book in list(self._books.values()):
+            told = list(book.receipts.values())
+            is_waited_for = any(task.delivered < task.made for task in told)
+            if book.is_complete or book.was_warned_of or not book.delivers or not is_waited_for:
+                continue
+            self._within(deadline, flush_exports)
+            self._settle(book, max(0.0, deadline - time.monotonic()), give_up_if_down=True)
 
     def check(self, timeout: float, since: float) -> None:
         """Raise for the first trace that has ended and is not complete in the store.
@@ -652,7 +709,8 @@ class Ledger:
             give_up = give_up_if_down and delivery.store_is_down
             answered = delivery.flush(timeout, give_up=give_up)
             stored = None
-            if answered:
+            # A store that takes whole traces only has nothing of one that is open.
+            if answered and (book.delivers or book.has_ended):
                 # Those that the store does not have do not arrive, however long one waits.
                 refused = delivery.set_aside + sum(task.set_aside for task in book.tasks())
                 # With some time left to ask once more.
@@ -726,8 +784,12 @@ class Ledger:
         def may_arrive() -> bool:
             return stored + refused + sum(task.lost for task in book.tasks()) < book.made
 
-        while book.has_ended and may_arrive() and (remaining := until - time.monotonic()) > 0:
-            time.sleep(min(0.5, remaining))
+        pause = _LOOK
+        while may_arrive() and (remaining := until - time.monotonic()) > 0:
+            time.sleep(min(pause, remaining))
+            pause = min(2 * pause, 0.5)
+            if self._collect().records:
+                self._deliveries.to(book.destination).flush(max(0.0, until - time.monotonic()))
             stored = self._count(book)
         return stored
 
@@ -742,7 +804,9 @@ class Ledger:
 
     def _read_receipts(self, book: _Book) -> None:
         """Learn of tasks that brought no receipt: attempts that failed, all on Spark Connect."""
-        _, spans = read_trace(book.destination, book.trace_id)
+        self._learn_of_tasks(book, read_trace(book.destination, book.trace_id)[1])
+
+    def _learn_of_tasks(self, book: _Book, spans: Sequence[Any]) -> None:
         by_id = {span.span_id: span for span in spans}
         for task_id, below in _by_task(spans).items():
             if task_id is None or task_id in book.receipts:
@@ -760,7 +824,7 @@ class Ledger:
                     book.trace_id, task_id, len(below), len(below), usage=usage, cost=cost
                 )
 
-    def _write_totals(self, book: _Book, delivery: Delivery, deadline: float, *, ask: bool) -> None:
+    def _write_totals(self, book: _Book, delivery: Outbox, deadline: float, *, ask: bool) -> None:
         totals = book.totals()
         usage, cost = totals
         unpriced = any(task.usage and not task.cost for task in book.tasks())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.stores.databricks import is_table, send_to_table
@@ -12,7 +13,10 @@ from mlflow_ctx_autolog.stores.http import untraced
 from mlflow_ctx_autolog.stores.otlp import is_collector, send_to_collector
 from mlflow_ctx_autolog.stores.tracking_server import send_to_server, speaks_to
 
-__all__ = ["appends", "needs_mlflow", "send", "send_to"]
+__all__ = ["appends", "is_database", "needs_mlflow", "send", "send_to"]
+
+# As MLflow names them at the beginning of a tracking URI.
+_DATABASES = ("mssql", "mysql", "postgresql", "sqlite")
 
 
 def appends(uri: str | None) -> bool:
@@ -30,6 +34,11 @@ def needs_mlflow(uri: str | None) -> bool:
     only MLflow can make.
     """
     return uri is not None and not appends(uri) and not speaks_to(uri)
+
+
+def is_database(uri: str | None) -> bool:
+    """Whether an address is that of a database, as SQLite's, rather than of a server by HTTP."""
+    return uri is not None and urlsplit(uri).scheme.partition("+")[0] in _DATABASES
 
 
 def send(

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_ctx_autolog.context import BY_PROPERTY, DriverContext
-from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.outbox import Outbox
+from mlflow_ctx_autolog.delivery.receipts import Counts, TaskReceipt
 from mlflow_ctx_autolog.delivery.relay import driver_is_here, relay_bytes
-from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
+from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.spans.attributes import DEBUG
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
+from mlflow_ctx_autolog.stores.sending import is_database, needs_mlflow
 from mlflow_ctx_autolog.task import Task, driver_span, driver_trace_id, open_tasks
 from mlflow_ctx_autolog.worker.action_trace import root_of
 from mlflow_ctx_autolog.worker.answers import answers_of
 from mlflow_ctx_autolog.worker.placement import open_placement
 from mlflow_ctx_autolog.worker.process import budget_of, content_policy, worker_process
-from mlflow_ctx_autolog.worker.spark_task import sees_properties, task_attributes
+from mlflow_ctx_autolog.worker.spark_task import is_reused, sees_properties, task_attributes
 
-__all__ = ["begin", "finish"]
+__all__ = ["acknowledge", "begin", "finish"]
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ _SESSION, _USER = "session.id", "user.id"
 # How long the end of a task whose spans can go home waits for the store: a share of the time that
 # the task took, and at least so many seconds, unless the last task has waited in vain.
 _SHARE_OF_TASK, _PATIENCE = 0.05, 1.0
+# Seconds in which a process that lives on waits for the store but once.
+_LULL = 5.0
+# What variables that hold a log-in, or say how to store, begin with.
+_OF_LOG_INS = ("MLFLOW_", "OTEL_")
 
 
 def begin(
@@ -66,6 +72,7 @@ def begin(
         content,
         attempt_id=attributes.get("spark.task.attempt_id"),
         relay=relay,
+        is_relayed=_is_relayed(context, relay),
         span_processors=span_processors,
         budget=budget_of(context),
         answers=answers_of(context, name, function or name, attributes),
@@ -82,6 +89,8 @@ def begin(
     attributes["spark.function.id"] = function or name
     attributes[_OUTCOME] = "running"
     worker.switch_on(task)
+    if task.is_relayed:
+        worker.deliveries.to(task.destination).is_shared = _driver_is_here(context)
     task.open()
     try:
         parent = driver_span(context)
@@ -97,6 +106,13 @@ def begin(
         worker.switch_off()
         raise
     return task
+
+
+def acknowledge(told: Mapping[str, int]) -> None:
+    """Forget what the driver says that it has, of what earlier tasks of this process gave it."""
+    if told:
+        for each in worker_process().deliveries.all():
+            each.acknowledge(told)
 
 
 def _of_own_trace(name: str, context: DriverContext) -> Mapping[str, Any]:
@@ -175,27 +191,24 @@ def _end_span(
 
 
 def _see_off(
-    task: Task, delivery: Delivery, error: BaseException | None, silence: str | None
+    task: Task, delivery: Outbox, error: BaseException | None, silence: str | None
 ) -> None:
     """Store what a task that has ended has made, or hand it on to those who can."""
     # From a task that fails or is closed early, Spark takes nothing home.
     goes_home = task.relay is not None and error is None
     started = time.monotonic()
-    timeout = task.context.config.flush_timeout
-    if goes_home:
-        # Rather than hold up a job for a store that is slow, let the driver wait for it.
-        patience = 0.0 if delivery.store_is_down else _PATIENCE
-        timeout = min(timeout, max(patience, _SHARE_OF_TASK * (started - task.began)))
-    is_stored = delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
+    if isinstance(delivery, Delivery):
+        is_seen_to = _send(task, delivery, goes_home)
+    else:
+        is_seen_to = delivery.is_shared
     seconds = time.monotonic() - started
     counts = delivery.counts(task.span_id)
     delivery.forget(task.span_id)
     if goes_home:
-        _relay(task, delivery, counts, seconds, is_stored, silence)
-    elif _driver_collects(task, delivery):
-        # Though Spark takes nothing home.
+        _relay(task, delivery, counts, seconds, is_seen_to, silence)
+    if delivery.is_shared:
         delivery.release()
-    elif not is_stored:
+    elif not is_seen_to and not goes_home:
         warn_once(
             _logger,
             "flush",
@@ -203,6 +216,31 @@ def _see_off(
             "task. They are sent later if this worker lives on; else the next task on this host, "
             "or mlflow-ctx-autolog recover, sends them from the spool.",
         )
+
+
+def _send(task: Task, delivery: Delivery, goes_home: bool) -> bool:
+    """Send what waits; return whether it is stored, or will be soon.
+
+    A process that lives on after the task waits for the store only once in a while. The driver, to
+    which the task's receipt goes, waits in its place.
+    """
+    if goes_home and delivery.was_flushed(_LULL) and _is_sent_later(task):
+        delivery.send_soon()
+        return True
+    timeout = task.context.config.flush_timeout
+    if goes_home:
+        # Rather than hold up a job for a store that is slow, let the driver wait for it.
+        patience = 0.0 if delivery.store_is_down else _PATIENCE
+        timeout = min(timeout, max(patience, _SHARE_OF_TASK * (time.monotonic() - task.began)))
+    return delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
+
+
+def _is_sent_later(task: Task) -> bool:
+    """Whether a task's spans can be sent as well once it has ended."""
+    # Variables for a log-in are kept for that; others, as for proxies, hold during the task alone.
+    has_log_in_alone = all(name.startswith(_OF_LOG_INS) for name in task.context.environment)
+    is_by_mlflow = needs_mlflow(task.destination.tracking_uri)
+    return is_reused() and has_log_in_alone and not is_by_mlflow
 
 
 def _reason_for_silence(task: Task, made: int) -> str | None:
@@ -226,10 +264,10 @@ def _reason_for_silence(task: Task, made: int) -> str | None:
 
 def _relay(
     task: Task,
-    delivery: Delivery,
+    delivery: Outbox,
     counts: Counts,
     seconds: float,
-    is_stored: bool,
+    is_seen_to: bool,
     silence: str | None,
 ) -> None:
     """Hand back the task's receipt, and what this worker could not store, along with the task."""
@@ -258,33 +296,41 @@ def _relay(
     )
     partition = int(task_attributes().get("spark.partition.id", 0))
     share = relay_bytes(task.context.max_result_bytes, partition)
-    is_taken_care_of = is_stored or _driver_collects(task, delivery)
-    batches = [_batch(receipt.to_json(), delivery, 0 if is_taken_care_of else share)]
+    batches = [_batch(receipt.to_json(), delivery, 0 if is_seen_to else share)]
     for other in worker_process().deliveries.all():
         # Left by workers that are gone, and only this driver can store it.
-        if other is not delivery and _is_for_driver_of(task, other) and other.waiting:
+        if other is not delivery and _is_for_driver_of(task, other) and not other.is_shared:
             batches.append(_batch(None, other, share))
-    task.relay.add(batches)
+    task.relay.add([batch for batch in batches if batch[0] is not None or batch[3]])
 
 
-def _is_for_driver_of(task: Task, delivery: Delivery) -> bool:
-    destination = delivery.destination
-    return destination.tracking_uri is None and (destination.driver_id == task.context.process_id)
+def _is_for_driver_of(task: Task, delivery: Outbox) -> bool:
+    driver_id = delivery.destination.driver_id
+    return driver_id is not None and driver_id == task.context.process_id
 
 
-def _driver_collects(task: Task, delivery: Delivery) -> bool:
-    """Whether the driver takes from a directory what only it can store, at no cost to the job."""
-    if delivery.destination.tracking_uri is not None:
+def _is_relayed(context: DriverContext, relay: Any) -> bool:
+    """Whether the driver stores a task's spans, since it would take MLflow to do so from here."""
+    uri = context.tracking_uri
+    if uri is None or not is_database(uri):
+        return uri is None
+    if context.config.transport == "direct":
         return False
-    directory = task.context.config.spool_directory
+    return relay is not None or _driver_is_here(context)
+
+
+def _driver_is_here(context: DriverContext) -> bool:
+    """Whether the driver takes from a directory what it stores, at no cost to the job."""
+    directory = context.config.spool_directory
     folder = None if directory is None else Path(directory)
-    return driver_is_here(folder, str(task.context.process_id))
+    return driver_is_here(folder, str(context.process_id))
 
 
-def _batch(receipt: str | None, delivery: Delivery, max_bytes: int) -> Any:
+def _batch(receipt: str | None, delivery: Outbox, max_bytes: int) -> tuple[Any, ...]:
     """Return what goes home with the task; the rest is left to the driver, or to later tasks."""
     destination = delivery.destination
-    records = [tuple(record[:3]) for record in delivery.take(max_bytes)] if max_bytes else []
-    if destination.tracking_uri is None:
-        delivery.release()
-    return receipt, destination.tracking_uri, destination.experiment_id, records
+    token, number, records = delivery.hand_over(max_bytes) if max_bytes else ("", 0, [])
+    # What the driver stores by design goes where its trace is.
+    uri = None if destination.driver_id is not None else destination.tracking_uri
+    plain = [tuple(record[:3]) for record in records]
+    return receipt, uri, destination.experiment_id, plain, (token, number)

@@ -8,14 +8,17 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
+from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.recovery import Recovery
+from mlflow_ctx_autolog.delivery.relay import driver_is_here
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.prices import Price
@@ -62,7 +65,9 @@ class WorkerProcess:
     """This process's tracing and its way to the stores, shared by all tasks that it runs."""
 
     def __init__(self) -> None:
-        self.deliveries = Deliveries(lambda destination: Delivery(destination, send))
+        self.deliveries = Deliveries(self._new_delivery)
+        # By destination, the variables of the last task with spans there.
+        self._variables: dict[Destination, Mapping[str, str | None]] = {}
         self.open_spans = OpenSpans()
         self.mlflow = MLflowInWorker(self.open_spans.started, self._ended)
         self.router = TraceRouter(
@@ -71,7 +76,7 @@ class WorkerProcess:
         self.calls = CallRecording(
             self.active_span, self.mlflow.problem, self._call_started, self._call_ended
         )
-        self._recovery = Recovery(self._adopt)
+        self._recovery = Recovery(self._adopt, _is_left_to_driver)
         self._threads = ThreadHandovers(self._work_here)
         self._parent: Parent | None = None
         self._children = Children(self._work_here, self._answer_child, join, lambda: self._parent)
@@ -93,8 +98,9 @@ class WorkerProcess:
         delivery = self.deliveries.to(task.destination)
         delivery.configure(task.context.config)
         self._recovery.start(task.context.config.spool_directory)
+        variables = self._variables[task.destination] = _task_environment(task.context)
         if not open_tasks():
-            self._environment = _set_environment(_task_environment(task.context))
+            self._environment = _set_environment(variables)
         self._install(task.context)
 
     def _install(self, context: DriverContext) -> None:
@@ -102,6 +108,17 @@ class WorkerProcess:
         self.mlflow.install(context)
         self._threads.install()
         self._children.install()
+
+    def _new_delivery(self, destination: Destination) -> Outbox:
+        if destination.driver_id is not None:
+            return Outbox(destination)
+        return Delivery(destination, self._send)
+
+    def _send(self, destination: Destination, records: Sequence[Record]) -> None:
+        # The task whose log-in it is may have ended.
+        environ = {**os.environ, **self._variables.get(destination, {})}
+        found = {name: value for name, value in environ.items() if value is not None}
+        send(destination, records, found)
 
     def task_started(self, task: Task) -> None:
         """Enter a task's span, and send it ahead."""
@@ -234,14 +251,18 @@ class WorkerProcess:
 
     def _adopt(self, destination: Destination, records: Sequence[Record]) -> None:
         uri = destination.tracking_uri
-        if uri is not None:
+        driver_id = destination.driver_id
+        drivers = {each.destination.driver_id for each in self.deliveries.all()}
+        if driver_id is not None and driver_id in drivers:
+            # With the task that is running, or the next one.
+            outbox = self.deliveries.to(destination)
+            for record in records:
+                outbox.submit(record)
+        elif uri is not None:
             if needs_mlflow(uri) and "mlflow" not in sys.modules:
                 # Not for the sake of others: a worker or a driver that has it will come.
                 raise StoreError("only a process that has loaded MLflow can store them")
             send(destination, records)
-        elif any(task.destination.driver_id == destination.driver_id for task in open_tasks()):
-            # Home with the task that is running.
-            self.deliveries.to(destination).submit_all(records)
         else:
             raise StoreError("only the driver that they belong to can store them")
 
@@ -358,6 +379,11 @@ def remove() -> None:
     """Take back what running tasks has set up in this process, if anything. Idempotent."""
     if _is_set_up():
         worker_process().remove()
+
+
+def _is_left_to_driver(destination: Destination, directory: Path | None) -> bool:
+    driver_id = destination.driver_id
+    return driver_id is not None and driver_is_here(directory, driver_id)
 
 
 def _span_of(payload: bytes) -> SpanRecord:

@@ -21,6 +21,7 @@ __all__ = [
     "hide_own_frames",
     "in_spark_task",
     "is_batch",
+    "is_reused",
     "on_task_end",
     "row_count",
     "sees_properties",
@@ -148,6 +149,12 @@ def _operation(job_tags: str) -> str | None:
     """Return the operation of Spark Connect among the tags of a job, if there is one."""
     found = re.search(r"SparkConnect_[^,]*_Operation_([0-9a-f-]{36})", job_tags)
     return None if found is None else found[1]
+
+
+def is_reused() -> bool:
+    """Whether this Python process is to run other tasks after the one that it is running."""
+    # Without Spark's daemon, the worker's module is run as a script.
+    return "SPARK_REUSE_WORKER" in os.environ and "pyspark.worker" in sys.modules
 
 
 def is_batch(item: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -80,9 +81,31 @@ def blocked(spark: SparkSession, request: pytest.FixtureRequest) -> SparkSession
     return spark
 
 
-def test_every_call_is_stored_without_mlflow(blocked: SparkSession, server: TrackingServer) -> None:
+@pytest.fixture(params=["server", "database", "files"])
+def store(
+    server: TrackingServer,
+    ctx_autolog_empty_database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> str:
+    """The address of a store: a server, or a laptop's default, now and formerly."""
+    database = tmp_path / "mlflow.db"
+    shutil.copy(ctx_autolog_empty_database, database)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    addresses = {
+        "server": server.uri,
+        "database": f"sqlite:///{database}",
+        "files": (tmp_path / "files").as_uri(),
+    }
+    return addresses[request.param]
+
+
+def test_every_call_is_stored_without_mlflow(
+    blocked: SparkSession, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """In workers where MLflow cannot be imported all calls are stored, nested and counted."""
-    mlflow.set_tracking_uri(server.uri)
+    mlflow.set_tracking_uri(store)
     mlflow.set_experiment("lean workers")
     with OpenAIEndpoint(answer()) as endpoint:
         job = caller(endpoint.url, UNWANTED)
@@ -99,3 +122,4 @@ def test_every_call_is_stored_without_mlflow(blocked: SparkSession, server: Trac
     assert receipt.complete
     assert receipt.made == len(PLAN) + 3
     assert sum(map(tokens, found)) == trace.trace.info.token_usage["total_tokens"]
+    assert [each for each in caplog.records if each.name.startswith("mlflow_ctx_autolog")] == []

@@ -22,10 +22,12 @@ from mlflow_ctx_autolog.delivery import pacing as pacing_module
 from mlflow_ctx_autolog.delivery import sender as delivery_module
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.intake import Intake
+from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.pacing import Pacing
+from mlflow_ctx_autolog.delivery.receipts import Counts
 from mlflow_ctx_autolog.delivery.recovery import Recovered, recover
 from mlflow_ctx_autolog.delivery.segments import Segment
-from mlflow_ctx_autolog.delivery.sender import Counts, Delivery
+from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.delivery.spool import Destination, Record, Spool, spool_files
 from mlflow_ctx_autolog.exceptions import StoreError
 
@@ -1464,9 +1466,9 @@ def test_forked_child_starts_empty(store: Store, settings: Settings, spools: Pat
 # What somebody else delivers.
 
 
-def test_spans_for_the_driver_are_kept_until_taken(store: Store, settings: Settings) -> None:
-    """Without a tracking URI nothing is sent: the spans wait for whoever takes them home."""
-    delivery = Delivery(Destination(None, "1"), store, settings(batch_size=1))
+def test_spans_for_the_driver_are_kept_until_taken(settings: Settings) -> None:
+    """What the driver stores is not sent: the spans wait for whoever takes them home."""
+    delivery = Outbox(Destination(None, "1", "driver"), settings(batch_size=1))
     records = spans(names(3), "task")
     submit_all(delivery, records)
 
@@ -1475,7 +1477,6 @@ def test_spans_for_the_driver_are_kept_until_taken(store: Store, settings: Setti
     assert delivery.waiting == 0
     assert delivery.take() == []
     assert delivery.flush(LONG) is True
-    assert store.attempts == 0
 
 
 def test_what_was_taken_is_gone(store: Store, unhurried: Config, spools: Path) -> None:
@@ -1494,10 +1495,10 @@ def test_what_was_taken_is_gone(store: Store, unhurried: Config, spools: Path) -
     assert store.stored == ["3"]
 
 
-def test_all_that_waits_is_taken(store: Store, settings: Settings) -> None:
+def test_all_that_waits_is_taken(settings: Settings) -> None:
     """However much waits, on the disk and in memory, it is taken at once."""
-    delivery = Delivery(
-        Destination(None, "1"), store, settings(spool_max_bytes=5_000_000, batch_size=1)
+    delivery = Outbox(
+        Destination(None, "1", "driver"), settings(spool_max_bytes=5_000_000, batch_size=1)
     )
     records = spans(names(100), size=100_000)
     delivery.submit_all(records)

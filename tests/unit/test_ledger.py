@@ -834,18 +834,28 @@ def test_spans_that_missed_their_store_are_delivered(
     assert "no route" in warning
 
 
-@pytest.mark.parametrize(("delivered", "is_told"), [(0, True), (1, False)])
 def test_spans_that_were_late_for_their_store_are_delivered(
-    delivered: int, is_told: bool, book: Ledger, database: Destination, caplog: Any
+    book: Ledger, database: Destination, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a reason, only a store that has taken nothing from the worker is worth a word."""
+    """A store that has refused nothing, and was not waited for, is not worth a word."""
     with mlflow.start_span("driver") as root:
         ctx_autolog.capture()
-        task = task_below(root, delivered=delivered)
+        task = task_below(root)
         book.receive([task.arrival(task.records, uri=database.tracking_uri)])
 
     assert names(stored_trace(root.trace_id)) == ["call", "driver", "task"]
-    assert any("no answer in time" in warning for warning in our_warnings(caplog)) is is_told
+    assert our_warnings(caplog) == []
+
+
+def test_a_batch_is_acknowledged_when_it_is_on_the_drivers_disk(book: Ledger) -> None:
+    """By the worker's name for it; a receipt without spans needs no word."""
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        first, second = task_below(root), task_below(root)
+        book.receive([(*first.arrival(), ("", 0))])
+        assert book.acknowledgements.told() == {}
+        book.receive([(*second.arrival(second.records), ("outbox", 1))])
+    assert book.acknowledgements.told() == {"outbox": 1}
 
 
 def test_spans_for_the_driver_are_stored_quietly(

@@ -6,22 +6,25 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery.handed_over import Acknowledgements
+from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.relay import (
+    Collected,
     announce_driver,
     collect,
     driver_is_here,
     relay_bytes,
 )
 from mlflow_ctx_autolog.delivery.segments import Segment, spool_files
-from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.driver import spark as spark_api
 
 HOME = Destination(None, "1", "driver 1")
@@ -63,32 +66,92 @@ def _span(key: str, size: int = 0) -> Record:
     return Record("span", key, key.encode().ljust(size), "task")
 
 
-def _delivery(folder: Path, destination: Destination = HOME) -> Delivery:
-    def send(_: Destination, __: Sequence[Record]) -> None:
-        raise AssertionError("nobody sends it from here")
-
-    return Delivery(destination, send, Config(spool_directory=str(folder)))
+def _outbox(folder: Path, **settings: Any) -> Outbox:
+    return Outbox(HOME, Config(spool_directory=str(folder), **settings))
 
 
-def test_no_more_is_given_up_than_that(spools: Path) -> None:
+def _is_of(driver_id: str) -> Callable[[Destination], bool]:
+    return lambda destination: destination.driver_id == driver_id
+
+
+def _keys(records: Sequence[Record]) -> str:
+    return "".join(record.key for record in records)
+
+
+def test_no_more_is_handed_over_than_that(spools: Path) -> None:
     """The oldest first; what is larger than all of it stays, and is left to the driver."""
-    delivery = _delivery(spools)
+    outbox = _outbox(spools)
     for record in [_span("a", 400), _span("b", 400), _span("c", 5000), _span("d", 400)]:
-        delivery.submit(record)
+        outbox.submit(record)
 
-    assert [record.key for record in delivery.take(1000)] == ["a", "b"]
-    assert delivery.take(1000) == []
-    assert delivery.waiting == 2
-    assert delivery.release() == 2
-    assert delivery.waiting == 0
-    delivery.submit(_span("e"))
+    token, number, records = outbox.hand_over(1000)
+    assert (number, _keys(records)) == (1, "ab")
+    assert outbox.hand_over(1000) == (token, 0, [])
+    outbox.acknowledge({"another": 1})
+    assert outbox.waiting == 4
+    outbox.acknowledge({token: 1})
+    assert outbox.release() == 2
+    assert outbox.waiting == 0
+    outbox.submit(_span("e"))
 
     got: list[Record] = []
-    assert collect(spools, "driver 1", lambda _, records: got.extend(records)) == 2
-    assert [record.key for record in got] == ["c", "d"]
-    # This one the worker has still.
+    # The one that the worker has still is left to it.
+    assert collect(spools, _is_of("driver 1"), lambda _, records: got.extend(records)) == (
+        Collected(records=2, held=1)
+    )
+    assert _keys(got) == "cd"
     assert len(spool_files(spools)) == 1
-    assert [record.key for record in delivery.take()] == ["e"]
+    assert _keys(outbox.take()) == "e"
+
+
+def test_what_was_handed_over_is_kept_until_it_is_acknowledged(spools: Path) -> None:
+    """It is not handed over again; and of a process that is killed before, it is recovered."""
+    outbox = _outbox(spools)
+    handed = []
+    for key in "abc":
+        outbox.submit(_span(key))
+        _, number, records = outbox.hand_over(1000)
+        handed.append((number, _keys(records)))
+    assert handed == [(1, "a"), (2, "b"), (3, "c")]
+    assert outbox.hand_over(1000)[1:] == (0, [])
+
+    outbox.acknowledge({outbox.hand_over(0)[0]: 2})
+    outbox.release()
+    got: list[Record] = []
+    collect(spools, _is_of("driver 1"), lambda _, records: got.extend(records))
+    assert _keys(got) == "c"
+
+
+def test_what_is_kept_for_the_driver_does_not_fill_the_spool(spools: Path) -> None:
+    """During a job of many tasks nothing is acknowledged: what Spark had first goes first."""
+    outbox = _outbox(spools, spool_max_bytes=4000)
+    for number in range(20):
+        outbox.submit(_span(f"{number:02}", 300))
+        assert outbox.hand_over(10_000)[1] == number + 1
+    assert (outbox.lost, outbox.waiting) == (0, 4)
+
+
+def test_the_driver_acknowledges_up_to_what_is_missing() -> None:
+    """What Spark did not bring is not acknowledged by what it brought after it."""
+    acknowledgements = Acknowledgements()
+    for number in (1, 2, 4):
+        acknowledgements.note("a", number)
+    acknowledgements.note("b", 2)
+    assert acknowledgements.told() == {"a": 2}
+    acknowledgements.note("a", 3)
+    acknowledgements.note("b", 1)
+    assert acknowledgements.told() == {"a": 4, "b": 2}
+
+
+def test_the_driver_acknowledges_those_that_it_has_heard_from_last() -> None:
+    """What it says of an action has few words, however many workers there were."""
+    acknowledgements = Acknowledgements()
+    for number in range(1000):
+        acknowledgements.note(f"worker {number}", 1)
+    acknowledgements.note("worker 940", 2)
+    told = acknowledgements.told()
+    assert len(told) == 64
+    assert (told["worker 940"], told["worker 999"], "worker 935" in told) == (2, 1, False)
 
 
 def test_nobody_collects_what_belongs_to_others(spools: Path) -> None:
@@ -99,9 +162,13 @@ def test_nobody_collects_what_belongs_to_others(spools: Path) -> None:
         segment.close()
 
     got: list[Record] = []
-    assert collect(spools, "driver 1", lambda _, records: got.extend(records)) == 0
+
+    def take(_: Destination, records: Sequence[Record]) -> None:
+        got.extend(records)
+
+    assert collect(spools, _is_of("driver 1"), take) == Collected()
     assert (got, len(spool_files(spools))) == ([], 2)
-    assert collect(spools, "driver 2", lambda _, records: got.extend(records)) == 1
+    assert collect(spools, _is_of("driver 2"), take) == Collected(records=1)
 
 
 DRIVER = """

@@ -292,10 +292,10 @@ def _run_to(home: Home, function: Callable[..., Any], context: ctx_autolog.Drive
 
 def test_a_task_hands_back_a_receipt(database: Destination) -> None:
     """Where the store takes all spans, the receipt goes home alone, and says so."""
-    home, context = Home(), _context(database.tracking_uri)
+    home, context = Home(), _context(database.tracking_uri, transport="direct")
     assert _run_to(home, _call, context) == ["done"]
 
-    ((_, tracking_uri, experiment_id, records),) = home
+    ((_, tracking_uri, experiment_id, records, _),) = home
     assert (tracking_uri, experiment_id, list(records)) == (database.tracking_uri, "0", [])
     (receipt,) = home.receipts
     stored = _stored(database, context)
@@ -312,7 +312,7 @@ def test_a_task_hands_back_a_receipt(database: Destination) -> None:
 
 def test_the_tasks_span_is_a_receipt_of_its_own(database: Destination) -> None:
     """What a task has made and used is read from its span where no receipt comes home."""
-    context = _context(database.tracking_uri)
+    context = _context(database.tracking_uri, transport="direct")
     with ctx_autolog.attach(context, "task"):
         _call()
 
@@ -324,7 +324,7 @@ def test_the_tasks_span_is_a_receipt_of_its_own(database: Destination) -> None:
 
 def test_a_tasks_span_is_announced(database: Destination) -> None:
     """While the task runs, its span is in the store, so that what lies beneath has a parent."""
-    context = _context(database.tracking_uri)
+    context = _context(database.tracking_uri, transport="direct")
     with ctx_autolog.attach(context, "task"):
         assert worker_process().deliveries.to(database).flush(60)
         task = _stored(database, context)["task"]
@@ -381,7 +381,7 @@ def test_what_goes_home_is_plain_data(database: Destination) -> None:
     """Spark pickles it, and the driver may have another release of the library."""
     home = Home()
     _run_to(home, _call, _context(None))
-    ((receipt, _, experiment_id, records),) = home
+    ((receipt, _, experiment_id, records, _),) = home
     assert (type(receipt), type(experiment_id), type(records)) == (str, str, list)
     assert {tuple(map(type, record)) for record in records} == {(str, str, bytes)}
     assert {type(record) for record in records} == {tuple}
@@ -398,7 +398,7 @@ def test_from_a_task_that_does_not_succeed_nothing_goes_home(
         yield from items
         raise KeyError("clause")
 
-    home, context = Home(), _context(database.tracking_uri)
+    home, context = Home(), _context(database.tracking_uri, transport="direct")
     result = _run_to(home, steps, context)
     if is_closed:
         next(result)
@@ -415,7 +415,7 @@ def test_from_a_task_that_does_not_succeed_nothing_goes_home(
 
 def test_a_receipt_counts_its_own_task_only(database: Destination) -> None:
     """Of several tasks that one process runs, each has its own numbers."""
-    homes, context = [Home(), Home()], _context(database.tracking_uri)
+    homes, context = [Home(), Home()], _context(database.tracking_uri, transport="direct")
     _run_to(homes[0], _call, context)
     _run_to(homes[1], lambda items: list(items), context)
 
