@@ -25,8 +25,8 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import tracing
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
+from mlflow_ctx_autolog.driver import books, ledger, settling, totals
 from mlflow_ctx_autolog.driver import handover as driver
-from mlflow_ctx_autolog.driver import ledger
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.sending import send
@@ -442,7 +442,7 @@ def test_totals_of_a_trace_whose_driver_is_gone(book: Ledger, database: Destinat
         own = _away(root, 0xE4, "own", attributes={USAGE: tokens(2)})
         trace = store.trace_record(tracing.active_trace())
         send(database, [*records, store.span_record(own), trace])
-        ledger.write_stored_totals(database, root.trace_id)
+        totals.write_stored_totals(database, root.trace_id)
 
         info, _ = store.read_trace(database, root.trace_id)
         assert info.token_usage == tokens(10)
@@ -580,13 +580,13 @@ def test_nobody_waits_again_for_what_is_known_to_be_missing(
     ctx_autolog.enable(flush_timeout=1)
     _incomplete_trace(book)
     asked: list[str] = []
-    count = ledger.count_spans
+    count = settling.count_spans
 
     def counting(destination: Destination, trace_id: str) -> int:
         asked.append(trace_id)
         return count(destination, trace_id)
 
-    monkeypatch.setattr(ledger, "count_spans", counting)
+    monkeypatch.setattr(settling, "count_spans", counting)
     assert ctx_autolog.flush(30)
     assert len(asked) == 1
     assert not ctx_autolog.receipt(timeout=1).complete
@@ -664,7 +664,7 @@ def test_a_loss_is_that_of_its_trace(book: Ledger, database: Destination) -> Non
     """A span of one trace that had to be dropped does not make another trace incomplete."""
     with mlflow.start_span("driver"):
         ctx_autolog.capture()
-    delivery = book._deliveries.to(database)
+    delivery = book.deliveries.to(database)
     delivery._lose([Record("span", "0123456789abcdef", b"of another trace")])
 
     assert ctx_autolog.receipt().complete
@@ -724,7 +724,7 @@ def test_other_settings_lose_no_span(
 ) -> None:
     """A span on its way to the disk while the settings change is stored all the same."""
     ctx_autolog.enable(batch_size=7)
-    delivery = book._deliveries.to(database)
+    delivery = book.deliveries.to(database)
     spool, writing, written = delivery._spool, threading.Event(), threading.Event()
     add = spool.add
 
@@ -759,7 +759,7 @@ def gone(book: Ledger, nowhere: str) -> Iterator[None]:
     mlflow.set_tracking_uri(nowhere)
     yield
     mlflow.flush_trace_async_logging()
-    for delivery in book._deliveries.all():
+    for delivery in book.deliveries.all():
         delivery.take()
     mlflow.set_tracking_uri(before)
 
@@ -873,7 +873,7 @@ def test_a_receipt_keeps_to_its_timeout(book: Ledger, monkeypatch: pytest.Monkey
         answer.wait(60)
         return 1
 
-    monkeypatch.setattr(ledger, "count_spans", slow)
+    monkeypatch.setattr(settling, "count_spans", slow)
     other = threading.Thread(target=book.receipt, args=(root.trace_id, 60))
     other.start()
     assert asked.wait(60)
@@ -901,7 +901,7 @@ def test_without_threads_nothing_raises(book: Ledger, monkeypatch: pytest.Monkey
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
-    next(iter(book._books.values())).is_complete = False
+    book.books.all()[0].is_complete = False
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         book._at_exit()
@@ -919,8 +919,9 @@ def test_a_complete_trace_is_not_doubted_at_exit(
     def refuse(*_: Any) -> Any:
         raise store.StoreError("it cannot be reached")
 
-    for name in ("send", "count_spans", "read_trace", "sum_of_costs"):
-        monkeypatch.setattr(ledger, name, refuse)
+    monkeypatch.setattr(ledger, "send", refuse)
+    for name in ("count_spans", "read_trace", "sum_of_costs"):
+        monkeypatch.setattr(settling, name, refuse)
     book._at_exit()
     assert not any("not complete" in warning for warning in our_warnings(caplog))
 
@@ -929,7 +930,7 @@ def test_a_trace_that_is_forgotten_is_mlflows(
     book: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of more traces than are kept in the book, the oldest is exported by MLflow, and complete."""
-    monkeypatch.setattr(ledger, "_TRACES", 1)
+    monkeypatch.setattr(books, "_TRACES", 1)
     ctx_autolog.enable(send_interval=60)
     with mlflow.start_span("first") as first:
         ctx_autolog.capture()

@@ -15,7 +15,8 @@ from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
 from mlflow_ctx_autolog.driver import handover as driver
-from mlflow_ctx_autolog.driver.ledger import Arrival, Ledger
+from mlflow_ctx_autolog.driver.homecoming import Arrival
+from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.sending import send
 

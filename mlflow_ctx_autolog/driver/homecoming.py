@@ -1,0 +1,228 @@
+"""What comes home to the driver with tasks, and what workers leave for it in a directory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlflow_ctx_autolog.config import Config
+from mlflow_ctx_autolog.delivery.deliveries import Deliveries
+from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.records import Destination, Record
+from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
+from mlflow_ctx_autolog.driver.books import Book, Books, key_of
+from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
+from mlflow_ctx_autolog.spans.otlp import decode
+from mlflow_ctx_autolog.spans.record import SpanRecord
+from mlflow_ctx_autolog.spans.values import dump
+from mlflow_ctx_autolog.stores.stored_trace import TRACE_KEY
+from mlflow_ctx_autolog.stores.tracking_store import (
+    current_tracking_uri,
+    span_table,
+    spans_of,
+    store_takes_spans,
+)
+from mlflow_ctx_autolog.tracing import (
+    active_workspace,
+    add_to_trace,
+    info_of_json,
+    info_of_trace,
+)
+
+__all__ = ["Arrival", "Homecoming"]
+
+# What a task brings home: its receipt as JSON, if it is its own; tracking URI and experiment that
+# the spans belong to; and the records that the worker could not store itself.
+Arrival = tuple["str | None", "str | None", str, Sequence[tuple[str, str, bytes]]]
+
+
+class Homecoming:
+    """Enters what tasks tell, and sees to it that what they could not store is stored.
+
+    Args:
+        books: The registry of traces.
+        deliveries: The ways to the stores.
+        config: Returns the settings in force.
+        enter: Takes the receipt of a task.
+        warn: Warns of a subject once.
+
+    Attributes:
+        reason: Why workers could not store all themselves; None where they could.
+    """
+
+    def __init__(
+        self,
+        books: Books,
+        deliveries: Deliveries,
+        config: Callable[[], Config],
+        enter: Callable[[TaskReceipt], None],
+        warn: Callable[[str, str], None],
+    ) -> None:
+        self._books = books
+        self._deliveries = deliveries
+        self._config = config
+        self._enter = enter
+        self._warn = warn
+        self.reason: str | None = None
+        self._driver_id: str | None = None
+        self._collecting = threading.Lock()
+        # The spans of whole traces that are about to be stored, by the trace's key and their ids.
+        self._ending: dict[str, dict[str, Any]] = {}
+
+    def receive(self, arrivals: Sequence[Arrival]) -> None:
+        """Take what tasks bring home. Never raises: Spark calls this."""
+        for arrival in arrivals:
+            try:
+                self._receive(arrival)
+            except Exception as error:
+                self._warn("broken", f"What a task brought home could not be read: {error!r}")
+
+    def _receive(self, arrival: Arrival) -> None:
+        receipt, tracking_uri, experiment_id, fields = arrival
+        records = [Record(*each) for each in fields]
+        came = None if receipt is None else TaskReceipt.from_json(receipt)
+        if came is not None:
+            self._open_action_of_receipt(came, experiment_id)
+        if records:
+            self._store(Destination(tracking_uri, experiment_id), records, came)
+        if came is not None:
+            self._enter(came)
+
+    def meet_workers(self, driver_id: str) -> None:
+        """Let workers of this host leave in a directory what only this process can store.
+
+        Args:
+            driver_id: By which they know it.
+        """
+        self._driver_id = driver_id
+        # Else they hand over with their tasks as much as Spark lets them.
+        with suppress(OSError):
+            announce_driver(self._directory(), driver_id)
+
+    def _directory(self) -> Path | None:
+        directory = self._config().spool_directory
+        return None if directory is None else Path(directory)
+
+    def collect(self) -> None:
+        """Take what workers have left in the directory that they share with this process."""
+        if self._driver_id is None:
+            return
+        with self._collecting:
+            collect(
+                self._directory(),
+                self._driver_id,
+                lambda destination, records: self._store(destination, records, None),
+            )
+
+    def complete(self, trace_id: str, spans: dict[str, Any]) -> None:
+        """Add to the spans of a trace whose root has ended what workers have left for it.
+
+        Args:
+            trace_id: The trace.
+            spans: Its spans, by their ids.
+        """
+        self._ending[key_of(trace_id)] = spans
+        try:
+            self.collect()
+        finally:
+            del self._ending[key_of(trace_id)]
+
+    def _open_action_of_receipt(self, receipt: TaskReceipt, experiment_id: str) -> None:
+        """Enter the trace of an action that no span was active for, of which a task tells."""
+        if (said := receipt.root) is None or self._books.of(receipt.trace_id) is not None:
+            return
+        root = SpanRecord(
+            receipt.trace_id.removeprefix("tr-"),
+            str(said["span_id"]),
+            None,
+            str(said["name"]),
+            int(said["began"]),
+            time.time_ns(),
+            {SPAN_TYPE: dump("CHAIN")},
+        )
+        metadata = {**said["metadata"], TRACE_KEY: receipt.trace_id}
+        info = info_of_trace(
+            receipt.trace_id, experiment_id, root.start, metadata, dict(said["tags"])
+        )
+        self._open_action(root, info)
+
+    def _open_action_of_records(self, records: Sequence[Record]) -> None:
+        """The same where Spark has stopped reading a task before it could tell."""
+        for record in records:
+            if record.kind != "trace" or self._books.of(record.key) is not None:
+                continue
+            info = info_of_json(record.payload)
+            if info.trace_metadata.get(TRACE_KEY) != record.key:
+                # That of a task, whose root stands for a span elsewhere.
+                continue
+            for root in (_decoded(each) for each in records if each.kind == "span"):
+                if root.parent_id is None and root.mlflow_trace_id == record.key:
+                    self._open_action(root, info)
+
+    def _open_action(self, root: SpanRecord, info: Any) -> None:
+        table = span_table()
+        destination = Destination(
+            current_tracking_uri(),
+            table or str(info.experiment_id),
+            workspace=active_workspace(),
+        )
+        book = Book(destination, info, store_takes_spans(), table)
+        book.root, book.spans, book.has_ended = replace(root, status="OK"), 1, True
+        with self._books.lock:
+            self._books.keep(book)
+
+    def _store(
+        self, destination: Destination, records: Sequence[Record], receipt: TaskReceipt | None
+    ) -> None:
+        self._open_action_of_records(records)
+        book = None if receipt is None else self._books.of(receipt.trace_id)
+        workspace = active_workspace() if book is None else book.destination.workspace
+        if destination.tracking_uri is not None:
+            reason = None if receipt is None else receipt.first_error
+            is_late = receipt is not None and receipt.delivered > 0
+            if reason is not None or not is_late:
+                # Else the worker reached the store, and the rest came home to save its time.
+                self.reason = self.reason or reason or "no answer in time"
+        if store_takes_spans() if book is None else book.delivers:
+            own = current_tracking_uri() if book is None else book.destination.tracking_uri
+            uri = destination.tracking_uri or own
+            home = Destination(uri, destination.experiment_id, workspace=workspace)
+            self._deliveries.to(home).submit_all(records)
+            return
+        table = span_table() if book is None else book.table
+        if table is not None:
+            uri = current_tracking_uri() if book is None else book.destination.tracking_uri
+            home = Destination(uri, table, workspace=workspace)
+            self._deliveries.to(home).submit_all(records)
+            return
+        late = [span for span in spans_of(records) if not self._add_to_whole(span)]
+        if late:
+            self._warn(
+                "late",
+                f"{len(late)} spans came home after the driver's span had ended, and are lost. "
+                "Run the action inside the span.",
+            )
+
+    def _add_to_whole(self, span: Any) -> bool:
+        """Add a span to its trace, if that is yet to be stored as a whole."""
+        book = self._books.of(span.trace_id)
+        whole = self._ending.get(key_of(span.trace_id))
+        if book is not None and book.root is not None:
+            if span.parent_id is None:
+                # The root is written here.
+                return True
+            whole = book.whole
+            book.written_totals = None
+        if whole is None:
+            return bool(add_to_trace(span))
+        whole[span.span_id] = span
+        return True
+
+
+def _decoded(record: Record) -> SpanRecord:
+    return next(decode(record.payload))
