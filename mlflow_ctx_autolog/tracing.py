@@ -95,6 +95,7 @@ __all__ = [
     "info_of_json",
     "info_of_trace",
     "is_client_call",
+    "is_in_progress",
     "is_on",
     "is_recorded",
     "is_task",
@@ -118,6 +119,7 @@ __all__ = [
     "trace_id_of",
     "tracing_problem",
     "usage_of",
+    "with_attributes",
     "without_span",
 ]
 
@@ -759,10 +761,23 @@ def info_of_json(text: bytes) -> TraceInfo:
     return TraceInfo.from_dict(json.loads(text))
 
 
-def end_info(info: TraceInfo, began: int, ended: int) -> None:
+def is_in_progress(info: TraceInfo) -> bool:
+    """Whether nobody has ended a trace yet."""
+    return bool(info.state == TraceState.IN_PROGRESS)
+
+
+def end_info(info: TraceInfo, began: int, ended: int, *, failed: bool = False) -> None:
     """Write how long a trace took, from times in nanoseconds since the epoch."""
-    info.execution_duration = (ended - began) // 1_000_000
-    info.state = TraceState.OK
+    info.execution_duration = max(0, ended - began) // 1_000_000
+    info.state = TraceState.ERROR if failed else TraceState.OK
+
+
+def with_attributes(span: Span, attributes: Mapping[str, Any]) -> Span:
+    """Return a span with further attributes."""
+    changed = copy.copy(span._span)
+    said = {name: json.dumps(value) for name, value in attributes.items()}
+    changed._attributes = {**(changed._attributes or {}), **said}
+    return Span(changed)
 
 
 def complete_info(trace: Trace) -> TraceInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -196,11 +197,17 @@ class Recovery:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._next = 0.0
+        self._swept = -math.inf
 
-    def start(self, directory: str | None) -> None:
-        """Look for spools in a thread of its own, unless that was done a moment ago."""
+    def start(self, directory: str | None, *, anew: bool = False) -> None:
+        """Look for spools in a thread of its own, unless that was done a moment ago.
+
+        Args:
+            directory: Where; None for the default one.
+            anew: Whether to do so all the same, since a process may just have been killed.
+        """
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next and not anew:
             return
         self._next = now + self._interval
         folder = None if directory is None else Path(directory)
@@ -209,18 +216,29 @@ class Recovery:
                 target=self._run, args=(folder,), name="mlflow-ctx-autolog-recovery", daemon=True
             ).start()
 
+    def has_swept_since(self, moment: float) -> bool:
+        """Whether a pass that began after a moment on the monotonic clock has left nothing."""
+        return self._swept >= moment
+
     def _run(self, directory: Path | None) -> None:
+        began, has_all = time.monotonic(), True
         for path in spool_files(directory):
             try:
                 found = recover(path, self._send)
             except DamagedError as error:
                 text = f"The spool {path} was left behind, and is left there: {error}."
                 warn_once(_logger, str(path), text)
+                has_all = False
+                continue
+            except BlockingIOError:
+                # Its process is alive.
                 continue
             except Exception:
-                # Its process is alive, or it is somebody else's: not for each task to tell. And
-                # none keeps the pass from those that come after it.
+                # It may be somebody else's: not for each task to tell. And none keeps the pass
+                # from those that come after it.
+                has_all = False
                 continue
+            has_all &= found.left == 0 and not found.is_damaged
             if found.is_damaged:
                 _logger.warning("The spool %s was left behind: %s.", path, found.problem)
             if found.stored:
@@ -230,3 +248,5 @@ class Recovery:
                     found.stored,
                     path,
                 )
+        if has_all:
+            self._swept = began

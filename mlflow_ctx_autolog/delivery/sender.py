@@ -12,7 +12,7 @@ from pathlib import Path
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.intake import Intake, start_thread
 from mlflow_ctx_autolog.delivery.pacing import Pacing
-from mlflow_ctx_autolog.delivery.receipts import Counts
+from mlflow_ctx_autolog.delivery.receipts import Counts, Loss
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.spool import Spool
 from mlflow_ctx_autolog.exceptions import StoreError
@@ -107,6 +107,7 @@ class Delivery:
         self._attempts = 0
         self.store_is_down = False
         self.is_unsupported = False
+        self._on_its_way: dict[tuple[str, str], int] = {}
         self._unbooked = 0  # Stored, and perhaps off the disk, but not counted yet.
         self._counts: dict[str, Counts] = {}
         self.delivered = 0
@@ -244,6 +245,8 @@ class Delivery:
     def take(self, max_bytes: int | None = None) -> list[Record]:
         """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive.
 
+        A later state of what is on its way is not given up: it is sent after it, from here.
+
         Args:
             max_bytes: Payloads at most, the oldest first; None for all.
         """
@@ -253,6 +256,7 @@ class Delivery:
         found = self._spool.peek(len(self._spool), 1 << 62 if max_bytes is None else max_bytes)
         if found and max_bytes is not None and len(found[0][1].payload) > max_bytes:
             return []
+        found = [each for each in found if not self._is_overtaken(*each)]
         self._spool.remove(number for number, _ in found)
         self._spool.discard()
         with self._lock:
@@ -286,11 +290,14 @@ class Delivery:
         # Of an owner that was forgotten, nobody wants to know.
         return self._counts.get(record.owner, Counts())
 
+    def _count_lost(self, records: Sequence[Record], loss: Loss) -> None:
+        self.lost += len(records)
+        for record in records:
+            self._counts_of(record).losses[loss] += 1
+
     def _lose(self, records: Sequence[Record]) -> None:
         with self._lock:
-            self.lost += len(records)
-            for record in records:
-                self._counts_of(record).lost += 1
+            self._count_lost(records, Loss.NO_ROOM)
             was_full, self._is_full = self._is_full, True
         if was_full:
             return
@@ -325,7 +332,7 @@ class Delivery:
                     self._due.wait(pause)
                 count = pacing.batch_size()
                 self._hurries = False
-            batch = self._spool.peek(count, self._request_bytes)
+            batch = self._batch(count)
             if not len(self._spool):
                 # Somebody has taken it all.
                 continue
@@ -336,11 +343,25 @@ class Delivery:
                 self._send(self.destination, [record for _, record in batch])
             except Exception as error:
                 pacing.answered()
+                self._on_its_way = {}
                 known = error if isinstance(error, StoreError) else StoreError(repr(error))
                 self._failed(known, batch)
             else:
                 pacing.answered()
+                self._on_its_way = {}
                 self._stored(batch, time.monotonic() - started)
+
+    def _batch(self, count: int) -> list[tuple[int, Record]]:
+        """Return what to send next, and note it before anybody takes a later state of it."""
+        while found := self._spool.peek(count, self._request_bytes):
+            self._on_its_way = {(record.kind, record.key): number for number, record in found}
+            if batch := self._spool.held(found):
+                return batch
+        return []
+
+    def _is_overtaken(self, number: int, record: Record) -> bool:
+        """Whether an earlier state of a record may still be stored, later than who takes this."""
+        return self._on_its_way.get((record.kind, record.key), number) != number
 
     def _due_at(self) -> float:
         hurries = self._flushes > 0 or self._hurries
@@ -418,14 +439,12 @@ class Delivery:
         with self._lock:
             self._attempts += 1
             self._pacing.out_of_the_way(record.key)
-            counts = self._counts_of(record)
             if file is None:
                 self._rejected += 1
-                self.lost += 1
-                counts.lost += 1
+                self._count_lost([record], Loss.REFUSED)
             else:
                 self.set_aside += 1
-                counts.set_aside += 1
+                self._counts_of(record).set_aside += 1
             self.first_error = self.first_error or reason
             self._settled.notify_all()
         _logger.warning(
@@ -442,11 +461,9 @@ class Delivery:
             self._pacing.failures = 0
             there = [record for number, record in batch if number in stored]
             lost, taken = there[: error.rejected], there[error.rejected :]
-            for record in lost:
-                self._counts_of(record).lost += 1
+            self._count_lost(lost, Loss.REFUSED_UNNAMED)
             for record in taken:
                 self._counts_of(record).delivered += 1
-            self.lost += len(lost)
             self._rejected += len(lost)
             self.delivered += len(taken)
             self.first_error = self.first_error or str(error)

@@ -183,6 +183,13 @@ class Spool:
             return self._on_disk[number][0].read(number)
         return None
 
+    def held(self, batch: Sequence[tuple[int, Record]]) -> list[tuple[int, Record]]:
+        """Return those of a batch that are still waiting, and have not been replaced."""
+        with self._lock:
+            return [
+                each for each in batch if each[0] in self._on_disk or each[0] in self._in_memory
+            ]
+
     def remove(self, numbers: Iterable[int]) -> set[int]:
         """Forget records that somebody else has now; return the numbers of those it held."""
         gone = sorted(set(numbers))

@@ -20,10 +20,13 @@ from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext,
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.actions import Actions
+from mlflow_ctx_autolog.driver.attempts import Attempt, silent_attempts
+from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.carriers import Carriers
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.instrumentor import FunctionUse, SparkInstrumentor, name_of
 from mlflow_ctx_autolog.driver.job_facts import job_facts
+from mlflow_ctx_autolog.driver.job_lines import cost_of_task, job_line, show_job
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.marked import MarkedFunctions
 from mlflow_ctx_autolog.driver.progress import Progress
@@ -76,8 +79,10 @@ class Driver:
         # Whether a task was seen that could not read what the driver says of its action.
         self.hides_properties = False
         self.fingerprint_key = new_key()
-        self.progress = Progress()
-        self.ledger = Ledger(settings, self.spark_facts, self.progress.add)
+        self.progress = Progress(lambda task: cost_of_task(task, settings().prices))
+        self.ledger = Ledger(
+            settings, self.spark_facts, self.progress.add, self.silent_attempts, self.show_job
+        )
         self.executed_plans = ExecutedPlans()
         self.endings = tracing.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
@@ -249,6 +254,32 @@ class Driver:
             _logger.info("Spark does not say what jobs have run: %r", error)
             return None
         return None if facts is None else json.dumps(facts, separators=(",", ":"))
+
+    def show_job(self, book: Book, receipt: Receipt) -> None:
+        """Show what a job has come to that is over, in one line. Never raises."""
+        if self.progress.ignores(book.trace_id):
+            return
+        try:
+            self.progress.finish(book.trace_id)
+            if self.config is not None and not self.config.quiet:
+                show_job(job_line(book, receipt, self.config.prices))
+        except Exception as error:
+            _logger.debug("What a job has come to could not be shown: %r", error)
+
+    def silent_attempts(self, book: Book) -> list[Attempt]:
+        """Return the task attempts of a trace that have told nothing, as far as Spark knows."""
+        if self._session is None or not book.receipts_come_home:
+            return []
+        told, others = self.ledger.books.told_stages(book)
+        swept = {each.attempt for each in book.receipts.values() if each.swept}
+        try:
+            return silent_attempts(
+                self._session, int(book.info.request_time), book.ended, told, swept, others
+            )
+        except Exception as error:
+            # Which leaves what the store has been asked for.
+            _logger.info("Spark does not say which task attempts it has begun: %r", error)
+            return []
 
 
 def _identity(function: Callable[..., Any]) -> str | None:

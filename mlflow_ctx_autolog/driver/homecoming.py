@@ -14,12 +14,16 @@ from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Destination, Record
+from mlflow_ctx_autolog.delivery.recovery import recover
 from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
+from mlflow_ctx_autolog.delivery.segments import spool_files
 from mlflow_ctx_autolog.driver.books import Book, Books, key_of
+from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.spans.values import dump
+from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import TRACE_KEY
 from mlflow_ctx_autolog.stores.tracking_store import (
     current_tracking_uri,
@@ -53,6 +57,8 @@ class Homecoming:
 
     Attributes:
         reason: Why workers could not store all themselves; None where they could.
+        too_late: Spans that came when a store for whole traces had their trace, which is in no
+            book: the trace's key by their ids.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Homecoming:
         self._enter = enter
         self._warn = warn
         self.reason: str | None = None
+        self.too_late: dict[str, str] = {}
         self._driver_id: str | None = None
         self._collecting = threading.Lock()
         # The spans of whole traces that are about to be stored, by the trace's key and their ids.
@@ -118,6 +125,30 @@ class Homecoming:
                 self._driver_id,
                 lambda destination, records: self._store(destination, records, None),
             )
+
+    def sweep(self) -> bool:
+        """Deliver what processes of this host that are gone have left; return whether that is all.
+
+        Not what only other drivers can store.
+        """
+        has_all = True
+        for path in spool_files(self._directory()):
+            try:
+                has_all &= recover(path, self._deliver).left == 0
+            except BlockingIOError:
+                # Its process is alive.
+                continue
+            except OSError:
+                has_all = False
+        return has_all
+
+    def _deliver(self, destination: Destination, records: Sequence[Record]) -> None:
+        if destination.tracking_uri is not None:
+            send(destination, records)
+        elif destination.driver_id == self._driver_id:
+            self._store(destination, records, None)
+        else:
+            raise StoreError("only the driver that they belong to can store them")
 
     def complete(self, trace_id: str, spans: dict[str, Any]) -> None:
         """Add to the spans of a trace whose root has ended what workers have left for it.
@@ -172,6 +203,7 @@ class Homecoming:
             workspace=active_workspace(),
         )
         book = Book(destination, info, store_takes_spans(), table)
+        book.name = root.name.partition(".")[2] or root.name
         book.root, book.spans, book.has_ended = replace(root, status="OK"), 1, True
         with self._books.lock:
             self._books.keep(book)
@@ -192,21 +224,38 @@ class Homecoming:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own
             home = Destination(uri, destination.experiment_id, workspace=workspace)
-            self._deliveries.to(home).submit_all(records)
+            self._deliveries.to(home).submit_all(self._owned(records, receipt))
             return
         table = span_table() if book is None else book.table
         if table is not None:
             uri = current_tracking_uri() if book is None else book.destination.tracking_uri
             home = Destination(uri, table, workspace=workspace)
-            self._deliveries.to(home).submit_all(records)
+            self._deliveries.to(home).submit_all(self._owned(records, receipt))
             return
         late = [span for span in spans_of(records) if not self._add_to_whole(span)]
+        for span in late:
+            if (book := self._books.of(span.trace_id)) is not None:
+                book.too_late.add(span.span_id)
+            else:
+                self.too_late[span.span_id] = key_of(span.trace_id)
         if late:
             self._warn(
                 "late",
                 f"{len(late)} spans came home after the driver's span had ended, and are lost. "
                 "Run the action inside the span.",
             )
+
+    def _owned(self, records: Sequence[Record], receipt: TaskReceipt | None) -> list[Record]:
+        """Return records by the traces under which what becomes of them is counted."""
+        default = "" if receipt is None else key_of(receipt.trace_id)
+        owned = []
+        for record in records:
+            owner = default
+            if record.kind == "span":
+                with suppress(Exception):
+                    owner = _decoded(record).trace_id
+            owned.append(record._replace(owner=owner))
+        return owned
 
     def _add_to_whole(self, span: Any) -> bool:
         """Add a span to its trace, if that is yet to be stored as a whole."""
@@ -217,7 +266,7 @@ class Homecoming:
                 # The root is written here.
                 return True
             whole = book.whole
-            book.written_totals = None
+            book.written = None
         if whole is None:
             return bool(add_to_trace(span))
         whole[span.span_id] = span

@@ -5,19 +5,22 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
-from mlflow_ctx_autolog.delivery.directory import default_directory
-from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.receipts import Counts, Loss, Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.delivery.sender import Delivery
-from mlflow_ctx_autolog.driver.books import Book, Books, by_task
+from mlflow_ctx_autolog.driver.attempts import Attempt
+from mlflow_ctx_autolog.driver.books import Book, Books, by_task, key_of
+from mlflow_ctx_autolog.driver.explanations import explain
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
 from mlflow_ctx_autolog.driver.job_sums import sums_of
 from mlflow_ctx_autolog.driver.settling import Settlement
@@ -25,7 +28,7 @@ from mlflow_ctx_autolog.driver.totals import SparkFacts, record_sums
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores.sending import send
-from mlflow_ctx_autolog.stores.stored_trace import TRACE_KEY
+from mlflow_ctx_autolog.stores.stored_trace import DRIVER, TRACE_KEY
 from mlflow_ctx_autolog.stores.tracking_store import (
     current_tracking_uri,
     span_record,
@@ -72,6 +75,10 @@ class Ledger:
         spark_facts: Returns what Spark knows of its jobs since a time, in milliseconds since the
             epoch, as a text to keep with the trace; None where it does not say.
         progress: Is shown the receipt of each task that has ended.
+        silent_attempts: Returns the task attempts of a trace that have not told what they made,
+            as far as Spark knows of them.
+        show_job: Is given a trace that has ended, and what became of its spans, each time that
+            more of its tasks have told.
     """
 
     def __init__(
@@ -79,16 +86,19 @@ class Ledger:
         config: Callable[[], Config],
         spark_facts: SparkFacts | None = None,
         progress: Callable[[TaskReceipt], None] = lambda _: None,
+        silent_attempts: Callable[[Book], Sequence[Attempt]] = lambda _: (),
+        show_job: Callable[[Book, Receipt], None] = lambda _, __: None,
     ) -> None:
         self._config = config
         self._spark_facts = spark_facts
         self._progress = progress
+        self._show_job = show_job
         self.books = Books()
         self._without_trace: dict[str, TaskReceipt] = {}
         self.deliveries = Deliveries(self._new_delivery)
         self._home = Homecoming(self.books, self.deliveries, config, self._enter, self._warn)
         self._settlement = Settlement(
-            self.deliveries, self._home, spark_facts, progress, self._within
+            self.deliveries, self._home, spark_facts, progress, self._within, silent_attempts
         )
         self._tracing = DriverTracing(self)
         self._is_closing = False
@@ -155,12 +165,14 @@ class Ledger:
         book.announced.update(span.span_id for span in spans)
         book.spans = len(book.announced)
         policy = ContentPolicy(self._config())
-        records = [span_record(filtered(span, policy)) for span in spans]
+        key = key_of(book.trace_id)
+        records = [span_record(filtered(span, policy), key) for span in spans]
         if info is not None:
             delivery.configure(self._config())
             record_no_totals(info)
             info.trace_metadata[TRACE_KEY] = info.trace_id
-            records.append(trace_record(info))
+            info.trace_metadata[DRIVER] = f"{socket.gethostname()} {os.getpid()}"
+            records.append(trace_record(info)._replace(owner=key))
         delivery.submit_all(records, at_once=True)
 
     def spent(self) -> dict[str, float]:
@@ -196,7 +208,7 @@ class Ledger:
         book = self.books.of(span.trace_id)
         if book is None or not book.delivers or book.destination.experiment_id != experiment_id:
             return False
-        self.deliveries.to(book.destination).submit_all([span_record(span)])
+        self.deliveries.to(book.destination).submit_all([span_record(span, key_of(book.trace_id))])
         return True
 
     def take_trace(self, trace: Any) -> bool:
@@ -210,6 +222,7 @@ class Ledger:
         trace.data.spans[:] = spans.values()
         if book.delivers:
             self._take_back_if_unsupported(book, trace)
+        book.name = next((span.name for span in trace.data.spans if span.parent_id is None), None)
         # In a store for whole traces, those of workers are among its spans.
         own = by_task(trace.data.spans).get(None, [])
         book.info = complete_info(trace)
@@ -217,7 +230,7 @@ class Ledger:
         book.spans = len(own)
         book.usage, book.cost = totals_of(own)
         book.sums = sums_of(own)
-        book.has_ended = True
+        book.has_ended, book.ended = True, time.time_ns() // 1_000_000
         record_sums(book, *book.totals(), self._spark_facts)
         self._close_if_over()
         if book.delivers:
@@ -312,17 +325,7 @@ class Ledger:
 
     def explain(self, receipt: Receipt) -> str:
         """Return a text on a receipt that is not complete: what, why, and what to do."""
-        reason = receipt.first_error or (
-            "the store does not answer"
-            if receipt.stored is None
-            else "none was refused; a worker that is killed takes with it what it holds"
-        )
-        directory = self._config().spool_directory or default_directory()
-        return (
-            f"Trace {receipt.trace_id} is not complete in the tracking store: {receipt}. The "
-            f"first reason: {reason}. What waits is sent again as long as this process lives; "
-            f"after that, mlflow-ctx-autolog recover {directory} sends what is left on a host."
-        )
+        return explain(receipt, self._config().spool_directory)
 
     # How a trace is settled.
 
@@ -332,6 +335,10 @@ class Ledger:
         receipt = self._settlement.settle(
             book, timeout, give_up_if_down=give_up_if_down, patient=patient
         )
+        tasks = len(book.tasks())
+        if book.shown != tasks and not book.awaits_tasks:
+            book.shown = tasks
+            self._show_job(book, receipt)
         if not receipt.complete:
             if not book.was_warned_of:
                 book.was_warned_of = True
@@ -396,20 +403,26 @@ class Ledger:
         return answers[0] if answers else None
 
     def _receipt_without_trace(self, trace_id: str | None, timeout: float) -> Receipt:
+        """Add up what tasks have told whose traces nobody can ask the store for."""
         self._home.collect()
         self.deliveries.flush(timeout)
         tasks = [
             task for task in list(self._without_trace.values()) if trace_id in (None, task.trace_id)
         ]
+        keys = {key_of(task.trace_id) for task in tasks}
+        here = Counts()
+        for key in keys:
+            found = self.deliveries.counts(key)
+            here.delivered += found.delivered
+            here.set_aside += found.set_aside
+            here.losses.update(found.losses)
+        if late := sum(key in keys for key in list(self._home.too_late.values())):
+            here.losses[Loss.TOO_LATE] += late
         made = sum(task.made for task in tasks)
-        lost = sum(task.lost for task in tasks)
-        waiting = sum(delivery.waiting for delivery in self.deliveries.all())
-        # Else what is no span would be counted as one.
-        waiting = min(waiting, max(0, made - lost))
-        stored = made - waiting - lost
-        return Receipt.of(
-            trace_id, tasks, made=made, stored=stored, waiting=waiting, lost=lost, first_error=None
-        )
+        # What has been acknowledged, to the workers and here. Sent twice, it is there once.
+        delivered = sum(task.delivered for task in tasks) + here.delivered
+        stored = min(delivered, made - here.lost - sum(task.lost for task in tasks))
+        return Receipt.of(trace_id, tasks, made=made, stored=stored, here=here, first_error=None)
 
     def _settle_soon(self) -> None:
         with self.books.lock:

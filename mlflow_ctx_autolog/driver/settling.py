@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
-from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.receipts import Counts, Loss, Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.delivery.sender import Delivery
-from mlflow_ctx_autolog.driver.books import Book, by_task
+from mlflow_ctx_autolog.driver.attempts import Attempt
+from mlflow_ctx_autolog.driver.books import Book, Unfinished, by_task, key_of
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
 from mlflow_ctx_autolog.driver.totals import SparkFacts, linked_spans, record_sums
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.spans.otlp import encode
+from mlflow_ctx_autolog.stores.stored_trace import RECEIPT
 from mlflow_ctx_autolog.stores.tracking_store import (
     count_spans,
     read_trace,
@@ -27,7 +30,7 @@ from mlflow_ctx_autolog.stores.tracking_store import (
     sum_of_costs,
     trace_record,
 )
-from mlflow_ctx_autolog.tracing import end_info, totals_of
+from mlflow_ctx_autolog.tracing import end_info
 
 __all__ = ["Settlement"]
 
@@ -39,6 +42,21 @@ T = TypeVar("T")
 _READABLE = 20_000
 
 
+@dataclass
+class _Asked:
+    """What the store has said of a trace so far, also where it did not say all in time.
+
+    Args:
+        stored: How many spans it has; None where it did not say.
+        is_unread: Whether its spans are being read, or could not be.
+        until: How long to wait for those that may be on their way, on the monotonic clock.
+    """
+
+    stored: int | None = None
+    is_unread: bool = False
+    until: float = 0.0
+
+
 class Settlement:
     """Finds out what the store has of a trace, and writes what it comes to.
 
@@ -48,6 +66,8 @@ class Settlement:
         spark_facts: See :class:`~mlflow_ctx_autolog.driver.ledger.Ledger`.
         progress: Is shown the receipt of each task that is found.
         within: Asks the store, as :meth:`Ledger.within` does.
+        silent_attempts: Returns the task attempts of a trace that have not told what they made,
+            as far as Spark knows of them.
     """
 
     def __init__(
@@ -57,16 +77,26 @@ class Settlement:
         spark_facts: SparkFacts | None,
         progress: Callable[[TaskReceipt], None],
         within: Callable[..., Any],
+        silent_attempts: Callable[[Book], Sequence[Attempt]],
     ) -> None:
         self._deliveries = deliveries
         self._homecoming = homecoming
         self._spark_facts = spark_facts
         self._progress = progress
         self._within = within
+        self._silent_attempts = silent_attempts
 
     def settle(
         self, book: Book, timeout: float, *, give_up_if_down: bool = False, patient: bool = True
     ) -> Receipt:
+        """Ask the store what it has of a trace, and write what it comes to where that is new.
+
+        Args:
+            book: The trace's.
+            timeout: Seconds to wait at most.
+            give_up_if_down: Whether to try but once where the store is known to be down.
+            patient: Whether to wait for what may be on its way.
+        """
         deadline = time.monotonic() + timeout
         self._homecoming.collect()
         with _held(book.settling, timeout):
@@ -74,37 +104,38 @@ class Settlement:
                 self._close_action(book, deadline)
             delivery = self._deliveries.to(book.destination)
             give_up = give_up_if_down and delivery.store_is_down
-            answered = delivery.flush(timeout, give_up=give_up)
-            stored = None
-            if answered:
-                # Those that the store does not have do not arrive, however long one waits.
-                refused = delivery.set_aside + sum(task.set_aside for task in book.tasks())
+            asked = _Asked()
+            if delivery.flush(timeout, give_up=give_up):
                 # With some time left to ask once more.
-                until = deadline - 0.2 * timeout if patient else 0.0
-                stored = self._within(deadline, self._ask, book, refused, until)
-            if book.delivers and book.has_ended and not book.has_totals:
-                self._write_totals(book, delivery, deadline, ask=stored is not None)
-            tasks = book.tasks()
-            lost = sum(task.lost for task in tasks)
-            missing = max(0, book.made - (stored or 0) - lost)
-            # Those of other traces, and what is no span, went the same way.
-            lost_here = min(delivery.lost, missing)
-            waiting = missing - lost_here
-            if stored is None:
-                waiting = min(waiting, delivery.waiting)
-            receipt = Receipt.of(
-                book.trace_id,
-                tasks,
-                made=book.made,
-                stored=stored,
-                waiting=waiting,
-                lost=lost + lost_here,
-                first_error=delivery.first_error,
-                set_aside=delivery.set_aside,
-            )
+                asked.until = deadline - 0.2 * timeout if patient else 0.0
+                self._within(deadline, self._ask, book, asked)
+            receipt = self._account(book, asked, delivery)
+            if book.delivers and book.has_ended and not book.has_written(receipt):
+                self._write_totals(book, delivery, deadline, receipt, ask=asked.stored is not None)
             book.is_complete = receipt.complete
         _logger.info("Trace %s: %s", receipt.trace_id, receipt)
         return receipt
+
+    def _account(self, book: Book, asked: _Asked, delivery: Delivery) -> Receipt:
+        """Return what is known of a trace: the one place from which all that is said is read."""
+        return Receipt.of(
+            book.trace_id,
+            book.tasks(),
+            made=book.made,
+            stored=asked.stored,
+            here=self._here(book),
+            first_error=delivery.first_error,
+            unknown=book.unknown,
+            is_unread=asked.is_unread and not book.receipts_come_home,
+            at_most_waiting=delivery.waiting,
+        )
+
+    def _here(self, book: Book) -> Counts:
+        """Return what became on the driver of a trace's own spans, and of those that came home."""
+        here = self._deliveries.counts(key_of(book.trace_id))
+        if book.too_late:
+            here.losses[Loss.TOO_LATE] += len(book.too_late)
+        return here
 
     def _close_action(self, book: Book, deadline: float) -> None:
         """Write the end of an action's trace as it is known now."""
@@ -113,7 +144,8 @@ class Settlement:
             return
         book.root = replace(book.root, end=time.time_ns())
         end_info(book.info, book.root.start, book.root.end or 0)
-        record = Record("span", book.root.span_id, encode(book.root))
+        key = key_of(book.trace_id)
+        record = Record("span", book.root.span_id, encode(book.root), key)
         if book.delivers:
             self._deliveries.to(book.destination).submit_all([record])
             return
@@ -121,37 +153,61 @@ class Settlement:
         record_sums(book, *totals, self._spark_facts)
         spans = [*spans_of([record]), *book.whole.values()]
         if self._within(deadline, store_whole_trace, book.destination, book.info, spans):
-            book.written_totals = totals
+            book.written = totals, {}
 
-    def _ask(self, book: Book, refused: int, until: float) -> int | None:
-        """Ask the store how many spans it has; where that is another number, learn why.
-
-        Args:
-            book: The trace's.
-            refused: Spans that are not on their way.
-            until: How long to wait for those that may be, on the monotonic clock.
-
-        Returns:
-            The number; None where the store cannot be asked again.
-        """
+    def _ask(self, book: Book, asked: _Asked) -> None:
+        """Ask the store how many spans it has; where that is another number, learn why."""
         try:
-            stored = self._count(book)
+            asked.stored = self._count(book)
         except StoreError:
             if book.is_complete:
-                return None
+                return
             raise
-        if not book.delivers or (book.receipts_come_home and stored == book.made):
-            return stored
-        if stored <= _READABLE:
+        silent = self._attempts(book, asked)
+        book.note_silent(silent)
+        if not book.delivers:
+            return
+        if asked.stored <= _READABLE and book.must_read(asked.stored, silent):
+            # Which takes its time; whoever waits no longer goes without.
+            asked.is_unread = True
             self._read_receipts(book)
+            asked.is_unread = False
+            book.was_read = asked.stored, frozenset(each.attempt for each in silent)
+            book.note_silent(silent)
+        here = self._here(book)
 
         def may_arrive() -> bool:
-            return stored + refused + sum(task.lost for task in book.tasks()) < book.made
+            # Those that the store does not have do not arrive, however long one waits.
+            refused = here.set_aside + sum(task.set_aside for task in book.tasks())
+            lost = here.lost + sum(task.lost for task in book.tasks())
+            return int(asked.stored or 0) + refused + lost < book.made
 
-        while book.has_ended and may_arrive() and (remaining := until - time.monotonic()) > 0:
-            time.sleep(min(0.5, remaining))
-            stored = self._count(book)
-        return stored
+        # What is on its way to a store that tells of all tasks, or of those that run to Spark.
+        def is_awaited() -> bool:
+            return may_arrive() or book.awaits_tasks
+
+        while is_awaited() and (left := asked.until - time.monotonic()) > 0:
+            time.sleep(min(0.5, left))
+            asked.stored = self._count(book)
+            if book.awaits_tasks:
+                book.note_silent(self._attempts(book, asked))
+                if asked.stored <= _READABLE:
+                    self._read_receipts(book)
+
+    def _attempts(self, book: Book, asked: _Asked) -> list[Attempt]:
+        """Return attempts that have told nothing, once what they left on this host is delivered."""
+        attempts = list(self._silent_attempts(book))
+        now = time.time_ns() // 1_000_000
+        here = [
+            each
+            for each in attempts
+            if each.is_here and not each.is_swept and each.ended is not None and each.ended <= now
+        ]
+        if not here or not self._homecoming.sweep():
+            return attempts
+        if book.delivers:
+            asked.stored = self._count(book)
+        return [replace(each, is_swept=each.is_swept or each in here) for each in attempts]
 
     def _count(self, book: Book) -> int:
         if book.delivers:
@@ -167,22 +223,26 @@ class Settlement:
         _, spans = read_trace(book.destination, book.trace_id)
         by_id = {span.span_id: span for span in spans}
         for task_id, below in by_task(spans).items():
-            if task_id is None or task_id in book.receipts:
+            if task_id is None:
+                continue
+            below += linked_spans(book.destination, by_id[task_id])
+            if task_id in book.receipts:
+                # A span that ended after its task has told.
+                book.found[task_id] = len(below)
                 continue
             task = by_id[task_id]
             receipt = TaskReceipt.from_attributes(book.trace_id, task_id, task.attributes)
             if receipt is not None:
                 self._progress(receipt)
                 book.receipts[task_id] = receipt
+                book.found[task_id] = len(below)
             else:
                 # Killed, or still running: what it has stored is all that is known.
-                below += linked_spans(book.destination, task)
-                usage, cost = totals_of(below)
-                book.unfinished[task_id] = TaskReceipt(
-                    book.trace_id, task_id, len(below), len(below), usage=usage, cost=cost
-                )
+                book.unfinished[task_id] = Unfinished.of(book.trace_id, task, below)
 
-    def _write_totals(self, book: Book, delivery: Delivery, deadline: float, *, ask: bool) -> None:
+    def _write_totals(
+        self, book: Book, delivery: Delivery, deadline: float, receipt: Receipt, *, ask: bool
+    ) -> None:
         totals = book.totals()
         usage, cost = totals
         unpriced = any(task.usage and not task.cost for task in book.tasks())
@@ -193,10 +253,12 @@ class Settlement:
             found = self._within(deadline, sum_of_costs, book.destination, book.trace_id)
             cost = dict(found or cost)
         record_sums(book, usage, cost, self._spark_facts)
-        delivery.submit_all([trace_record(book.info)])
+        book.info.trace_metadata[RECEIPT] = json.dumps(receipt.summary())
+        delivery.submit_all([trace_record(book.info)._replace(owner=key_of(book.trace_id))])
         # Where nothing was stored a moment ago, there is no point in waiting again.
         if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
-            book.written_totals = totals
+            book.written = totals, receipt.summary()
+            book.priced = cost
 
 
 @contextmanager

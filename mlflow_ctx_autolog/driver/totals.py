@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
@@ -12,13 +16,21 @@ from mlflow_ctx_autolog.driver.job_sums import job_sums
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import (
+    DRIVER,
     LINKED_TRACE,
+    RECEIPT,
     SPARK_FACTS,
     TRACE_KEY,
     split_metadata,
 )
-from mlflow_ctx_autolog.stores.tracking_store import read_trace, trace_record
-from mlflow_ctx_autolog.tracing import record_totals, totals_of
+from mlflow_ctx_autolog.stores.tracking_store import read_trace, span_record, trace_record
+from mlflow_ctx_autolog.tracing import (
+    end_info,
+    is_in_progress,
+    record_totals,
+    totals_of,
+    with_attributes,
+)
 
 __all__ = ["linked_spans", "record_sums", "write_stored_totals"]
 
@@ -46,7 +58,10 @@ def record_sums(book: Book, usage: Amounts, cost: Amounts, spark_facts: SparkFac
 
 
 def write_stored_totals(destination: Destination, trace_id: str) -> None:
-    """Add up what the store has of a trace whose driver is gone, and write its totals.
+    """Add up what the store has of a trace, and write its totals, for a driver that may be gone.
+
+    Task attempts whose process is gone from this host have told all that they will: their spans
+    say so from now on. Where the driver is gone, too, the trace is over.
 
     Raises:
         StoreError: The store does not answer, or has no such trace.
@@ -59,6 +74,8 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
         write_stored_totals(destination, job_trace_id)
         return
     by_id = {span.span_id: span for span in spans}
+    records = []
+    unknown = 0
     for task_id, below in by_task(spans).items():
         task = None if task_id is None else by_id[task_id]
         receipt = None
@@ -66,10 +83,53 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
             receipt = TaskReceipt.from_attributes(trace_id, task.span_id, task.attributes)
             below += linked_spans(destination, task) if receipt is None else []
         found = totals_of(below) if receipt is None else (receipt.usage, receipt.cost)
+        if task is not None and receipt is None:
+            if is_gone(task.get_attribute("host.name"), task.get_attribute("process.pid")):
+                said = TaskReceipt.attributes(len(below), *found)
+                records.append(span_record(with_attributes(task, said)))
+            else:
+                unknown += 1
         for total, amounts in zip((usage, cost), found, strict=True):
             add(total, amounts)
     record_totals(info, usage, cost)
-    send(destination, [trace_record(info)])
+    _correct_receipt(info, len(spans), unknown)
+    if is_in_progress(info) and not _is_drivers(info):
+        end_info(info, info.request_time * 1_000_000, _end_of(spans), failed=True)
+    send(destination, [*records, trace_record(info)])
+
+
+def _correct_receipt(info: Any, stored: int, unknown: int) -> None:
+    """Say in what is known of a trace what the store has now, if its driver said so before."""
+    with suppress(KeyError, ValueError, AttributeError):
+        receipt = json.loads(info.trace_metadata[RECEIPT])
+        made = max(int(receipt.get("made", 0)), stored)
+        told = {"waiting": made - stored - receipt.get("lost", 0), "unknown": unknown}
+        kept = {name: value for name, value in receipt.items() if name not in told}
+        told = {name: value for name, value in told.items() if value > 0}
+        info.trace_metadata[RECEIPT] = json.dumps({**kept, "made": made, "stored": stored, **told})
+
+
+def is_gone(host: Any, process: Any) -> bool:
+    """Whether a process was one of this host, and is no more."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError, TypeError, ValueError):
+        pass
+    return False
+
+
+def _is_drivers(info: Any) -> bool:
+    """Whether the driver of a trace is known to live on this host, and to end it in its time."""
+    host, _, process = info.trace_metadata.get(DRIVER, "").partition(" ")
+    return host == socket.gethostname() and not is_gone(host, process)
+
+
+def _end_of(spans: Sequence[Any]) -> int:
+    return max(int(span.end_time_ns or span.start_time_ns) for span in spans)
 
 
 def linked_spans(destination: Destination, task: Any) -> list[Any]:

@@ -42,6 +42,7 @@ from mlflow_ctx_autolog.worker.children import Children, Parent
 from mlflow_ctx_autolog.worker.mlflow_loading import MLflowInWorker
 from mlflow_ctx_autolog.worker.open_spans import Branch, OpenSpans
 from mlflow_ctx_autolog.worker.router import TraceRouter
+from mlflow_ctx_autolog.worker.spark_task import task_attributes
 from mlflow_ctx_autolog.worker.task_calls import CallRecording
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
@@ -71,7 +72,7 @@ class WorkerProcess:
         self.calls = CallRecording(
             self.active_span, self.mlflow.problem, self._call_started, self._call_ended
         )
-        self._recovery = Recovery(self._adopt)
+        self.recovery = Recovery(self._adopt)
         self._threads = ThreadHandovers(self._work_here)
         self._parent: Parent | None = None
         self._children = Children(self._work_here, self._answer_child, join, lambda: self._parent)
@@ -92,7 +93,9 @@ class WorkerProcess:
         """Prepare for a task that is about to be opened."""
         delivery = self.deliveries.to(task.destination)
         delivery.configure(task.context.config)
-        self._recovery.start(task.context.config.spool_directory)
+        # Of a task that is tried again, the attempt before may have been killed here.
+        is_retry = bool(task_attributes().get("spark.task.attempt_number"))
+        self.recovery.start(task.context.config.spool_directory, anew=is_retry)
         if not open_tasks():
             self._environment = _set_environment(_task_environment(task.context))
         self._install(task.context)

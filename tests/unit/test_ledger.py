@@ -23,13 +23,14 @@ from workload import StoredTrace, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import tracing
-from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.receipts import Loss, TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.driver import books, ledger, settling, totals
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.sending import send
+from mlflow_ctx_autolog.stores.stored_trace import DRIVER, RECEIPT
 
 USAGE = "mlflow.chat.tokenUsage"
 COST = "mlflow.llm.cost"
@@ -222,7 +223,7 @@ def test_a_trace_is_stored_as_mlflow_would(
     captures = True
     ours = stored_trace(work()).trace
 
-    ignored = {store.TRACE_KEY, "mlflow.trace.cost", "mlflow.artifactLocation"}
+    ignored = {store.TRACE_KEY, RECEIPT, DRIVER, "mlflow.trace.cost", "mlflow.artifactLocation"}
 
     def facts(trace: Any) -> Any:
         info = trace.info
@@ -397,17 +398,24 @@ def test_a_task_without_a_receipt_is_found_in_the_store(
 def test_a_task_that_was_killed_counts_by_what_it_has_stored(
     book: Ledger, database: Destination
 ) -> None:
-    """Of a task that has not ended, the calls that are stored are in the totals."""
+    """The calls that are stored are in the totals; whether these are all, nobody knows."""
     with mlflow.start_span("driver") as root:
         ctx_autolog.capture()
-        running = {"mlflow.spanType": "TASK", "spark.task.outcome": "running"}
+        running = {
+            "mlflow.spanType": "TASK",
+            "spark.task.outcome": "running",
+            "host.name": "node2",
+        }
         task = _away(root, 0xF0, "task", attributes=running)
         call = _away(root, 0xF1, "call", parent_id=0xF0, attributes={USAGE: tokens(4)})
         send(database, [store.span_record(task), store.span_record(call)])
 
     assert usage_in_store(root.trace_id) == tokens(4)
     found = ctx_autolog.receipt()
-    assert (found.tasks, found.made, found.stored, found.complete) == (1, 3, 3, True)
+    assert (found.tasks, found.made, found.stored, found.complete) == (1, 3, 3, False)
+    assert found.unknown == {"node2": 1}
+    assert "unknown what 1 task attempt (1 on node2) made" in str(found)
+    assert "mlflow-ctx-autolog recover on node2" in book.explain(found)
 
 
 def test_a_receipt_counts_more_than_what_was_seen_before_it(
@@ -563,7 +571,7 @@ def test_what_is_lost_is_said(book: Ledger, caplog: pytest.LogCaptureFixture) ->
     (warning,) = our_warnings(caplog)
     assert "2 lost" in warning
     assert "disk full" in warning
-    assert "waiting" not in warning
+    assert "waiting," not in warning
 
 
 def _incomplete_trace(book: Ledger) -> None:
@@ -1025,3 +1033,110 @@ def test_spans_that_come_too_late_are_said_to_be_lost(
     assert names(stored_trace(root.trace_id)) == ["driver"]
     found = ctx_autolog.receipt(timeout=5)
     assert (found.made, found.stored, found.complete) == (3, 1, False)
+
+
+# Every way in which a span can be dropped.
+
+
+def _configure(book: Ledger) -> None:
+    for delivery in book.deliveries.all():
+        delivery.configure(driver.settings())
+
+
+def _no_room(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    ctx_autolog.enable(flush_timeout=5, spool_max_bytes=0, max_waiting_bytes=1_000_000)
+    _configure(book)
+    large = task.records[0]._replace(payload=bytes(1_000_001))
+    return [large, *task.records[1:]]
+
+
+def _refused(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    ctx_autolog.enable(flush_timeout=5, spool_max_bytes=0)
+    _configure(book)
+    return [task.records[0]._replace(payload=b"\xff garbage"), *task.records[1:]]
+
+
+def _refused_unnamed(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    ctx_autolog.enable(flush_timeout=5)
+    refused = task.records[0].key
+
+    def send_some(destination: Destination, records: Sequence[Record]) -> None:
+        # As a collector does, which has them in the order in which they come.
+        kept = [record for record in records if record.key != refused]
+        send(destination, kept)
+        if len(kept) < len(records):
+            raise store.StoreError("it rejected 1 span", rejected=len(records) - len(kept))
+
+    for delivery in book.deliveries.all():
+        patched.setattr(delivery, "_send", send_some)
+    return task.records
+
+
+def _too_late(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    return task.records
+
+
+# Where it can happen: while the trace is open, or once a store for whole traces has it.
+WAYS = {
+    Loss.NO_ROOM: (_no_room, 1),
+    Loss.REFUSED: (_refused, 1),
+    Loss.REFUSED_UNNAMED: (_refused_unnamed, 1),
+    Loss.TOO_LATE: (_too_late, 3),
+}
+
+
+def test_every_way_to_lose_a_span_is_tried() -> None:
+    """Whoever adds one adds a job that loses spans so."""
+    assert set(WAYS) == set(Loss)
+
+
+@pytest.mark.parametrize("way", Loss)
+def test_the_receipt_is_what_the_store_has(
+    book: Ledger,
+    way: Loss,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Receipt, warning, strict and the trace's metadata all have what was counted in the store."""
+    make, lost = WAYS[way]
+    if way is Loss.TOO_LATE:
+        request.getfixturevalue("files")
+    with mlflow.start_span("driver") as root:
+        book.open(receipts_come_home=True)
+        assert ctx_autolog.flush(60)
+        task = task_below(root, calls=2)
+        arrival = task.arrival(make(book, task, monkeypatch))
+        if way is not Loss.TOO_LATE:
+            book.receive([arrival])
+    mlflow.flush_trace_async_logging()
+    if way is Loss.TOO_LATE:
+        book.receive([arrival])
+
+    found = ctx_autolog.receipt(root.trace_id, timeout=10)
+    trace = stored_trace(root.trace_id)
+    assert (found.made, found.lost, found.waiting) == (4, lost, 0)
+    assert found.stored == len(trace.spans) == 4 - lost
+    assert found.losses == {way.value: lost}
+    assert not found.complete
+    assert f"{lost} lost" in book.explain(found)
+    assert way.value in book.explain(found)
+    ctx_autolog.enable(strict=True)
+    with pytest.raises(ctx_autolog.IncompleteTraceError, match=f"{lost} lost"):
+        ctx_autolog.receipt(root.trace_id, timeout=10)
+    if way is not Loss.TOO_LATE:
+        assert any(f"{lost} lost: {way.value}" in warning for warning in our_warnings(caplog))
+        assert json.loads(trace.metadata[RECEIPT]) == {"made": 4, "stored": 4 - lost, "lost": lost}
+
+
+def test_what_comes_too_late_without_a_trace_of_its_own_is_lost(
+    book: Ledger, files: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A receipt of tasks whose trace nobody knows counts what was acknowledged, and no more."""
+    with mlflow.start_span("elsewhere") as root:
+        task = task_below(root)
+    mlflow.flush_trace_async_logging()
+    book.receive([task.arrival(task.records)])
+
+    found = ctx_autolog.receipt()
+    assert (found.made, found.stored, found.lost, found.complete) == (2, 0, 2, False)
