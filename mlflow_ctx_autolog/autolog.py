@@ -186,7 +186,7 @@ def enable(
             ``"errors+slow+5%"``.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
-        quiet: Whether the driver shows nothing when a job is over, rather than one line.
+        quiet: Whether the driver shows nothing when a job is over.
         reuse_answers: Where calls that Spark has made again get the answers that were paid for:
             True among the workers of each host, or in a directory that all workers see, by its
             absolute path.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -307,6 +308,18 @@ class Receipt:
         names = ("made", "stored", "waiting", "lost", "set_aside", "sampled_out", "unknown")
         found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value or name in names[:2]}
+
+    @classmethod
+    def from_summary(cls, trace_id: str, text: str | None) -> Receipt | None:
+        """Return what :meth:`summary` has told, from its JSON; None where there is none."""
+        with suppress(TypeError, ValueError, AttributeError):
+            fields = json.loads(text or "")
+            unknown = {str(host): int(count) for host, count in fields.pop("unknown", {}).items()}
+            numbers: dict[str, Any] = {
+                str(name): int(n) for name, n in fields.items() if n is not None
+            }
+            return cls(str(trace_id), unknown=unknown, **numbers)
+        return None
 
     def __str__(self) -> str:
         stored = "the store did not say how many it has"

@@ -624,13 +624,19 @@ def _open_trace(shared: DriverContext, *, receipts_come_home: bool, functions: i
         driver.ledger.open(receipts_come_home=receipts_come_home, functions=functions)
 
 
+# Hosts among which a trace is shared out where nobody knows how many there will be.
+_HOSTS = 20
+
+
 def _spans_per_host(session: Any) -> int | None:
     """Return how many spans below tasks a trace takes on each host; None for all."""
     limit = settings().max_spans_per_trace
     # A store for whole traces takes them from the driver, which holds them until the root ends.
     if limit is None or not store.store_takes_spans() or store.span_table() is not None:
         return None
-    hosts = 1 if session is None else spark_api.executor_hosts(session)
+    hosts = 1 if session is None else spark_api.most_hosts(session)
+    if hosts is None:
+        return max(1, limit // _HOSTS)
     # A part for each host, but not so small that a job of few partitions has no use of it, unless
     # the whole became too large.
     return max(1, limit // hosts, min(limit // 10, 2 * limit // hosts))

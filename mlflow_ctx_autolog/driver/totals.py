@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.books import Book, by_task
 from mlflow_ctx_autolog.driver.job_sums import job_sums
@@ -75,7 +76,7 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
         return
     by_id = {span.span_id: span for span in spans}
     records = []
-    unknown = 0
+    unknown: Counter[str] = Counter()
     for task_id, below in by_task(spans).items():
         task = None if task_id is None else by_id[task_id]
         receipt = None
@@ -88,7 +89,7 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
                 said = TaskReceipt.attributes(len(below), *found)
                 records.append(span_record(with_attributes(task, said)))
             else:
-                unknown += 1
+                unknown[str(task.get_attribute("host.name") or "")] += 1
         for total, amounts in zip((usage, cost), found, strict=True):
             add(total, amounts)
     record_totals(info, usage, cost)
@@ -98,15 +99,19 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
     send(destination, [*records, trace_record(info)])
 
 
-def _correct_receipt(info: Any, stored: int, unknown: int) -> None:
+def _correct_receipt(info: Any, stored: int, unknown: Mapping[str, int]) -> None:
     """Say in what is known of a trace what the store has now, if its driver said so before."""
-    with suppress(KeyError, ValueError, AttributeError):
-        receipt = json.loads(info.trace_metadata[RECEIPT])
-        made = max(int(receipt.get("made", 0)), stored)
-        told = {"waiting": made - stored - receipt.get("lost", 0), "unknown": unknown}
-        kept = {name: value for name, value in receipt.items() if name not in told}
-        told = {name: value for name, value in told.items() if value > 0}
-        info.trace_metadata[RECEIPT] = json.dumps({**kept, "made": made, "stored": stored, **told})
+    if (told := Receipt.from_summary(info.trace_id, info.trace_metadata.get(RECEIPT))) is None:
+        return
+    made = max(told.made, stored)
+    now = replace(
+        told,
+        made=made,
+        stored=stored,
+        waiting=max(0, made - stored - told.lost),
+        unknown=dict(unknown),
+    )
+    info.trace_metadata[RECEIPT] = json.dumps(now.summary())
 
 
 def is_gone(host: Any, process: Any) -> bool:

@@ -1126,6 +1126,10 @@ def test_the_receipt_is_what_the_store_has(
         ctx_autolog.receipt(root.trace_id, timeout=10)
     if way is not Loss.TOO_LATE:
         assert any(f"{lost} lost: {way.value}" in warning for warning in our_warnings(caplog))
+        (note,) = [
+            note for note in ctx_autolog.report(root.trace_id).notes if "asked the store" in note
+        ]
+        assert f"4 spans made, {4 - lost} stored" in note
         assert json.loads(trace.metadata[RECEIPT]) == {"made": 4, "stored": 4 - lost, "lost": lost}
 
 
@@ -1140,3 +1144,58 @@ def test_what_comes_too_late_without_a_trace_of_its_own_is_lost(
 
     found = ctx_autolog.receipt()
     assert (found.made, found.stored, found.lost, found.complete) == (2, 0, 2, False)
+
+
+# When a job is over.
+
+
+def test_a_job_is_shown_once_it_is_over(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch, database: Destination
+) -> None:
+    """Once for its span, and again where more of its tasks have told."""
+    shown: list[str] = []
+    monkeypatch.setattr(book, "_show_job", lambda book, receipt: shown.append(str(receipt)))
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        early, late = task_below(root), task_below(root)
+        book.receive([early.arrival(early.records)])
+    mlflow.flush_trace_async_logging()
+    assert ctx_autolog.flush(60)
+    assert shown == ["3 spans made, 3 stored"]
+
+    book.receive([late.arrival(late.records)])
+    assert ctx_autolog.flush(60)
+    assert shown == ["3 spans made, 3 stored", "5 spans made, 5 stored"]
+
+
+# After a driver that has died.
+
+
+@pytest.mark.parametrize(("driver_id", "state"), [("elsewhere 1", "ERROR"), (None, "IN_PROGRESS")])
+def test_a_trace_whose_driver_has_died_is_over(
+    book: Ledger, database: Destination, driver_id: str | None, state: str
+) -> None:
+    """Recovery ends it, unless the driver is known to live, and corrects what was said of it."""
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        assert ctx_autolog.flush(60)
+        info, _ = store.read_trace(database, root.trace_id)
+        info.trace_metadata[RECEIPT] = json.dumps({"made": 2, "stored": 1, "waiting": 1})
+        if driver_id is not None:
+            info.trace_metadata[DRIVER] = driver_id
+        running = {"mlflow.spanType": "TASK", "spark.task.outcome": "running"}
+        gone = {"host.name": socket.gethostname(), "process.pid": 2**22 + 1}
+        task = _away(root, 0xF8, "task", attributes={**running, **gone})
+        call = _away(root, 0xF9, "call", parent_id=0xF8, attributes={USAGE: tokens(4)})
+        records = [store.span_record(task), store.span_record(call), store.trace_record(info)]
+        send(database, records)
+        totals.write_stored_totals(database, root.trace_id)
+
+        info, spans = store.read_trace(database, root.trace_id)
+        assert str(info.state) == state
+        assert info.token_usage == tokens(4)
+        assert json.loads(info.trace_metadata[RECEIPT]) == {"made": 3, "stored": 3}
+        told = {span.span_id: span.get_attribute("spans.made") for span in spans}
+        assert told[task.span_id] == 2
+    # Whose driver asks the store, and knows all of it now.
+    assert ctx_autolog.receipt(root.trace_id).complete
