@@ -16,14 +16,9 @@ from mlflow_ctx_autolog.config import UNCHANGED, Config, Price, Propagation, Tra
 from mlflow_ctx_autolog.diagnosis.checks import Facts, examine, likely_causes
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.answers import check_answers
-from mlflow_ctx_autolog.driver.handover import (
-    describe_transport,
-    driver,
-    settings,
-    warn,
-    warn_of_old_store,
-)
+from mlflow_ctx_autolog.driver.handover import driver, settings
 from mlflow_ctx_autolog.driver.openai_autolog import OpenAIAutolog
+from mlflow_ctx_autolog.driver.routes import describe_transport, warn, warn_of_old_store
 from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
@@ -56,7 +51,7 @@ class Handle:
         if config is None:
             return "<mlflow-ctx-autolog: off>"
         try:
-            told = describe_transport()
+            told = describe_transport(config)
         except UnsupportedStoreError as error:
             told = str(error)
         own = config.differences(Config())
@@ -246,7 +241,7 @@ def switch_on(resolved: Config) -> Handle:
             driver.enabled_at = time.monotonic()
         driver.config = resolved
         try:
-            _logger.info("%s", describe_transport())
+            _logger.info("%s", describe_transport(settings()))
             _log_changes(before, resolved)
             warn_of_old_store()
             driver.check_forwarding()

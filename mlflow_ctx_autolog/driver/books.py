@@ -12,10 +12,10 @@ from typing import Any
 from mlflow_ctx_autolog.delivery.receipts import ATTEMPT, STAGE, Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.attempts import Attempt
+from mlflow_ctx_autolog.driver.mlflow_traces import is_task, totals_of
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.record import SpanRecord
-from mlflow_ctx_autolog.tracing import is_task, totals_of
 
 __all__ = ["Book", "Books", "Unfinished", "by_task", "key_of"]
 
@@ -91,6 +91,7 @@ class Book:
         handed_over: Functions that were handed to Spark in it.
         settling: Held while the store is asked.
         opened: When it was handed to Spark first, on the monotonic clock.
+        touched: When it was last.
         name: What its root is called; None before that is known.
         shown: How many tasks had told when the user was shown what it came to; None before.
         root: The root of an action's trace, which no span of the driver is; None where one is.
@@ -123,6 +124,7 @@ class Book:
     handed_over: int = 0
     settling: threading.Lock = field(default_factory=threading.Lock)
     opened: float = field(default_factory=time.monotonic)
+    touched: float = 0.0
     name: str | None = None
     shown: int | None = None
     root: SpanRecord | None = None
@@ -237,6 +239,7 @@ class Books:
 
     def keep(self, book: Book) -> None:
         """Make a trace the last that was handed to Spark, and forget those of long ago."""
+        book.touched = time.monotonic()
         self._books[key_of(book.trace_id)] = book
         self._books.move_to_end(key_of(book.trace_id))
         over = [key for key, each in self._books.items() if each.has_ended]

@@ -18,6 +18,8 @@ from mlflow_ctx_autolog.delivery.recovery import recover
 from mlflow_ctx_autolog.delivery.relay import announce_driver, collect
 from mlflow_ctx_autolog.delivery.segments import spool_files
 from mlflow_ctx_autolog.driver.books import Book, Books, key_of
+from mlflow_ctx_autolog.driver.exports import add_to_trace
+from mlflow_ctx_autolog.driver.mlflow_traces import info_of_json, info_of_trace
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
 from mlflow_ctx_autolog.spans.otlp import decode
@@ -31,12 +33,7 @@ from mlflow_ctx_autolog.stores.tracking_store import (
     spans_of,
     store_takes_spans,
 )
-from mlflow_ctx_autolog.tracing import (
-    active_workspace,
-    add_to_trace,
-    info_of_json,
-    info_of_trace,
-)
+from mlflow_ctx_autolog.tracing import active_workspace
 
 __all__ = ["Arrival", "Homecoming"]
 

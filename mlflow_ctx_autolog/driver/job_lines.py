@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from mlflow_ctx_autolog.config import Price
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.driver.books import Book
+from mlflow_ctx_autolog.driver.mlflow_traces import list_price
 from mlflow_ctx_autolog.driver.screens import a_screen
 from mlflow_ctx_autolog.log_ins import without_credentials
-from mlflow_ctx_autolog.tracing import list_price
 
 __all__ = ["cost_of_task", "job_line", "show_job"]
 

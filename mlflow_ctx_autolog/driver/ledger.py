@@ -21,8 +21,16 @@ from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.books import Book, Books, by_task, key_of
 from mlflow_ctx_autolog.driver.explanations import explain
+from mlflow_ctx_autolog.driver.exports import (
+    DriverTracing,
+    complete_info,
+    filtered,
+    flush_exports,
+    open_spans,
+)
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
 from mlflow_ctx_autolog.driver.job_sums import sums_of
+from mlflow_ctx_autolog.driver.mlflow_traces import record_no_totals, totals_of
 from mlflow_ctx_autolog.driver.settling import Settlement
 from mlflow_ctx_autolog.driver.totals import SparkFacts, record_sums
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError
@@ -37,18 +45,7 @@ from mlflow_ctx_autolog.stores.tracking_store import (
     store_takes_spans,
     trace_record,
 )
-from mlflow_ctx_autolog.tracing import (
-    DriverTracing,
-    active_span_ids,
-    active_trace,
-    active_workspace,
-    complete_info,
-    filtered,
-    flush_exports,
-    open_spans,
-    record_no_totals,
-    totals_of,
-)
+from mlflow_ctx_autolog.tracing import active_span_ids, active_trace, active_workspace
 
 __all__ = ["Ledger"]
 
@@ -95,6 +92,7 @@ class Ledger:
         self._show_job = show_job
         self.books = Books()
         self._without_trace: dict[str, TaskReceipt] = {}
+        self._last_without_trace = -math.inf
         self.deliveries = Deliveries(self._new_delivery)
         self._home = Homecoming(self.books, self.deliveries, config, self._enter, self._warn)
         self._settlement = Settlement(
@@ -192,6 +190,7 @@ class Ledger:
             if receipt.silence is not None:
                 self._warn("silence", self._silence("Tasks", receipt.silence))
             self._without_trace[receipt.task_span_id] = receipt
+            self._last_without_trace = time.monotonic()
             if len(self._without_trace) > _TASKS:
                 del self._without_trace[next(iter(self._without_trace))]
             return
@@ -266,11 +265,13 @@ class Ledger:
         Raises:
             KeyError: The trace was not handed to Spark.
         """
-        if (trace_id is None and self.books.last() is None) or any(
+        last = self.books.last()
+        is_loose = trace_id is None and (last is None or last.touched < self._last_without_trace)
+        if is_loose or any(
             task.trace_id == trace_id for task in list(self._without_trace.values())
         ):
             return self._receipt_without_trace(trace_id, timeout)
-        book = self.books.last() if trace_id is None else self.books.of(trace_id)
+        book = last if trace_id is None else self.books.of(trace_id)
         if book is None:
             raise KeyError(trace_id)
         deadline = time.monotonic() + timeout

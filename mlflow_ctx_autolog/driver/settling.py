@@ -18,6 +18,7 @@ from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.books import Book, Unfinished, by_task, key_of
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
+from mlflow_ctx_autolog.driver.mlflow_traces import end_info
 from mlflow_ctx_autolog.driver.totals import SparkFacts, linked_spans, record_sums
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.spans.otlp import encode
@@ -30,7 +31,6 @@ from mlflow_ctx_autolog.stores.tracking_store import (
     sum_of_costs,
     trace_record,
 )
-from mlflow_ctx_autolog.tracing import end_info
 
 __all__ = ["Settlement"]
 

@@ -14,6 +14,13 @@ from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.books import Book, by_task
 from mlflow_ctx_autolog.driver.job_sums import job_sums
+from mlflow_ctx_autolog.driver.mlflow_traces import (
+    end_info,
+    is_in_progress,
+    record_totals,
+    totals_of,
+    with_attributes,
+)
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import (
@@ -25,13 +32,6 @@ from mlflow_ctx_autolog.stores.stored_trace import (
     split_metadata,
 )
 from mlflow_ctx_autolog.stores.tracking_store import read_trace, span_record, trace_record
-from mlflow_ctx_autolog.tracing import (
-    end_info,
-    is_in_progress,
-    record_totals,
-    totals_of,
-    with_attributes,
-)
 
 __all__ = ["linked_spans", "record_sums", "write_stored_totals"]
 

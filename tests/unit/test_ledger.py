@@ -25,7 +25,7 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import tracing
 from mlflow_ctx_autolog.delivery.receipts import Loss, TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
-from mlflow_ctx_autolog.driver import books, ledger, settling, totals
+from mlflow_ctx_autolog.driver import books, exports, ledger, settling, totals
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
@@ -114,7 +114,7 @@ def _away(
     parent_id: int | None = None,
     attributes: dict[str, Any] | None = None,
 ) -> Span:
-    snapshot = tracing.snapshot(parent)
+    snapshot = exports.snapshot(parent)
     assert snapshot is not None
     message: SpanMessage = snapshot.to_otel_proto()
     message.name = name
@@ -279,7 +279,7 @@ def test_mlflow_exports_what_we_fail_to(
         monkeypatch.setattr(ledger, "complete_info", fail)
     trace = stored_trace(root.trace_id)
     assert trace.trace.info.state == "OK"
-    assert any("not today" in warning for warning in our_warnings(caplog, "tracing"))
+    assert any("not today" in warning for warning in our_warnings(caplog, "driver.exports"))
 
 
 def test_disabling_while_a_trace_is_open_completes_it(book: Ledger) -> None:
@@ -440,7 +440,7 @@ def test_a_receipt_counts_more_than_what_was_seen_before_it(
 def test_totals_of_a_trace_whose_driver_is_gone(book: Ledger, database: Destination) -> None:
     """From what the store has, a trace is added up as its driver would have done."""
     with mlflow.start_span("driver") as root:
-        records = [store.span_record(tracing.snapshot(root))]
+        records = [store.span_record(exports.snapshot(root))]
         for number in (0xE0, 0xE2):
             running = {"mlflow.spanType": "TASK", "spark.task.outcome": "completed"}
             facts = {USAGE: tokens(4), COST: price(1)}
