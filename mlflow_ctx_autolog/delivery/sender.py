@@ -107,7 +107,6 @@ class Delivery:
         self._attempts = 0
         self.store_is_down = False
         self.is_unsupported = False
-        self._on_its_way: dict[tuple[str, str], int] = {}
         self._unbooked = 0  # Stored, and perhaps off the disk, but not counted yet.
         self._counts: dict[str, Counts] = {}
         self.delivered = 0
@@ -256,7 +255,7 @@ class Delivery:
         found = self._spool.peek(len(self._spool), 1 << 62 if max_bytes is None else max_bytes)
         if found and max_bytes is not None and len(found[0][1].payload) > max_bytes:
             return []
-        found = [each for each in found if not self._is_overtaken(*each)]
+        found = self._spool.without_later_states(found)
         self._spool.remove(number for number, _ in found)
         self._spool.discard()
         with self._lock:
@@ -332,7 +331,7 @@ class Delivery:
                     self._due.wait(pause)
                 count = pacing.batch_size()
                 self._hurries = False
-            batch = self._batch(count)
+            batch = self._spool.lease(count, self._request_bytes)
             if not len(self._spool):
                 # Somebody has taken it all.
                 continue
@@ -341,27 +340,15 @@ class Delivery:
                 if not batch:
                     raise StoreError("the spool cannot be read")
                 self._send(self.destination, [record for _, record in batch])
+                problem = None
             except Exception as error:
-                pacing.answered()
-                self._on_its_way = {}
-                known = error if isinstance(error, StoreError) else StoreError(repr(error))
-                self._failed(known, batch)
+                problem = error if isinstance(error, StoreError) else StoreError(repr(error))
+            pacing.answered()
+            self._spool.end_lease()
+            if problem is not None:
+                self._failed(problem, batch)
             else:
-                pacing.answered()
-                self._on_its_way = {}
                 self._stored(batch, time.monotonic() - started)
-
-    def _batch(self, count: int) -> list[tuple[int, Record]]:
-        """Return what to send next, and note it before anybody takes a later state of it."""
-        while found := self._spool.peek(count, self._request_bytes):
-            self._on_its_way = {(record.kind, record.key): number for number, record in found}
-            if batch := self._spool.held(found):
-                return batch
-        return []
-
-    def _is_overtaken(self, number: int, record: Record) -> bool:
-        """Whether an earlier state of a record may still be stored, later than who takes this."""
-        return self._on_its_way.get((record.kind, record.key), number) != number
 
     def _due_at(self) -> float:
         hurries = self._flushes > 0 or self._hurries

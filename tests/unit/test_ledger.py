@@ -199,6 +199,35 @@ def test_a_receipt_is_of_the_trace_that_was_handed_to_spark_last(
         ctx_autolog.receipt(root.trace_id)
 
 
+def test_a_receipt_is_of_the_last_job_also_without_a_trace_in_the_book(book: Ledger) -> None:
+    """Of tasks that came later than the last trace, rather than of the job before them."""
+    with tracing.new_trace("elsewhere"):
+        other = task_below(mlflow.get_current_active_span())
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+    book.receive([other.arrival()])
+    assert ctx_autolog.receipt().trace_id is None
+    assert ctx_autolog.receipt().tasks == 1
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+    assert ctx_autolog.receipt().trace_id == root.trace_id
+
+
+def test_a_receipt_waits_for_what_is_on_its_way(book: Ledger, database: Destination) -> None:
+    """Also while the span is open, right after an action."""
+    with mlflow.start_span("driver"):
+        ctx_autolog.capture()
+        root = mlflow.get_current_active_span()
+        assert root is not None
+        task = task_below(root)
+        book.receive([task.arrival()])
+        late = threading.Timer(0.5, send, (database, task.records))
+        late.start()
+        found = ctx_autolog.receipt(timeout=30)
+        late.join()
+        assert (found.made, found.stored, found.complete) == (3, 3, True)
+
+
 @pytest.mark.parametrize("is_async", ["true", "false"])
 def test_a_trace_is_stored_as_mlflow_would(
     book: Ledger, monkeypatch: pytest.MonkeyPatch, is_async: str
