@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
     from mlflow_ctx_autolog.diagnosis.doctor import doctor
     from mlflow_ctx_autolog.driver.answers import forget_answers
-    from mlflow_ctx_autolog.driver.handover import broadcast, capture, flush, receipt, traced
+    from mlflow_ctx_autolog.driver.api import broadcast, capture, flush, receipt, traced
     from mlflow_ctx_autolog.exceptions import (
         BudgetExceeded,
         CarrierError,
@@ -103,19 +103,19 @@ _LAZY = {
     "UnsupportedVersionError": "exceptions",
     "annotate": "recorder.annotations",
     "attach": "worker.runner",
-    "broadcast": "driver.handover",
-    "capture": "driver.handover",
+    "broadcast": "driver.api",
+    "capture": "driver.api",
     "compare": "reporting.comparison",
     "disable": "autolog",
     "doctor": "diagnosis.doctor",
     "enable": "autolog",
-    "flush": "driver.handover",
+    "flush": "driver.api",
     "forget_answers": "driver.answers",
     "history": "reporting.history",
     "last_call": "recorder.annotations",
-    "receipt": "driver.handover",
+    "receipt": "driver.api",
     "report": "reporting.reading",
-    "traced": "driver.handover",
+    "traced": "driver.api",
 }
 
 

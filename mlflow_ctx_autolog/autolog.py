@@ -16,14 +16,9 @@ from mlflow_ctx_autolog.config import UNCHANGED, Config, Propagation, Transport,
 from mlflow_ctx_autolog.diagnosis.checks import Facts, examine, likely_causes
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.answers import check_answers
-from mlflow_ctx_autolog.driver.handover import (
-    describe_transport,
-    driver,
-    settings,
-    warn,
-    warn_of_old_store,
-)
+from mlflow_ctx_autolog.driver.handover import driver, settings
 from mlflow_ctx_autolog.driver.openai_autolog import OpenAIAutolog
+from mlflow_ctx_autolog.driver.routes import describe_transport, warn, warn_of_old_store
 from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
 from mlflow_ctx_autolog.prices import Price
 from mlflow_ctx_autolog.worker import process
@@ -58,7 +53,7 @@ class Handle:
         if config is None:
             return "<mlflow-ctx-autolog: off>"
         try:
-            told = describe_transport()
+            told = describe_transport(config)
         except UnsupportedStoreError as error:
             told = str(error)
         own = config.differences(Config())
@@ -115,6 +110,7 @@ def enable(
     max_spans_per_trace: int | None = UNCHANGED,
     sampling: str | None = UNCHANGED,
     progress: bool = UNCHANGED,
+    quiet: bool = UNCHANGED,
     reuse_answers: Answers | str | bool | None = UNCHANGED,
     answers_key: str | None = UNCHANGED,
     max_answer_bytes: int = UNCHANGED,
@@ -192,6 +188,7 @@ def enable(
             ``"errors+slow+5%"``.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
+        quiet: Whether the driver shows nothing when a job is over.
         reuse_answers: Where calls that Spark has made again get the answers that were paid for:
             True among the workers of each host, or in a directory that all workers see, by its
             absolute path.
@@ -251,7 +248,7 @@ def switch_on(resolved: Config) -> Handle:
             driver.enabled_at = time.monotonic()
         driver.config = resolved
         try:
-            _logger.info("%s", describe_transport())
+            _logger.info("%s", describe_transport(settings()))
             _log_changes(before, resolved)
             warn_of_old_store()
             driver.check_forwarding()

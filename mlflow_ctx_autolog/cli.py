@@ -252,7 +252,7 @@ def recover(path: Path | None, tracking_uri: str | None, as_json: bool) -> int:
     from mlflow_ctx_autolog.answers.directory import default_root, sweep
     from mlflow_ctx_autolog.delivery.recovery import recover as recover_spool
     from mlflow_ctx_autolog.delivery.spool import Destination, Record
-    from mlflow_ctx_autolog.driver.ledger import write_stored_totals
+    from mlflow_ctx_autolog.driver.totals import write_stored_totals
     from mlflow_ctx_autolog.exceptions import StoreError
     from mlflow_ctx_autolog.stores.otlp import is_collector
     from mlflow_ctx_autolog.stores.sending import send_to

@@ -209,6 +209,9 @@ class Config:
             ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
+        quiet: Whether the driver shows nothing when a job is over. Else it is one line, in a
+            terminal or a notebook: calls, tokens, cost where it is known, whether all is stored,
+            and where to look at it; elsewhere the log has that line, at INFO.
 
         reuse_answers: Where calls that Spark has made again get the answers that were paid for:
             True among the workers of each host, or in a directory that all workers see, by its
@@ -251,6 +254,7 @@ class Config:
     max_spans_per_trace: int | None = _setting(2000, Number(at_least=10, whole=True, optional=True))
     sampling: str | None = _setting(None, _SamplingTerms())
     progress: bool = _setting(False, Flag())
+    quiet: bool = _setting(False, Flag())
     reuse_answers: Answers | str | bool | None = _setting(None, AnswersSetting())  # noqa: RUF009
     answers_key: str | None = _setting(None, AnswersKeySetting())
     max_answer_bytes: int = _setting(1024 * 1024 * 1024, Number(at_least=1, whole=True))

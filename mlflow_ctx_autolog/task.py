@@ -75,6 +75,7 @@ class Task:
         reused: Calls so far that were given one.
         spent: US dollars that those which have ended have cost, as far as the budget knows.
         requests: Fingerprints of the calls, where the driver is to know.
+        models: Input and output tokens of the calls that have ended, by the model that was asked.
         rows_in: Rows that the function has taken from Spark so far.
         rows_out: Rows that it has handed back so far.
         usage: Tokens of the model calls that have ended.
@@ -105,6 +106,7 @@ class Task:
     reused: int = 0
     spent: float = 0.0
     requests: list[str] = field(default_factory=list)
+    models: dict[str, tuple[int, int]] = field(default_factory=dict)
     rows_in: int = 0
     rows_out: int = 0
     usage: Tally = field(default_factory=Tally)
@@ -233,6 +235,12 @@ class Task:
         with self._lock:
             self.errors += failed
             self.spent += cost
+
+    def count_tokens(self, model: str, sent: int, answered: int) -> None:
+        """Count the tokens of a model's answer, from any thread."""
+        with self._lock:
+            before = self.models.get(model, (0, 0))
+            self.models[model] = (before[0] + sent, before[1] + answered)
 
     def sum_up(self, attributes: Mapping[str, Any], seconds: float, *, failed: bool) -> None:
         """Add a model call that has ended to the sums, from any thread."""

@@ -58,9 +58,9 @@ def spools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
     # What waits for a server that is gone, or would be written there at each flush, would hold up
     # whoever flushes later.
-    for book in driver.ledger._unsettled():
+    for book in driver.ledger.books.unsettled():
         driver.ledger.forget(book.trace_id)
-    for delivery in [*driver.ledger._deliveries.all(), *worker_process().deliveries.all()]:
+    for delivery in [*driver.ledger.deliveries.all(), *worker_process().deliveries.all()]:
         if delivery.waiting:
             delivery.take()
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from mlflow_ctx_autolog.delivery.outbox import Outbox
+from mlflow_ctx_autolog.delivery.receipts import Counts
 from mlflow_ctx_autolog.delivery.records import Destination
 
 __all__ = ["Deliveries"]
@@ -27,6 +28,17 @@ class Deliveries:
     def all(self) -> list[Outbox]:
         """Return those that have been made."""
         return list(self._by_destination.values())
+
+    def counts(self, owner: str) -> Counts:
+        """Return what became of what was submitted under ``owner``, wherever it belongs."""
+        found = Counts()
+        for each in self.all():
+            counts = each.counts(owner)
+            found.made += counts.made
+            found.delivered += counts.delivered
+            found.losses.update(counts.losses)
+            found.set_aside += counts.set_aside
+        return found
 
     def flush(self, timeout: float, *, give_up_if_down: bool = False) -> bool:
         """Send all that waits; return whether it was stored within ``timeout`` seconds in all.

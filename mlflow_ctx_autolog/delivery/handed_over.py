@@ -43,6 +43,9 @@ class HandedOver:
                 Spark first goes first, as the driver has it most likely.
         """
         found = spool.peek(len(spool), max_bytes, after=self._last)
+        # A later state of what is on its way from here might arrive before it.
+        free = spool.without_later_states(found)
+        found = [mine for mine, other in zip(found, free, strict=False) if mine == other]
         size = sum(len(record.payload) for _, record in found)
         if not found or size > max_bytes:
             return 0, []

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.handed_over import HandedOver
 from mlflow_ctx_autolog.delivery.intake import Intake
-from mlflow_ctx_autolog.delivery.receipts import Counts
+from mlflow_ctx_autolog.delivery.receipts import Counts, Loss
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.delivery.spool import Spool
 from mlflow_ctx_autolog.log_ins import safe_logger, without_credentials
@@ -149,11 +149,14 @@ class Outbox:
         return self.waiting == 0
 
     def take(self) -> list[Record]:
-        """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive."""
+        """Give up what waits, for somebody else to deliver. A batch on its way may yet arrive.
+
+        A later state of what is on its way is not given up: it is sent after it, from here.
+        """
         if not self._intake.wait(self._patience_when_down):
             # The disk hangs.
             return []
-        found = self._spool.peek(len(self._spool), 1 << 62)
+        found = self._spool.without_later_states(self._spool.peek(len(self._spool), 1 << 62))
         self._spool.remove(number for number, _ in found)
         self._spool.discard()
         return [record for _, record in found]
@@ -209,11 +212,14 @@ class Outbox:
         # Of an owner that was forgotten, nobody wants to know.
         return self._counts.get(record.owner, Counts())
 
+    def _count_lost(self, records: Sequence[Record], loss: Loss) -> None:
+        self.lost += len(records)
+        for record in records:
+            self._counts_of(record).losses[loss] += 1
+
     def _lose(self, records: Sequence[Record]) -> None:
         with self._lock:
-            self.lost += len(records)
-            for record in records:
-                self._counts_of(record).lost += 1
+            self._count_lost(records, Loss.NO_ROOM)
             was_full, self._is_full = self._is_full, True
         if was_full:
             return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 
-__all__ = ["Counts", "Receipt", "TaskReceipt"]
+__all__ = ["ATTEMPT", "STAGE", "Counts", "Loss", "Receipt", "TaskReceipt"]
 
 _MADE = "spans.made"
 _SAMPLED_OUT = "spans.sampled_out"
@@ -17,23 +20,39 @@ _SILENCE = "llm.silence"
 _CALLS = "llm.calls"
 _TOKENS = "llm.tokens."
 _COST = "llm.cost."
+# Attributes by which Spark is known to have begun a task's span.
+ATTEMPT, STAGE = "spark.task.attempt_id", "spark.stage.id"
+
+
+class Loss(str, Enum):
+    """Every way in which a finished span is dropped: none without one of these."""
+
+    NO_ROOM = "no room for them on the disk or in memory"
+    REFUSED = "refused by the store, with no file to keep them in"
+    REFUSED_UNNAMED = "refused by a collector that does not say which"
+    TOO_LATE = "come home after a store for whole traces had the trace"
 
 
 @dataclass
 class Counts:
-    """What became of the spans of one task attempt so far.
+    """What became of the spans of one task attempt, or of one trace on the driver, so far.
 
     Args:
         made: Those that have ended.
         delivered: Of these, stored.
-        lost: Of these, dropped.
+        losses: Of these, dropped, by the way in which they were.
         set_aside: Of these, kept in a file since the store does not have them.
     """
 
     made: int = 0
     delivered: int = 0
-    lost: int = 0
+    losses: Counter[Loss] = field(default_factory=Counter)
     set_aside: int = 0
+
+    @property
+    def lost(self) -> int:
+        """Spans that were dropped, in whatever way."""
+        return sum(self.losses.values())
 
     @property
     def waiting(self) -> int:
@@ -68,6 +87,12 @@ class TaskReceipt:
         root: Where no span was active and the action is the trace: what the driver closes it with,
             ``name``, ``span_id``, ``began`` (nanoseconds since the epoch), ``metadata``, ``tags``.
         hides_properties: Whether the platform hides from it what the driver says of its action.
+        losses: Of those lost, how many in which way, by the values of :class:`Loss`.
+        attempt: Spark's id of the attempt; None outside Spark.
+        stage: The number of the stage that it is of; None where it is not told.
+        models: Input and output tokens of its calls, by the model that was asked.
+        swept: Whether, in the attempt, all that processes which are gone had left on its host was
+            found and delivered.
     """
 
     trace_id: str
@@ -91,6 +116,11 @@ class TaskReceipt:
     set_aside: int = 0
     root: Mapping[str, Any] | None = None
     hides_properties: bool = False
+    losses: Mapping[str, int] = field(default_factory=dict)
+    attempt: int | None = None
+    stage: int | None = None
+    swept: bool = False
+    models: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
@@ -151,6 +181,8 @@ class TaskReceipt:
             calls=calls,
             silence=silence,
             sampled_out=attributes.get(_SAMPLED_OUT, 0),
+            attempt=attributes.get(ATTEMPT),
+            stage=attributes.get(STAGE),
         )
 
 
@@ -179,6 +211,11 @@ class Receipt:
         sampled_out: Spans that ended besides, which sampling has left out.
         set_aside: Spans, or what is known of the trace, that the store does not have, and that are
             kept in a file for ``recover``.
+        losses: Of those lost, how many in which way, by the values of :class:`Loss`.
+        unknown: Task attempts that Spark has begun and of which it is not known what they have
+            made: by the host that they ran on, empty where Spark does not say which.
+        is_unread: Whether what tasks have made can be read from the store alone, and was not in
+            time.
     """
 
     trace_id: str | None
@@ -191,6 +228,9 @@ class Receipt:
     seconds_waiting: float = 0.0
     sampled_out: int = 0
     set_aside: int = 0
+    losses: Mapping[str, int] = field(default_factory=dict)
+    unknown: Mapping[str, int] = field(default_factory=dict)
+    is_unread: bool = False
 
     @classmethod
     def of(
@@ -200,15 +240,36 @@ class Receipt:
         *,
         made: int,
         stored: int | None,
-        waiting: int,
-        lost: int,
+        here: Counts,
         first_error: str | None,
-        set_aside: int = 0,
+        unknown: Mapping[str, int] | None = None,
+        is_unread: bool = False,
+        at_most_waiting: int | None = None,
     ) -> Receipt:
-        """Return a receipt with what the receipts of its tasks say.
+        """Return a receipt with what its tasks have told, and what became of spans on the driver.
 
-        Their first error goes before ``first_error``.
+        Args:
+            trace_id: The trace.
+            tasks: What its task attempts have told.
+            made: Spans known to have been made; the store cannot have more.
+            stored: Spans that the store has; None where it did not answer.
+            here: What became on the driver of its own spans, and of those that came home.
+            first_error: Why a store did not take spans from the driver; that of a task goes before.
+            unknown: See :class:`Receipt`.
+            is_unread: See :class:`Receipt`.
+            at_most_waiting: Spans that wait at most, where the store did not answer.
         """
+        losses: Counter[str] = Counter({loss.value: n for loss, n in here.losses.items()})
+        for task in tasks:
+            told = dict(task.losses)
+            losses.update(told)
+            if (unnamed := task.lost - sum(told.values())) > 0:
+                losses[Loss.NO_ROOM.value] += unnamed
+        lost = sum(losses.values())
+        made = max(made, stored or 0)
+        waiting = max(0, made - (stored or 0) - lost)
+        if stored is None and at_most_waiting is not None:
+            waiting = min(waiting, at_most_waiting)
         return cls(
             trace_id,
             len(tasks),
@@ -219,13 +280,48 @@ class Receipt:
             first_error=next((task.first_error for task in tasks if task.first_error), first_error),
             seconds_waiting=sum(task.seconds_waiting for task in tasks),
             sampled_out=sum(task.sampled_out for task in tasks),
-            set_aside=set_aside + sum(task.set_aside for task in tasks),
+            set_aside=here.set_aside + sum(task.set_aside for task in tasks),
+            losses=dict(losses),
+            unknown=dict(unknown or {}),
+            is_unread=is_unread,
         )
 
     @property
     def complete(self) -> bool:
-        """Whether the store has all spans that are known to have been made."""
-        return self.stored is not None and self.stored >= self.made and not self.lost
+        """Whether the store has all spans that were made, and it is known how many these are."""
+        return (
+            self.stored is not None
+            and self.stored >= self.made
+            and not self.lost
+            and not self.unknown
+            and not self.is_unread
+        )
+
+    @property
+    def attempts_unknown(self) -> str:
+        """Of how many task attempts it is not known what they have made, and where they ran."""
+        hosts = [f"{count:,} on {host}" for host, count in self.unknown.items() if host]
+        count = sum(self.unknown.values())
+        where = f" ({', '.join(hosts)})" if hosts else ""
+        return f"{count:,} task attempt{'s' * (count != 1)}{where}"
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers by which :meth:`__str__` says it, but for those that are nothing."""
+        names = ("made", "stored", "waiting", "lost", "set_aside", "sampled_out", "unknown")
+        found = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in found.items() if value or name in names[:2]}
+
+    @classmethod
+    def from_summary(cls, trace_id: str, text: str | None) -> Receipt | None:
+        """Return what :meth:`summary` has told, from its JSON; None where there is none."""
+        with suppress(TypeError, ValueError, AttributeError):
+            fields = json.loads(text or "")
+            unknown = {str(host): int(count) for host, count in fields.pop("unknown", {}).items()}
+            numbers: dict[str, Any] = {
+                str(name): int(n) for name, n in fields.items() if n is not None
+            }
+            return cls(str(trace_id), unknown=unknown, **numbers)
+        return None
 
     def __str__(self) -> str:
         stored = "the store did not say how many it has"
@@ -238,6 +334,10 @@ class Receipt:
             parts.append(f"{self.set_aside:,} set aside")
         if self.lost:
             parts.append(f"{self.lost:,} lost")
+        if self.unknown:
+            parts.append(f"unknown what {self.attempts_unknown} made")
+        if self.is_unread:
+            parts.append("what its tasks say could not be read in time")
         if self.sampled_out:
             parts.append(f"{self.sampled_out:,} left out by sampling")
         return ", ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -205,18 +206,28 @@ class Recovery:
         self._send = send
         self._is_left = is_left
         self._next = 0.0
+        self._swept = -math.inf
 
-    def start(self, directory: str | None) -> None:
-        """Look for spools, unless that was done a moment ago, and deliver them in a thread."""
+    def start(self, directory: str | None, *, anew: bool = False) -> None:
+        """Look for spools, unless that was done a moment ago, and deliver them in a thread.
+
+        Args:
+            directory: Where; None for the default one.
+            anew: Whether to do so all the same, since a process may just have been killed.
+        """
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next and not anew:
             return
         self._next = now + self._interval
         folder = None if directory is None else Path(directory)
+        found = spool_files(folder)
+        own = [path for path in found if not self._is_for_others(path, folder)]
+        has_all = len(own) == len(found)
         # Mostly there is nothing, and no need of a thread, which takes its share of memory.
-        found = [path for path in spool_files(folder) if not self._is_for_others(path, folder)]
-        if left := [path for path in found if not is_held(path)]:
-            start_thread(functools.partial(self._run, left), "recovery")
+        if left := [path for path in own if not is_held(path)]:
+            start_thread(functools.partial(self._run, left, has_all), "recovery")
+        elif has_all:
+            self._swept = now
 
     def _is_for_others(self, path: Path, directory: Path | None) -> bool:
         # Without its lock, for which they would take its process to be alive.
@@ -224,18 +235,29 @@ class Recovery:
             return self._is_left(destination_of(path), directory)
         return False
 
-    def _run(self, paths: Sequence[Path]) -> None:
+    def has_swept_since(self, moment: float) -> bool:
+        """Whether a pass that began after a moment on the monotonic clock has left nothing."""
+        return self._swept >= moment
+
+    def _run(self, paths: Sequence[Path], has_all: bool) -> None:
+        began = time.monotonic()
         for path in paths:
             try:
                 found = recover(path, self._send)
             except DamagedError as error:
                 text = f"The spool {path} was left behind, and is left there: {error}."
                 warn_once(_logger, str(path), text)
+                has_all = False
+                continue
+            except BlockingIOError:
+                # Its process is alive.
                 continue
             except Exception:
-                # Its process is alive, or it is somebody else's: not for each task to tell. And
-                # none keeps the pass from those that come after it.
+                # It may be somebody else's: not for each task to tell. And none keeps the pass
+                # from those that come after it.
+                has_all = False
                 continue
+            has_all &= found.left == 0 and not found.is_damaged
             if found.is_damaged:
                 _logger.warning("The spool %s was left behind: %s.", path, found.problem)
             if found.stored:
@@ -245,3 +267,5 @@ class Recovery:
                     found.stored,
                     path,
                 )
+        if has_all:
+            self._swept = began

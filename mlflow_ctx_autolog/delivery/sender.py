@@ -11,6 +11,7 @@ from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.intake import start_thread
 from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.pacing import Pacing
+from mlflow_ctx_autolog.delivery.receipts import Loss
 from mlflow_ctx_autolog.delivery.records import Destination, Record
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.log_ins import safe_logger
@@ -189,7 +190,7 @@ class Delivery(Outbox):
                     self._due.wait(pause)
                 count = pacing.batch_size()
                 self._hurries = False
-            batch = self._spool.peek(count, self._request_bytes)
+            batch = self._spool.lease(count, self._request_bytes)
             if not len(self._spool):
                 # Somebody has taken it all.
                 continue
@@ -198,12 +199,14 @@ class Delivery(Outbox):
                 if not batch:
                     raise StoreError("the spool cannot be read")
                 self._send(self.destination, [record for _, record in batch])
+                problem = None
             except Exception as error:
-                pacing.answered()
-                known = error if isinstance(error, StoreError) else StoreError(repr(error))
-                self._failed(known, batch)
+                problem = error if isinstance(error, StoreError) else StoreError(repr(error))
+            pacing.answered()
+            self._spool.end_lease()
+            if problem is not None:
+                self._failed(problem, batch)
             else:
-                pacing.answered()
                 self._stored(batch, time.monotonic() - started)
 
     def _due_at(self) -> float:
@@ -282,14 +285,12 @@ class Delivery(Outbox):
         with self._lock:
             self._attempts += 1
             self._pacing.out_of_the_way(record.key)
-            counts = self._counts_of(record)
             if file is None:
                 self._rejected += 1
-                self.lost += 1
-                counts.lost += 1
+                self._count_lost([record], Loss.REFUSED)
             else:
                 self.set_aside += 1
-                counts.set_aside += 1
+                self._counts_of(record).set_aside += 1
             self.first_error = self.first_error or reason
             self._settled.notify_all()
         _logger.warning(
@@ -306,11 +307,9 @@ class Delivery(Outbox):
             self._pacing.failures = 0
             there = [record for number, record in batch if number in stored]
             lost, taken = there[: error.rejected], there[error.rejected :]
-            for record in lost:
-                self._counts_of(record).lost += 1
+            self._count_lost(lost, Loss.REFUSED_UNNAMED)
             for record in taken:
                 self._counts_of(record).delivered += 1
-            self.lost += len(lost)
             self._rejected += len(lost)
             self.delivered += len(taken)
             self.first_error = self.first_error or str(error)

@@ -92,6 +92,7 @@ class Spool:
         self._in_memory: dict[int, Record] = {}
         self._in_memory_bytes = 0
         self._newest: dict[str, int] = {}
+        self._leased: dict[str, int] = {}
         self._aside: Path | None = None
         self._not_before = 0.0
         self._warned = False
@@ -190,6 +191,31 @@ class Spool:
         with self._lock:
             old = [each for each in (*self._on_disk, *self._in_memory) if each <= number]
         self.remove(old)
+
+    def lease(self, count: int, size: int) -> list[tuple[int, Record]]:
+        """Return what :meth:`peek` does, to be sent from here, until :meth:`end_lease`."""
+        while found := self.peek(count, size):
+            # Before anybody takes a later state of one of them, and not if somebody has.
+            self._leased = {_name(record): number for number, record in found}
+            with self._lock:
+                batch = [
+                    (number, record)
+                    for number, record in found
+                    if number in self._on_disk or number in self._in_memory
+                ]
+            if batch:
+                return batch
+        return []
+
+    def end_lease(self) -> None:
+        """Take note that nothing is on its way."""
+        self._leased = {}
+
+    def without_later_states(
+        self, records: Sequence[tuple[int, Record]]
+    ) -> list[tuple[int, Record]]:
+        """Leave out records of which an earlier state is on its way, which might arrive later."""
+        return [each for each in records if self._leased.get(_name(each[1]), each[0]) == each[0]]
 
     def remove(self, numbers: Iterable[int]) -> set[int]:
         """Forget records that somebody else has now; return the numbers of those it held."""

@@ -24,8 +24,11 @@ from mlflow_ctx_autolog.diagnosis.checks import (
     examine,
 )
 from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
+from mlflow_ctx_autolog.driver import exports
 from mlflow_ctx_autolog.driver import spark as spark_api
-from mlflow_ctx_autolog.driver.handover import driver, settings, transport
+from mlflow_ctx_autolog.driver.handover import driver, settings
+from mlflow_ctx_autolog.driver.mlflow_traces import is_task
+from mlflow_ctx_autolog.driver.routes import transport
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
 from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.stores import tracking_store as store
@@ -121,7 +124,7 @@ class _Examination:
         facts = self._facts
         worker_uri = None
         try:
-            worker_uri, facts.transport_reason = transport(self._session)
+            worker_uri, facts.transport_reason = transport(self._config, self._session)
             self._worker_uri = worker_uri
             facts.transport = "driver" if worker_uri is None else "direct"
             if store.exports_to_collector():
@@ -251,8 +254,8 @@ class _Examination:
         finally:
             driver.ledger.forget(trace_id)
             self._delete(trace_id)
-            tracing.do_not_display(trace_id)
-        tasks = {span.span_id for span in spans if tracing.is_task(span)}
+            exports.do_not_display(trace_id)
+        tasks = {span.span_id for span in spans if is_task(span)}
         if problem is not None or any(span.parent_id in tasks for span in spans):
             return problem
         reason = receipt.first_error or "no process has said why"

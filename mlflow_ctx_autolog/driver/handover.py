@@ -8,61 +8,46 @@ import json
 import logging
 import os
 import sys
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from mlflow_ctx_autolog import __version__, tracing, versions
-from mlflow_ctx_autolog.arguments import check_function, check_number, check_spark, check_type
+from mlflow_ctx_autolog import __version__, tracing
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.driver import exports
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.actions import Actions
+from mlflow_ctx_autolog.driver.attempts import Attempt, silent_attempts
+from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.carriers import Carriers
+from mlflow_ctx_autolog.driver.data_sources import DataSources
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.instrumentor import FunctionUse, SparkInstrumentor, name_of
 from mlflow_ctx_autolog.driver.job_facts import job_facts
+from mlflow_ctx_autolog.driver.job_lines import cost_of_task, job_line, show_job
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.marked import MarkedFunctions
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
+from mlflow_ctx_autolog.driver.routes import check_relay, is_relayed, transport, warn
 from mlflow_ctx_autolog.driver.stops import SparkStops
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.driver.threads import SpanThreads
 from mlflow_ctx_autolog.exceptions import (
-    CtxAutologWarning,
-    IncompleteTraceError,
     UnsupportedStoreError,
     note_budget,
 )
-from mlflow_ctx_autolog.log_ins import without_credentials, without_log_ins
 from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force
 from mlflow_ctx_autolog.recorder.request import new_key
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores import databricks, otlp
 from mlflow_ctx_autolog.stores import tracking_store as store
-from mlflow_ctx_autolog.stores.sending import appends, is_database
-from mlflow_ctx_autolog.stores.tracking_server import redirect_of
-from mlflow_ctx_autolog.worker import process
-from mlflow_ctx_autolog.worker.spark_task import in_spark_task
+from mlflow_ctx_autolog.stores.sending import appends
 from mlflow_ctx_autolog.worker.submission import process_id
 
-__all__ = [
-    "Driver",
-    "broadcast",
-    "capture",
-    "describe_transport",
-    "flush",
-    "receipt",
-    "settings",
-    "traced",
-    "transport",
-    "warn",
-    "warn_of_old_store",
-]
+__all__ = ["Driver", "captured", "driver", "settings"]
 
 _logger = logging.getLogger(__name__)
 
@@ -79,10 +64,12 @@ class Driver:
         # Whether there was a task from which the platform hid what the driver says of its action.
         self.hides_properties = False
         self.fingerprint_key = new_key()
-        self.progress = Progress()
-        self.ledger = Ledger(settings, self.spark_facts, self._task_ended)
+        self.progress = Progress(lambda task: cost_of_task(task, settings().prices))
+        self.ledger = Ledger(
+            settings, self.spark_facts, self._task_ended, self.silent_attempts, self.show_job
+        )
         self.executed_plans = ExecutedPlans(self._functions_ran)
-        self.endings = tracing.SpanEndings(self._filter)
+        self.endings = exports.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.instrumentor = SparkInstrumentor(self.submit)
         self.propagator = ActionPropagator(
@@ -92,6 +79,7 @@ class Driver:
         self.actions = Actions()
         self.threads = SpanThreads()
         self.stops = SparkStops(self.await_workers)
+        self.data_sources = DataSources()
         self._carriers = Carriers()
         self._session: Any = None
         self._functions: set[str] = set()
@@ -105,6 +93,7 @@ class Driver:
         self.actions.install()
         self.threads.install()
         self.stops.install()
+        self.data_sources.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
@@ -115,6 +104,7 @@ class Driver:
             self.actions.uninstall()
             self.threads.uninstall()
             self.stops.uninstall()
+            self.data_sources.uninstall()
 
     def await_workers(self) -> None:
         """Wait until the store has what workers have not sent yet, but may any moment."""
@@ -158,7 +148,7 @@ class Driver:
         _warn_of_network(session)
 
     def _filter(self, span: Any) -> None:
-        tracing.filter_open_span(span, ContentPolicy(settings()))
+        exports.filter_open_span(span, ContentPolicy(settings()))
         # That which ends the span, where it is left by one.
         note_budget(sys.exc_info()[1])
 
@@ -222,7 +212,7 @@ class Driver:
         by_property = self.uses_properties and not on_driver
         shared = _shared(session, BY_PROPERTY if by_property else BY_BROADCAST)
         if shared.tracking_uri is None:
-            _check_relay(relay is not None)
+            check_relay(settings(), has_accumulators=relay is not None)
         _open_trace(shared, receipts_come_home=relay is not None)
         options = {
             "name": name,
@@ -294,6 +284,32 @@ class Driver:
             return None
         return None if facts is None else json.dumps(facts, separators=(",", ":"))
 
+    def show_job(self, book: Book, receipt: Receipt) -> None:
+        """Show what a job has come to that is over, in one line. Never raises."""
+        if self.progress.ignores(book.trace_id):
+            return
+        try:
+            self.progress.finish(book.trace_id)
+            if self.config is not None and not self.config.quiet:
+                show_job(job_line(book, receipt, self.config.prices))
+        except Exception as error:
+            _logger.debug("What a job has come to could not be shown: %r", error)
+
+    def silent_attempts(self, book: Book) -> list[Attempt]:
+        """Return the task attempts of a trace that have told nothing, as far as Spark knows."""
+        if self._session is None or not book.receipts_come_home:
+            return []
+        told, others = self.ledger.books.told_stages(book)
+        swept = {each.attempt for each in book.receipts.values() if each.swept}
+        try:
+            return silent_attempts(
+                self._session, int(book.info.request_time), book.ended, told, swept, others
+            )
+        except Exception as error:
+            # Which leaves what the store has been asked for.
+            _logger.info("Spark does not say which task attempts it has begun: %r", error)
+            return []
+
 
 def _identity(function: Callable[..., Any]) -> str | None:
     """Return what names a function whenever it is the same: by what it is pickled to."""
@@ -310,56 +326,6 @@ def settings() -> Config:
 
 
 driver = Driver()
-
-
-def describe_transport() -> str:
-    """Return a sentence that says how spans reach the store, and why.
-
-    Raises:
-        UnsupportedStoreError: They cannot.
-    """
-    uri, reason = transport()
-    if uri is not None and _is_relayed(uri):
-        way = f"with the task to the driver, which stores them in {uri}"
-        return f"Spans travel {way}: a worker would have to load MLflow to write to a database."
-    if uri is None:
-        place = without_credentials(store.current_tracking_uri())
-        way = f"with the task to the driver, which stores them in {place}"
-    else:
-        way = f"from the workers to {uri}"
-    return f"Spans travel {way}: {reason}."
-
-
-def _is_relayed(uri: str | None) -> bool:
-    """Whether workers that see this driver's directory leave it to the driver to store spans."""
-    return uri is None or (is_database(uri) and settings().transport != "direct")
-
-
-def warn_of_old_store() -> None:
-    """Warn of a release of MLflow whose store cannot end a trace that workers have written to.
-
-    And of a server that sends elsewhere, where nothing is sent.
-    """
-    uri = store.current_tracking_uri()
-    target = redirect_of(uri)
-    if target is not None:
-        warn(
-            f"The tracking server at {without_log_ins(uri)} sends to {without_log_ins(target)}, "
-            "and spans are not sent where nobody has said to. If that is your server, say "
-            f"mlflow.set_tracking_uri({without_log_ins(target)!r})."
-        )
-        return
-    try:
-        version = store.store_version()
-    except Exception:
-        # Whether the store can be reached is not the question here.
-        return
-    if version is not None and versions.is_older(version, than="3.10"):
-        warn(
-            f"The traces are kept by MLflow {version}, which fails when a trace ends that workers "
-            "have stored calls in: the end of the driver's span then waits for minutes. The calls "
-            "themselves are kept. Upgrade the tracking server to 3.10 or newer."
-        )
 
 
 # What tracing in a worker should do as it does on the driver. None of them is secret.
@@ -401,7 +367,7 @@ def _warn_of_network(session: Any) -> None:
 def _pickled_filters(session: Any) -> bytes | None:
     """Return the user's functions that spans go through before they are sent, if there are any."""
     redact, token = settings().redact, settings().databricks_token
-    span_processors = tracing.span_processors()
+    span_processors = exports.span_processors()
     if session is None or (redact is None and token is None and not span_processors):
         return None
     filters = redact, tuple(span_processors), token
@@ -421,210 +387,8 @@ def _pickled_filters(session: Any) -> bytes | None:
 _pickles: dict[tuple[Any, ...], bytes] = {}
 
 
-def _check_relay(has_accumulators: bool) -> None:
-    if not has_accumulators:
-        raise UnsupportedStoreError(
-            f"Spans would have to come home to the driver, since {transport()[1]}; Spark Connect "
-            "has no way for them. Use a tracking server that its workers can reach."
-        )
-
-
-def transport(session: Any = None) -> tuple[str | None, str]:
-    """Return where workers send spans, None where these come home; and why.
-
-    Args:
-        session: A Spark session or context; the active session by default.
-
-    Raises:
-        UnsupportedStoreError: Spans can take neither way.
-    """
-    wanted = settings().transport
-    session = spark_api.active_session() if session is None else session
-    exports_to_collector = store.exports_to_collector()
-    if wanted == "otlp" or (wanted == "auto" and exports_to_collector):
-        collector = otlp.collector_uri()
-        if not exports_to_collector:
-            raise UnsupportedStoreError(
-                "The transport is set to 'otlp', but MLflow on the driver stores its spans in "
-                "another place, so that calls would be apart from the span they belong to. Unset "
-                "MLflow's trace destination, MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT and "
-                "MLFLOW_ENABLE_OTLP_EXPORTER."
-            )
-        return collector, "MLflow on the driver exports to an OTLP endpoint"
-    if exports_to_collector:
-        raise UnsupportedStoreError(
-            f"The transport is set to {wanted!r}, but MLflow on the driver sends its spans to the "
-            "OTLP endpoint that OpenTelemetry's variables name. Set the transport to 'otlp', or "
-            "MLFLOW_ENABLE_OTLP_EXPORTER=false."
-        )
-    uri, reason = store.worker_tracking_uri()
-    if (table := _table(session, wanted)) is not None:
-        return table
-    if wanted == "driver":
-        return None, "the transport is set to 'driver'"
-    if wanted == "direct" and uri is None:
-        raise UnsupportedStoreError(f"The transport is set to 'direct', but {reason}.")
-    is_here = uri is not None and store.is_of_this_host(uri)
-    if wanted == "auto" and is_here and spark_api.has_workers_elsewhere(session):
-        return None, f"workers on other hosts cannot reach {uri}"
-    return uri, reason
-
-
-def _table(session: Any, wanted: str) -> tuple[str, str] | None:
-    """Return where workers append spans to a Unity Catalog table, and why; None where they don't.
-
-    With ``auto`` they do where their log-in is known, or where there is no other way.
-    """
-    workspace = None if wanted == "driver" else store.table_workspace()
-    if workspace is None:
-        return None
-    uri = databricks.table_uri(workspace)
-    if settings().databricks_token is not None:
-        return uri, f"{workspace} takes spans, with the tokens of databricks_token"
-    if databricks.TOKEN_VARIABLE in settings().forward_env:
-        return uri, f"{workspace} takes spans, with the {databricks.TOKEN_VARIABLE} of forward_env"
-    if wanted == "direct":
-        return uri, f"{workspace} takes spans, with the log-in that workers have"
-    if session is not None and spark_api.spark_context(session) is None:
-        return uri, (
-            f"{workspace} takes spans, and Spark Connect has no other way: workers need a log-in, "
-            f"which forward_env=[{databricks.TOKEN_VARIABLE!r}] or databricks_token= gives them, "
-            "unless databricks-sdk finds one there"
-        )
-    return None
-
-
-def _place(tracking_uri: str | None) -> str:
-    """Return what of a store takes the spans: its experiment, or its table."""
-    if otlp.is_collector(tracking_uri):
-        # There may be no tracking server to ask.
-        return ""
-    if databricks.is_table(tracking_uri):
-        return str(store.span_table())
-    return tracing.current_experiment_id()
-
-
-def flush(timeout: float = 30.0) -> bool:
-    """Send finished spans now: on a worker its own, on the driver those that came home.
-
-    Args:
-        timeout: Seconds to wait at most.
-
-    Returns:
-        Whether everything that had finished is stored. What the driver's own code traces is
-        MLflow's to flush, with ``mlflow.flush_trace_async_logging()``.
-    """
-    check_number("timeout", timeout, "seconds, at least 0")
-    deadline = time.monotonic() + timeout
-    own = process.flush(timeout)
-    return driver.ledger.flush(max(0.0, deadline - time.monotonic())) and own
-
-
-def receipt(trace_id: str | None = None, timeout: float | None = None) -> Receipt:
-    """Return what became of the spans of a trace, having asked the store.
-
-    On Spark Connect, and for attempts of tasks that failed, it is the store that knows what a
-    task has made; elsewhere each task tells the driver.
-
-    Args:
-        trace_id: A trace whose context was handed to Spark; by default the last one. Where no
-            span was active, so that each task is a trace of its own, the receipt is of all
-            these, and adds up what they have told, without asking the store. So is that of a
-            trace which goes to a collector, without the driver's own spans.
-        timeout: Seconds to wait at most for what is on its way; by default ``flush_timeout``.
-
-    Raises:
-        ValueError: The trace was not handed to Spark by this process.
-        TypeError: An argument is of the wrong type.
-        IncompleteTraceError: With ``strict=True``, the store does not have all spans.
-    """
-    takes = "the id of a trace that this process has handed to Spark, or None for the last one"
-    check_type("trace_id", trace_id, (str, type(None)), takes)
-    seconds = settings().flush_timeout if timeout is None else timeout
-    check_number("timeout", seconds, "seconds, at least 0, or None for flush_timeout")
-    try:
-        found = driver.ledger.receipt(trace_id, seconds)
-    except KeyError:
-        raise ValueError(
-            f"trace_id={trace_id!r} is not known here; receipt() takes {takes}. Of any trace in "
-            "the store, report() tells."
-        ) from None
-    if settings().strict and not found.complete:
-        raise IncompleteTraceError(driver.ledger.explain(found), found)
-    return found
-
-
-def capture() -> DriverContext:
-    """Return the trace context of this moment: the active span, and where its trace is stored.
-
-    Raises:
-        UnsupportedStoreError: Spans of workers cannot reach the tracking store.
-    """
-    return _capture(spark_api.active_session())
-
-
-def broadcast(spark: Any = None) -> Any:
-    """Capture the trace context of this moment and send it to the workers.
-
-    Args:
-        spark: A Spark session or context; the active session by default.
-
-    Returns:
-        A carrier for :func:`attach`: a Spark broadcast of the serialised
-        :class:`DriverContext`; on Spark Connect, which has no broadcasts, that text itself.
-
-    Raises:
-        TypeError: That is no session.
-        ValueError: None is active.
-        UnsupportedStoreError: Spans of workers cannot reach the tracking store.
-    """
-    check_spark("spark", spark)
-    session = spark_api.active_session() if spark is None else spark
-    if session is None:
-        raise ValueError(
-            "spark=None stands for the active Spark session, and none is active; start one, or "
-            "pass it. Without Spark, capture().to_json() is a carrier."
-        )
-    context = _capture(session)
-    if context.tracking_uri is None:
-        raise UnsupportedStoreError(
-            f"Spans would have to come home to the driver, since {transport()[1]}; those of "
-            "attach() cannot. Use enable() or traced()."
-        )
-    context_of_spark = spark_api.spark_context(session)
-    text = context.to_json()
-    return text if context_of_spark is None else context_of_spark.broadcast(text)
-
-
-def traced(function: F, spark: Any = None) -> F:
-    """Have Spark get ``function`` with the trace context, also where nothing is enabled.
-
-    For those who want to see it where :func:`enable` does it unseen::
-
-        with mlflow.start_span("extract"):
-            df.mapInPandas(ctx_autolog.traced(extract), schema).collect()
-
-    Args:
-        function: Any function that Spark can run.
-        spark: A Spark session; the active one by default.
-
-    Returns:
-        The function itself: only what Spark makes of it is another.
-
-    Raises:
-        TypeError: That is no function, or no session.
-        UnsupportedStoreError: Spans of workers cannot reach the tracking store.
-    """
-    check_function("function", function)
-    check_spark("spark", spark)
-    # A module that marks its functions at import is imported on the workers, too.
-    if not in_spark_task() and tracing.is_on():
-        transport(spark)
-        driver.mark(function)
-    return function
-
-
-def _capture(session: Any) -> DriverContext:
+def captured(session: Any) -> DriverContext:
+    """Return the trace context of this moment, for a session."""
     shared = _shared(session, BY_BROADCAST)
     _open_trace(shared, receipts_come_home=False)
     return _with_active_span(shared, session)
@@ -632,7 +396,7 @@ def _capture(session: Any) -> DriverContext:
 
 def _shared(session: Any, propagation: str) -> DriverContext:
     """Return what of the context of this moment does not depend on the active span."""
-    tracking_uri, _ = transport(session)
+    tracking_uri, _ = transport(settings(), session)
     _warn_of_network(session)
     tags, metadata = tracing.declared_traces()
     return DriverContext(
@@ -646,7 +410,7 @@ def _shared(session: Any, propagation: str) -> DriverContext:
         autologs=autologs_in_force(),
         environment=_environment(),
         redacts=settings().redact is not None,
-        has_span_processors=bool(tracing.span_processors()),
+        has_span_processors=bool(exports.span_processors()),
         fingerprint_key=driver.fingerprint_key,
         propagation=propagation,
         speculation=_speculation(session),
@@ -673,10 +437,25 @@ def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
     return context.under(ActionContext(context.traceparent, session_id, spent=spent))
 
 
+def _place(tracking_uri: str | None) -> str:
+    """Return what of a store takes the spans: its experiment, or its table."""
+    if otlp.is_collector(tracking_uri):
+        # There may be no tracking server to ask.
+        return ""
+    if databricks.is_table(tracking_uri):
+        return str(store.span_table())
+    return tracing.current_experiment_id()
+
+
 def _open_trace(shared: DriverContext, *, receipts_come_home: bool) -> None:
-    driver.ledger.meet_workers(process_id(), stores_for_them=_is_relayed(shared.tracking_uri))
+    stores_for_them = is_relayed(settings(), shared.tracking_uri)
+    driver.ledger.meet_workers(process_id(), stores_for_them=stores_for_them)
     if not otlp.is_collector(shared.tracking_uri):
         driver.ledger.open(receipts_come_home=receipts_come_home)
+
+
+# Hosts among which a trace is shared out where nobody knows how many there will be.
+_HOSTS = 20
 
 
 def _spans_per_host(session: Any) -> int | None:
@@ -685,7 +464,9 @@ def _spans_per_host(session: Any) -> int | None:
     # A store for whole traces takes them from the driver, which holds them until the root ends.
     if limit is None or not store.store_takes_spans() or store.span_table() is not None:
         return None
-    hosts = 1 if session is None else spark_api.executor_hosts(session)
+    hosts = 1 if session is None else spark_api.most_hosts(session)
+    if hosts is None:
+        return max(1, limit // _HOSTS)
     # A part for each host, but not so small that a job of few partitions has no use of it, unless
     # the whole became too large.
     return max(1, limit // hosts, min(limit // 10, 2 * limit // hosts))
@@ -693,12 +474,3 @@ def _spans_per_host(session: Any) -> int | None:
 
 def _speculation(session: Any) -> str | None:
     return None if session is None else spark_api.setting(session, "spark.speculation", "false")
-
-
-def warn(message: str) -> None:
-    """Warn at the line of the user's that led here."""
-    frame, depth = sys._getframe(1), 2
-    ours = ("mlflow_ctx_autolog", "pyspark")
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
-        frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, CtxAutologWarning, stacklevel=depth)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.driver.mlflow_traces import has_failed, is_client_call
 from mlflow_ctx_autolog.spans.call_sums import CALL_SUMS, SUMMED, CallSums
 from mlflow_ctx_autolog.stores.stored_trace import split_metadata
-from mlflow_ctx_autolog.tracing import has_failed, is_client_call
 
 __all__ = ["job_sums", "sums_of"]
 

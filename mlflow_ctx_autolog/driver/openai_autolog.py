@@ -17,6 +17,7 @@ from mlflow.entities import SpanEvent
 from mlflow.entities.span import NoOpSpan
 from mlflow.utils.autologging_utils import safety
 
+from mlflow_ctx_autolog.driver.mlflow_traces import record_usage
 from mlflow_ctx_autolog.mlflow_bridge.flavors import Autolog
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.prices import Pricing
@@ -32,7 +33,6 @@ from mlflow_ctx_autolog.spans.attributes import (
     TIME_TO_FIRST_CHUNK,
     USAGE,
 )
-from mlflow_ctx_autolog.tracing import record_usage
 
 __all__ = ["OpenAIAutolog"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections import OrderedDict
-from typing import Any, Protocol
+from collections.abc import Callable
 
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.driver.screens import Screen, a_screen
 
 __all__ = ["Progress"]
 
@@ -20,52 +20,10 @@ _INTERVAL = 1.0
 _JOBS = 100
 
 
-class _Screen(Protocol):
-    """Where the line of one job stands."""
-
-    def show(self, line: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _Terminal:
-    """The last line of a terminal."""
-
-    def show(self, line: str) -> None:
-        sys.stderr.write(f"\r\x1b[2K{line}")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        sys.stderr.write("\n")
-        sys.stderr.flush()
-
-
-class _Cell:
-    """Below the cell of a notebook that is running as the line is first shown.
-
-    An output of its own, which a saved notebook keeps as it was shown last.
-    """
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    def show(self, line: str) -> None:
-        from IPython.display import display
-
-        shown = {"text/plain": line}
-        if self._handle is None:
-            self._handle = display(shown, raw=True, display_id=True)
-        else:
-            self._handle.update(shown, raw=True)
-
-    def close(self) -> None:
-        """Stay as it is."""
-
-
 class _Job:
     """The numbers of one job, and the line that shows them."""
 
-    def __init__(self, screen: _Screen) -> None:
+    def __init__(self, screen: Screen) -> None:
         self._screen = screen
         self._tasks: set[str] = set()
         self._requests: set[str] = set()
@@ -74,8 +32,8 @@ class _Job:
         self._shown = -_INTERVAL
         self._line: str | None = None
 
-    def add(self, receipt: TaskReceipt) -> None:
-        """Take what a task has come to, once."""
+    def add(self, receipt: TaskReceipt, cost: float | None) -> None:
+        """Take what a task has come to, once; its cost is in US dollars, None where not known."""
         if receipt.task_span_id in self._tasks:
             return
         self._tasks.add(receipt.task_span_id)
@@ -83,7 +41,7 @@ class _Job:
         self._requests.update(receipt.requests)
         self._calls += receipt.calls
         self._tokens += int(receipt.usage.get("total_tokens", 0))
-        self._cost += receipt.spent or receipt.cost.get("total_cost", 0.0)
+        self._cost += cost or 0.0
         self._errors += receipt.errors
         self._repeats += len(receipt.requests) - (len(self._requests) - distinct)
 
@@ -116,9 +74,13 @@ class Progress:
 
     In a terminal or a notebook; where standard error is neither, nothing, and nothing is kept. The
     numbers are those of one job, which is one trace.
+
+    Args:
+        cost_of: Returns what the calls of a task have cost, in US dollars; None where not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cost_of: Callable[[TaskReceipt], float | None]) -> None:
+        self._cost_of = cost_of
         self._is_on = False
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._open: str | None = None
@@ -133,12 +95,15 @@ class Progress:
             if not on:
                 self._close()
                 self._jobs.clear()
-                self._ignored.clear()
 
     def ignore(self, trace_id: str) -> None:
         """Leave out a trace that is no job of the user's."""
         with self._lock:
             self._ignored.add(trace_id)
+
+    def ignores(self, trace_id: str) -> bool:
+        """Whether a trace is no job of the user's."""
+        return trace_id in self._ignored
 
     def add(self, receipt: TaskReceipt) -> None:
         """Take what a task has come to. Never raises."""
@@ -159,7 +124,7 @@ class Progress:
             return
         job = self._jobs.get(receipt.trace_id)
         if job is None:
-            if (screen := _screen()) is None:
+            if (screen := a_screen()) is None:
                 return
             job = self._jobs[receipt.trace_id] = _Job(screen)
             while len(self._jobs) > _JOBS:
@@ -167,7 +132,7 @@ class Progress:
         if self._open != receipt.trace_id:
             self._close()
             self._open = receipt.trace_id
-        job.add(receipt)
+        job.add(receipt, self._cost_of(receipt))
         self._draw()
 
     def _draw(self) -> None:
@@ -186,15 +151,3 @@ class Progress:
         self._open = None
         if job is not None:
             job.close()
-
-
-def _screen() -> _Screen | None:
-    """Return where to show a line; None where nobody would see it."""
-    if _in_notebook():
-        return _Cell()
-    return _Terminal() if sys.stderr.isatty() else None
-
-
-def _in_notebook() -> bool:
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})

@@ -19,9 +19,9 @@ from mlflow_ctx_autolog.driver.daemon_path import tell_daemons
 __all__ = [
     "active_session",
     "application_id",
-    "executor_hosts",
     "has_workers_elsewhere",
     "is_private_network",
+    "most_hosts",
     "pickled",
     "relay_of",
     "run_on_workers",
@@ -156,19 +156,34 @@ def _facts_of(context: Any) -> dict[str, str]:
     return _facts[context]
 
 
-def executor_hosts(spark: Any) -> int:
-    """Return on how many hosts Spark has executors now; 1 where it does not tell."""
+def most_hosts(spark: Any) -> int | None:
+    """Return on how many hosts Spark may come to have executors; None where that is not known.
+
+    A cluster that grows may have one on as many as it may have executors.
+    """
+    found = settings_of(spark, ("spark.master", *_GROWTH))
+    if (found.get("spark.master") or "").startswith("local"):
+        return 1
+    if str(found.get(_GROWTH[0])).lower() == "true":
+        most = str(found.get(_GROWTH[1]))
+        return int(most) if most.isdecimal() and 0 < int(most) < _UNLIMITED else None
     context = spark_context(spark)
     if context is None:
-        return 1
+        return None
     try:
         executors = context._jsc.sc().statusTracker().getExecutorInfos()
         hosts = Counter(str(executor.host()) for executor in executors)
         # The driver is among them.
         hosts[str(context._conf.get("spark.driver.host"))] -= 1
     except Exception:
-        return 1
-    return max(1, len(+hosts))
+        return None
+    # None may have come yet.
+    return len(+hosts) or None
+
+
+_GROWTH = ("spark.dynamicAllocation.enabled", "spark.dynamicAllocation.maxExecutors")
+# Spark's default for that is the largest number that it has.
+_UNLIMITED = (1 << 31) - 1
 
 
 def has_workers_elsewhere(spark: Any) -> bool:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from mlflow_ctx_autolog.config import checked_prices
+from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.exceptions import shortened
 from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.reporting.call_report import CallReport
@@ -19,7 +20,7 @@ from mlflow_ctx_autolog.reporting.signals import add_signals_of_all
 from mlflow_ctx_autolog.reporting.sums import dollars
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.reading import find_traces
-from mlflow_ctx_autolog.stores.stored_trace import LINKED_SPAN, StoredSpan, StoredTrace
+from mlflow_ctx_autolog.stores.stored_trace import LINKED_SPAN, RECEIPT, StoredSpan, StoredTrace
 
 __all__ = ["Prices", "RequestKey", "milliseconds", "report"]
 
@@ -151,6 +152,9 @@ class _Reader:
                 "calls that had not returned in them are not recorded."
             )
         counted = Counter(call.attempt.span_id for call in calls if call.attempt is not None)
+        receipt = Receipt.from_summary(name, trace.metadata.get(RECEIPT))
+        if receipt is not None and not receipt.complete:
+            self._notes.append(f"When its driver last asked the store, trace {name} had {receipt}.")
         self._note_on_sampling(trace, attempts)
         missing = sum(
             max(0, (each.calls or 0) - counted[each.span_id])

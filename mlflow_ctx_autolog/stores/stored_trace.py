@@ -10,9 +10,11 @@ from typing import Any
 
 __all__ = [
     "ANY_FUNCTION",
+    "DRIVER",
     "JOB_TAG",
     "LINKED_SPAN",
     "LINKED_TRACE",
+    "RECEIPT",
     "SPARK_FACTS",
     "TRACE_KEY",
     "StoredSpan",
@@ -28,6 +30,12 @@ TRACE_KEY = "mlflow_ctx_autolog.trace_id"
 JOB_TAG = "mlflow_ctx_autolog.job_trace"
 # Attributes by which a task's span and the root of its linked trace name each other.
 LINKED_TRACE, LINKED_SPAN = "linked.trace.id", "linked.span.id"
+
+# Metadata of a trace: host and process id of its driver, which alone ends it while it lives.
+DRIVER = "mlflow_ctx_autolog.driver"
+# Metadata of a trace: what the driver knew of its spans when it last asked the store, as JSON:
+# the numbers of ``Receipt.summary()``.
+RECEIPT = "mlflow_ctx_autolog.receipt"
 
 # Metadata of a trace: what the driver has learnt from Spark of its jobs, as JSON.
 SPARK_FACTS = "mlflow_ctx_autolog.spark"

@@ -271,6 +271,7 @@ def _relay(
     silence: str | None,
 ) -> None:
     """Hand back the task's receipt, and what this worker could not store, along with the task."""
+    said = task_attributes()
     receipt = TaskReceipt(
         trace_id=task.trace_id,
         task_span_id=task.span_id,
@@ -278,6 +279,7 @@ def _relay(
         delivered=counts.delivered,
         waiting=counts.waiting,
         lost=counts.lost,
+        losses={loss.value: count for loss, count in counts.losses.items()},
         first_error=delivery.first_error if counts.waiting or counts.lost else None,
         seconds_waiting=seconds,
         usage=task.usage.total,
@@ -293,8 +295,12 @@ def _relay(
         sums=task.sums.to_dict(),
         root=None if task.span is None else root_of(task.context, task.span.start),
         hides_properties=task.hides_properties,
+        attempt=task.attempt_id,
+        models=task.models,
+        stage=said.get("spark.stage.id"),
+        swept=worker_process().recovery.has_swept_since(task.began),
     )
-    partition = int(task_attributes().get("spark.partition.id", 0))
+    partition = int(said.get("spark.partition.id", 0))
     share = relay_bytes(task.context.max_result_bytes, partition)
     batches = [_batch(receipt.to_json(), delivery, 0 if is_seen_to else share)]
     for other in worker_process().deliveries.all():

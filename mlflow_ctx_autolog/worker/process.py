@@ -45,6 +45,7 @@ from mlflow_ctx_autolog.worker.children import Children, Parent
 from mlflow_ctx_autolog.worker.mlflow_loading import MLflowInWorker
 from mlflow_ctx_autolog.worker.open_spans import Branch, OpenSpans
 from mlflow_ctx_autolog.worker.router import TraceRouter
+from mlflow_ctx_autolog.worker.spark_task import task_attributes
 from mlflow_ctx_autolog.worker.task_calls import CallRecording
 from mlflow_ctx_autolog.worker.threads import ThreadHandovers
 
@@ -76,7 +77,7 @@ class WorkerProcess:
         self.calls = CallRecording(
             self.active_span, self.mlflow.problem, self._call_started, self._call_ended
         )
-        self._recovery = Recovery(self._adopt, _is_left_to_driver)
+        self.recovery = Recovery(self._adopt, _is_left_to_driver)
         self._threads = ThreadHandovers(self._work_here)
         self._parent: Parent | None = None
         self._children = Children(self._work_here, self._answer_child, join, lambda: self._parent)
@@ -97,7 +98,9 @@ class WorkerProcess:
         """Prepare for a task that is about to be opened."""
         delivery = self.deliveries.to(task.destination)
         delivery.configure(task.context.config)
-        self._recovery.start(task.context.config.spool_directory)
+        # Of a task that is tried again, the attempt before may have been killed here.
+        is_retry = bool(task_attributes().get("spark.task.attempt_number"))
+        self.recovery.start(task.context.config.spool_directory, anew=is_retry)
         variables = self._variables[task.destination] = _task_environment(task.context)
         if not open_tasks():
             self._environment = _set_environment(variables)
@@ -222,6 +225,13 @@ class WorkerProcess:
                 task.count_reused(int(message["reused"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
                 task.merge_sums(CallSums.from_dict(message.get("sums")))
+                if message["calls"] and usage:
+                    amounts = parse_amounts(usage)
+                    sent, answered = (
+                        amounts.get(f"{way}_tokens", 0) for way in ("input", "output")
+                    )
+                    model = str(_span_of(payload).get("model"))
+                    task.count_tokens(model, int(sent), int(answered))
                 self.router.store(
                     task,
                     span_id,

@@ -15,11 +15,11 @@ from workload import SCHEMA, StoredTrace, ask, extractor, stored_trace, stored_t
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.driver.ledger import write_stored_totals
+from mlflow_ctx_autolog.driver.mlflow_traces import record_no_totals
+from mlflow_ctx_autolog.driver.totals import write_stored_totals
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.tracking_store import trace_record
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
-from mlflow_ctx_autolog.tracing import record_no_totals
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -25,7 +25,7 @@ from mlflow_ctx_autolog.config import (
 
 ROOT = Path(__file__).parents[2]
 NAMES = [field.name for field in dataclasses.fields(Config)]
-FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress"]
+FLAGS = ["strict", "capture_content", "propagate_headers", "join_trace", "progress", "quiet"]
 FUNCTIONS = ["redact", "databricks_token"]
 OTHERS = [
     "spool_directory",
@@ -67,6 +67,7 @@ OTHER = Config(
     max_spans_per_trace=50,
     sampling="errors+5%",
     progress=True,
+    quiet=True,
     reuse_answers="/answers",
     answers_key="$ANSWERS_KEY",
     max_answer_bytes=1,

@@ -22,11 +22,11 @@ import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import exceptions
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.driver.exports import filtered, snapshot
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.record import SpanEvent, SpanRecord
 from mlflow_ctx_autolog.stores.tracking_store import read_trace, span_record
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request
-from mlflow_ctx_autolog.tracing import filtered, snapshot
 
 SECRET = "Alice lives in Turku"
 

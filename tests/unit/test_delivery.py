@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.intake import Intake
 from mlflow_ctx_autolog.delivery.outbox import Outbox
 from mlflow_ctx_autolog.delivery.pacing import Pacing
-from mlflow_ctx_autolog.delivery.receipts import Counts
+from mlflow_ctx_autolog.delivery.receipts import Counts, Loss
 from mlflow_ctx_autolog.delivery.recovery import Recovered, recover
 from mlflow_ctx_autolog.delivery.segments import Segment
 from mlflow_ctx_autolog.delivery.sender import Delivery
@@ -195,6 +196,10 @@ def span(key: object, owner: str = "", size: int = 0) -> Record:
 
 def spans(keys: Iterable[object], owner: str = "", size: int = 0) -> list[Record]:
     return [span(key, owner, size) for key in keys]
+
+
+def lost_by(way: Loss, *, made: int, count: int, delivered: int = 0) -> Counts:
+    return Counts(made=made, delivered=delivered, losses=Counter({way: count}))
 
 
 def names(*numbers: int) -> list[str]:
@@ -1043,7 +1048,7 @@ def test_what_is_refused_without_a_disk_is_lost(store: Store, settings: Settings
     assert delivery.flush(LONG)
 
     assert sorted(store.stored) == ["1", "2"]
-    assert delivery.counts("task") == Counts(made=3, delivered=2, lost=1)
+    assert delivery.counts("task") == lost_by(Loss.REFUSED, made=3, delivered=2, count=1)
     assert "no file can be had" in str(delivery.first_error)
 
 
@@ -1115,6 +1120,45 @@ def test_one_alone_that_the_store_fails_over_is_kept(store: Store, unhurried: Co
     assert (store.stored, delivery.set_aside) == (["1"], 1)
 
 
+def test_a_later_state_is_not_overtaken_by_an_earlier_one(store: Store, unhurried: Config) -> None:
+    """What ends while it is on its way as begun is sent after it, by the same process."""
+    store.hang()
+    delivery = Delivery(A, store, unhurried)
+    delivery.submit_all([Record("span", "1", b"running")], at_once=True)
+    store.wait_for(lambda: store.attempts == 1)
+    delivery.submit_all([Record("span", "1", b"ended"), Record("span", "2", b"ended")])
+    until(lambda: delivery._intake.pending == 0)
+
+    # Whoever takes the rest may be faster than what is on its way.
+    assert [record.key for record in delivery.take()] == ["2"]
+    store.answer()
+    assert delivery.flush(LONG)
+    states = [record.payload for _, records in store.requests for record in records]
+    assert states == [b"running", b"ended"]
+
+
+def test_what_has_ended_is_not_sent_as_begun(
+    store: Store, unhurried: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a state sent that was replaced, or taken, just as it was about to be."""
+    delivery = Delivery(A, store, unhurried)
+    peek, has_looked = delivery._spool.peek, threading.Event()
+
+    def peek_and_be_slow(count: int, size: int) -> Any:
+        found = peek(count, size)
+        if not has_looked.is_set():
+            has_looked.set()
+            delivery._spool.add([Record("span", "1", b"ended")])
+        return found
+
+    monkeypatch.setattr(delivery._spool, "peek", peek_and_be_slow)
+    delivery.submit_all([Record("span", "1", b"running")], at_once=True)
+    assert delivery.flush(LONG)
+    assert has_looked.is_set()
+    states = [record.payload for _, records in store.requests for record in records]
+    assert states == [b"ended"]
+
+
 # A store that refuses some, and does not say which.
 
 
@@ -1126,7 +1170,7 @@ def test_success_in_part_is_not_sent_again(store: Store, unhurried: Config) -> N
 
     assert delivery.flush(LONG)
     assert store.attempts == 1
-    assert delivery.counts("task") == Counts(made=5, delivered=3, lost=2)
+    assert delivery.counts("task") == lost_by(Loss.REFUSED_UNNAMED, made=5, delivered=3, count=2)
     assert (delivery.delivered, delivery.lost) == (3, 2)
     assert "rejected 2 spans: too long" in str(delivery.first_error)
 
@@ -1146,7 +1190,7 @@ def test_spans_beyond_the_room_are_counted_as_lost(
         until(lambda: delivery._intake.pending == 0)
 
     assert (delivery.waiting, delivery.lost) == (2, 4)
-    assert delivery.counts("task") == Counts(made=6, delivered=0, lost=4)
+    assert delivery.counts("task") == lost_by(Loss.NO_ROOM, made=6, count=4)
     assert len(warnings_of(caplog, "max_waiting_bytes")) == 1
 
     store.answer()

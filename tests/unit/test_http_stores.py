@@ -470,14 +470,14 @@ def test_enable_names_where_a_server_sends_to(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the form in which it can be set, and without the log-in."""
-    from mlflow_ctx_autolog.driver import handover
+    from mlflow_ctx_autolog.driver import routes
 
     server.status, server.headers = 301, {"Location": "https://other.example/base/version"}
     assert redirect_of(server.uri) == "https://other.example/base"
     uri = server.uri.replace("//", "//bob:planted-secret@")
-    monkeypatch.setattr(handover.store, "current_tracking_uri", lambda: uri)
+    monkeypatch.setattr(routes.store, "current_tracking_uri", lambda: uri)
     with pytest.warns(CtxAutologWarning, match="sends to https://other.example/base,") as caught:
-        handover.warn_of_old_store()
+        routes.warn_of_old_store()
     assert "set_tracking_uri('https://other.example/base')" in str(caught[0].message)
     assert "planted-secret" not in str(caught[0].message)
 

@@ -23,13 +23,14 @@ from workload import StoredTrace, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import tracing
-from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.delivery.receipts import Loss, TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination, Record
+from mlflow_ctx_autolog.driver import books, exports, ledger, settling, totals
 from mlflow_ctx_autolog.driver import handover as driver
-from mlflow_ctx_autolog.driver import ledger
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.sending import send
+from mlflow_ctx_autolog.stores.stored_trace import DRIVER, RECEIPT
 
 USAGE = "mlflow.chat.tokenUsage"
 COST = "mlflow.llm.cost"
@@ -113,7 +114,7 @@ def _away(
     parent_id: int | None = None,
     attributes: dict[str, Any] | None = None,
 ) -> Span:
-    snapshot = tracing.snapshot(parent)
+    snapshot = exports.snapshot(parent)
     assert snapshot is not None
     message: SpanMessage = snapshot.to_otel_proto()
     message.name = name
@@ -198,6 +199,35 @@ def test_a_receipt_is_of_the_trace_that_was_handed_to_spark_last(
         ctx_autolog.receipt(root.trace_id)
 
 
+def test_a_receipt_is_of_the_last_job_also_without_a_trace_in_the_book(book: Ledger) -> None:
+    """Of tasks that came later than the last trace, rather than of the job before them."""
+    with tracing.new_trace("elsewhere"):
+        other = task_below(mlflow.get_current_active_span())
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+    book.receive([other.arrival()])
+    assert ctx_autolog.receipt().trace_id is None
+    assert ctx_autolog.receipt().tasks == 1
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+    assert ctx_autolog.receipt().trace_id == root.trace_id
+
+
+def test_a_receipt_waits_for_what_is_on_its_way(book: Ledger, database: Destination) -> None:
+    """Also while the span is open, right after an action."""
+    with mlflow.start_span("driver"):
+        ctx_autolog.capture()
+        root = mlflow.get_current_active_span()
+        assert root is not None
+        task = task_below(root)
+        book.receive([task.arrival()])
+        late = threading.Timer(0.5, send, (database, task.records))
+        late.start()
+        found = ctx_autolog.receipt(timeout=30)
+        late.join()
+        assert (found.made, found.stored, found.complete) == (3, 3, True)
+
+
 @pytest.mark.parametrize("is_async", ["true", "false"])
 def test_a_trace_is_stored_as_mlflow_would(
     book: Ledger, monkeypatch: pytest.MonkeyPatch, is_async: str
@@ -222,7 +252,7 @@ def test_a_trace_is_stored_as_mlflow_would(
     captures = True
     ours = stored_trace(work()).trace
 
-    ignored = {store.TRACE_KEY, "mlflow.trace.cost", "mlflow.artifactLocation"}
+    ignored = {store.TRACE_KEY, RECEIPT, DRIVER, "mlflow.trace.cost", "mlflow.artifactLocation"}
 
     def facts(trace: Any) -> Any:
         info = trace.info
@@ -278,7 +308,7 @@ def test_mlflow_exports_what_we_fail_to(
         monkeypatch.setattr(ledger, "complete_info", fail)
     trace = stored_trace(root.trace_id)
     assert trace.trace.info.state == "OK"
-    assert any("not today" in warning for warning in our_warnings(caplog, "tracing"))
+    assert any("not today" in warning for warning in our_warnings(caplog, "driver.exports"))
 
 
 def test_disabling_while_a_trace_is_open_completes_it(book: Ledger) -> None:
@@ -397,17 +427,24 @@ def test_a_task_without_a_receipt_is_found_in_the_store(
 def test_a_task_that_was_killed_counts_by_what_it_has_stored(
     book: Ledger, database: Destination
 ) -> None:
-    """Of a task that has not ended, the calls that are stored are in the totals."""
+    """The calls that are stored are in the totals; whether these are all, nobody knows."""
     with mlflow.start_span("driver") as root:
         ctx_autolog.capture()
-        running = {"mlflow.spanType": "TASK", "spark.task.outcome": "running"}
+        running = {
+            "mlflow.spanType": "TASK",
+            "spark.task.outcome": "running",
+            "host.name": "node2",
+        }
         task = _away(root, 0xF0, "task", attributes=running)
         call = _away(root, 0xF1, "call", parent_id=0xF0, attributes={USAGE: tokens(4)})
         send(database, [store.span_record(task), store.span_record(call)])
 
     assert usage_in_store(root.trace_id) == tokens(4)
     found = ctx_autolog.receipt()
-    assert (found.tasks, found.made, found.stored, found.complete) == (1, 3, 3, True)
+    assert (found.tasks, found.made, found.stored, found.complete) == (1, 3, 3, False)
+    assert found.unknown == {"node2": 1}
+    assert "unknown what 1 task attempt (1 on node2) made" in str(found)
+    assert "mlflow-ctx-autolog recover on node2" in book.explain(found)
 
 
 def test_a_receipt_counts_more_than_what_was_seen_before_it(
@@ -432,7 +469,7 @@ def test_a_receipt_counts_more_than_what_was_seen_before_it(
 def test_totals_of_a_trace_whose_driver_is_gone(book: Ledger, database: Destination) -> None:
     """From what the store has, a trace is added up as its driver would have done."""
     with mlflow.start_span("driver") as root:
-        records = [store.span_record(tracing.snapshot(root))]
+        records = [store.span_record(exports.snapshot(root))]
         for number in (0xE0, 0xE2):
             running = {"mlflow.spanType": "TASK", "spark.task.outcome": "completed"}
             facts = {USAGE: tokens(4), COST: price(1)}
@@ -442,7 +479,7 @@ def test_totals_of_a_trace_whose_driver_is_gone(book: Ledger, database: Destinat
         own = _away(root, 0xE4, "own", attributes={USAGE: tokens(2)})
         trace = store.trace_record(tracing.active_trace())
         send(database, [*records, store.span_record(own), trace])
-        ledger.write_stored_totals(database, root.trace_id)
+        totals.write_stored_totals(database, root.trace_id)
 
         info, _ = store.read_trace(database, root.trace_id)
         assert info.token_usage == tokens(10)
@@ -563,7 +600,7 @@ def test_what_is_lost_is_said(book: Ledger, caplog: pytest.LogCaptureFixture) ->
     (warning,) = our_warnings(caplog)
     assert "2 lost" in warning
     assert "disk full" in warning
-    assert "waiting" not in warning
+    assert "waiting," not in warning
 
 
 def _incomplete_trace(book: Ledger) -> None:
@@ -580,13 +617,13 @@ def test_nobody_waits_again_for_what_is_known_to_be_missing(
     ctx_autolog.enable(flush_timeout=1)
     _incomplete_trace(book)
     asked: list[str] = []
-    count = ledger.count_spans
+    count = settling.count_spans
 
     def counting(destination: Destination, trace_id: str) -> int:
         asked.append(trace_id)
         return count(destination, trace_id)
 
-    monkeypatch.setattr(ledger, "count_spans", counting)
+    monkeypatch.setattr(settling, "count_spans", counting)
     assert ctx_autolog.flush(30)
     assert len(asked) == 1
     assert not ctx_autolog.receipt(timeout=1).complete
@@ -664,7 +701,7 @@ def test_a_loss_is_that_of_its_trace(book: Ledger, database: Destination) -> Non
     """A span of one trace that had to be dropped does not make another trace incomplete."""
     with mlflow.start_span("driver"):
         ctx_autolog.capture()
-    delivery = book._deliveries.to(database)
+    delivery = book.deliveries.to(database)
     delivery._lose([Record("span", "0123456789abcdef", b"of another trace")])
 
     assert ctx_autolog.receipt().complete
@@ -724,7 +761,7 @@ def test_other_settings_lose_no_span(
 ) -> None:
     """A span on its way to the disk while the settings change is stored all the same."""
     ctx_autolog.enable(batch_size=7)
-    delivery = book._deliveries.to(database)
+    delivery = book.deliveries.to(database)
     spool, writing, written = delivery._spool, threading.Event(), threading.Event()
     add = spool.add
 
@@ -759,7 +796,7 @@ def gone(book: Ledger, nowhere: str) -> Iterator[None]:
     mlflow.set_tracking_uri(nowhere)
     yield
     mlflow.flush_trace_async_logging()
-    for delivery in book._deliveries.all():
+    for delivery in book.deliveries.all():
         delivery.take()
     mlflow.set_tracking_uri(before)
 
@@ -883,7 +920,7 @@ def test_a_receipt_keeps_to_its_timeout(book: Ledger, monkeypatch: pytest.Monkey
         answer.wait(60)
         return 1
 
-    monkeypatch.setattr(ledger, "count_spans", slow)
+    monkeypatch.setattr(settling, "count_spans", slow)
     other = threading.Thread(target=book.receipt, args=(root.trace_id, 60))
     other.start()
     assert asked.wait(60)
@@ -911,7 +948,7 @@ def test_without_threads_nothing_raises(book: Ledger, monkeypatch: pytest.Monkey
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
-    next(iter(book._books.values())).is_complete = False
+    book.books.all()[0].is_complete = False
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         book._at_exit()
@@ -929,8 +966,9 @@ def test_a_complete_trace_is_not_doubted_at_exit(
     def refuse(*_: Any) -> Any:
         raise store.StoreError("it cannot be reached")
 
-    for name in ("send", "count_spans", "read_trace", "sum_of_costs"):
-        monkeypatch.setattr(ledger, name, refuse)
+    monkeypatch.setattr(ledger, "send", refuse)
+    for name in ("count_spans", "read_trace", "sum_of_costs"):
+        monkeypatch.setattr(settling, name, refuse)
     book._at_exit()
     assert not any("not complete" in warning for warning in our_warnings(caplog))
 
@@ -939,7 +977,7 @@ def test_a_trace_that_is_forgotten_is_mlflows(
     book: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of more traces than are kept in the book, the oldest is exported by MLflow, and complete."""
-    monkeypatch.setattr(ledger, "_TRACES", 1)
+    monkeypatch.setattr(books, "_TRACES", 1)
     ctx_autolog.enable(send_interval=60)
     with mlflow.start_span("first") as first:
         ctx_autolog.capture()
@@ -1034,3 +1072,169 @@ def test_spans_that_come_too_late_are_said_to_be_lost(
     assert names(stored_trace(root.trace_id)) == ["driver"]
     found = ctx_autolog.receipt(timeout=5)
     assert (found.made, found.stored, found.complete) == (3, 1, False)
+
+
+# Every way in which a span can be dropped.
+
+
+def _configure(book: Ledger) -> None:
+    for delivery in book.deliveries.all():
+        delivery.configure(driver.settings())
+
+
+def _no_room(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    ctx_autolog.enable(flush_timeout=5, spool_max_bytes=0, max_waiting_bytes=1_000_000)
+    _configure(book)
+    large = task.records[0]._replace(payload=bytes(1_000_001))
+    return [large, *task.records[1:]]
+
+
+def _refused(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    ctx_autolog.enable(flush_timeout=5, spool_max_bytes=0)
+    _configure(book)
+    return [task.records[0]._replace(payload=b"\xff garbage"), *task.records[1:]]
+
+
+def _refused_unnamed(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    ctx_autolog.enable(flush_timeout=5)
+    refused = task.records[0].key
+
+    def send_some(destination: Destination, records: Sequence[Record]) -> None:
+        # As a collector does, which has them in the order in which they come.
+        kept = [record for record in records if record.key != refused]
+        send(destination, kept)
+        if len(kept) < len(records):
+            raise store.StoreError("it rejected 1 span", rejected=len(records) - len(kept))
+
+    for delivery in book.deliveries.all():
+        patched.setattr(delivery, "_send", send_some)
+    return task.records
+
+
+def _too_late(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) -> list[Record]:
+    return task.records
+
+
+# Where it can happen: while the trace is open, or once a store for whole traces has it.
+WAYS = {
+    Loss.NO_ROOM: (_no_room, 1),
+    Loss.REFUSED: (_refused, 1),
+    Loss.REFUSED_UNNAMED: (_refused_unnamed, 1),
+    Loss.TOO_LATE: (_too_late, 3),
+}
+
+
+def test_every_way_to_lose_a_span_is_tried() -> None:
+    """Whoever adds one adds a job that loses spans so."""
+    assert set(WAYS) == set(Loss)
+
+
+@pytest.mark.parametrize("way", Loss)
+def test_the_receipt_is_what_the_store_has(
+    book: Ledger,
+    way: Loss,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Receipt, warning, strict and the trace's metadata all have what was counted in the store."""
+    make, lost = WAYS[way]
+    if way is Loss.TOO_LATE:
+        request.getfixturevalue("files")
+    with mlflow.start_span("driver") as root:
+        book.open(receipts_come_home=True)
+        assert ctx_autolog.flush(60)
+        task = task_below(root, calls=2)
+        arrival = task.arrival(make(book, task, monkeypatch))
+        if way is not Loss.TOO_LATE:
+            book.receive([arrival])
+    mlflow.flush_trace_async_logging()
+    if way is Loss.TOO_LATE:
+        book.receive([arrival])
+
+    found = ctx_autolog.receipt(root.trace_id, timeout=10)
+    trace = stored_trace(root.trace_id)
+    assert (found.made, found.lost, found.waiting) == (4, lost, 0)
+    assert found.stored == len(trace.spans) == 4 - lost
+    assert found.losses == {way.value: lost}
+    assert not found.complete
+    assert f"{lost} lost" in book.explain(found)
+    assert way.value in book.explain(found)
+    ctx_autolog.enable(strict=True)
+    with pytest.raises(ctx_autolog.IncompleteTraceError, match=f"{lost} lost"):
+        ctx_autolog.receipt(root.trace_id, timeout=10)
+    if way is not Loss.TOO_LATE:
+        assert any(f"{lost} lost: {way.value}" in warning for warning in our_warnings(caplog))
+        (note,) = [
+            note for note in ctx_autolog.report(root.trace_id).notes if "asked the store" in note
+        ]
+        assert f"4 spans made, {4 - lost} stored" in note
+        assert json.loads(trace.metadata[RECEIPT]) == {"made": 4, "stored": 4 - lost, "lost": lost}
+
+
+def test_what_comes_too_late_without_a_trace_of_its_own_is_lost(
+    book: Ledger, files: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A receipt of tasks whose trace nobody knows counts what was acknowledged, and no more."""
+    with mlflow.start_span("elsewhere") as root:
+        task = task_below(root)
+    mlflow.flush_trace_async_logging()
+    book.receive([task.arrival(task.records)])
+
+    found = ctx_autolog.receipt()
+    assert (found.made, found.stored, found.lost, found.complete) == (2, 0, 2, False)
+
+
+# When a job is over.
+
+
+def test_a_job_is_shown_once_it_is_over(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch, database: Destination
+) -> None:
+    """Once for its span, and again where more of its tasks have told."""
+    shown: list[str] = []
+    monkeypatch.setattr(book, "_show_job", lambda book, receipt: shown.append(str(receipt)))
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        early, late = task_below(root), task_below(root)
+        book.receive([early.arrival(early.records)])
+    mlflow.flush_trace_async_logging()
+    assert ctx_autolog.flush(60)
+    assert shown == ["3 spans made, 3 stored"]
+
+    book.receive([late.arrival(late.records)])
+    assert ctx_autolog.flush(60)
+    assert shown == ["3 spans made, 3 stored", "5 spans made, 5 stored"]
+
+
+# After a driver that has died.
+
+
+@pytest.mark.parametrize(("driver_id", "state"), [("elsewhere 1", "ERROR"), (None, "IN_PROGRESS")])
+def test_a_trace_whose_driver_has_died_is_over(
+    book: Ledger, database: Destination, driver_id: str | None, state: str
+) -> None:
+    """Recovery ends it, unless the driver is known to live, and corrects what was said of it."""
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        assert ctx_autolog.flush(60)
+        info, _ = store.read_trace(database, root.trace_id)
+        info.trace_metadata[RECEIPT] = json.dumps({"made": 2, "stored": 1, "waiting": 1})
+        if driver_id is not None:
+            info.trace_metadata[DRIVER] = driver_id
+        running = {"mlflow.spanType": "TASK", "spark.task.outcome": "running"}
+        gone = {"host.name": socket.gethostname(), "process.pid": 2**22 + 1}
+        task = _away(root, 0xF8, "task", attributes={**running, **gone})
+        call = _away(root, 0xF9, "call", parent_id=0xF8, attributes={USAGE: tokens(4)})
+        records = [store.span_record(task), store.span_record(call), store.trace_record(info)]
+        send(database, records)
+        totals.write_stored_totals(database, root.trace_id)
+
+        info, spans = store.read_trace(database, root.trace_id)
+        assert str(info.state) == state
+        assert info.token_usage == tokens(4)
+        assert json.loads(info.trace_metadata[RECEIPT]) == {"made": 3, "stored": 3}
+        told = {span.span_id: span.get_attribute("spans.made") for span in spans}
+        assert told[task.span_id] == 2
+    # Whose driver asks the store, and knows all of it now.
+    assert ctx_autolog.receipt(root.trace_id).complete

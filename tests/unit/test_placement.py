@@ -267,29 +267,50 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "share"), [(1, 2000), (3, 666), (10, 200), (20, 200), (100, 40), (100_000, 1)]
+    ("hosts", "share"),
+    [(1, 2000), (3, 666), (10, 200), (20, 200), (100, 40), (100_000, 1), (None, 100)],
 )
 def test_hosts_share_a_trace(
-    experiment_id: str, monkeypatch: pytest.MonkeyPatch, hosts: int, share: int
+    experiment_id: str, monkeypatch: pytest.MonkeyPatch, hosts: int | None, share: int
 ) -> None:
-    """Each has a tenth at least, unless the whole came to more than twice the limit."""
-    monkeypatch.setattr(handover.spark_api, "executor_hosts", lambda _: hosts)
+    """Each has a tenth at least, unless the whole came to too much, or nobody knows of how many."""
+    monkeypatch.setattr(handover.spark_api, "most_hosts", lambda _: hosts)
     assert handover._spans_per_host(object()) == share
 
 
 def test_the_hosts_of_executors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of the driver, unless it has an executor, too; one where nobody knows."""
+    """Not that of the driver, unless it has an executor, too."""
 
-    def found(*names: str) -> int:
+    def found(*names: str, **settings: str) -> int | None:
         executors = [Mock(**{"host.return_value": name}) for name in names]
         context = MagicMock()
         context._conf.get.return_value = "driver"
         context._jsc.sc().statusTracker().getExecutorInfos.return_value = executors
         monkeypatch.setattr(handover.spark_api, "spark_context", lambda _: context)
-        return handover.spark_api.executor_hosts(object())
+        told = {"spark.master": "spark://master:7077"}
+        told |= {f"spark.dynamicAllocation.{name}": value for name, value in settings.items()}
+        monkeypatch.setattr(
+            handover.spark_api,
+            "settings_of",
+            lambda _, names: {name: told.get(name) for name in names},
+        )
+        return handover.spark_api.most_hosts(object())
 
-    assert found("driver") == 1
+    assert found("driver") is None
     assert found("driver", "driver") == 1
     assert found("driver", "one", "one", "two") == 2
+    # Of a cluster that grows, those that there are now say nothing.
+    assert found("driver", "one", enabled="true", maxExecutors="30") == 30
+    assert found("driver", "one", enabled="true", maxExecutors=str(2**31 - 1)) is None
+    assert found("driver", "one", enabled="true") is None
+
+
+@pytest.mark.parametrize(("master", "hosts"), [("local[2]", 1), ("spark://one:7077", None)])
+def test_where_spark_does_not_tell_of_executors(
+    monkeypatch: pytest.MonkeyPatch, master: str, hosts: int | None
+) -> None:
+    """As on Spark Connect, whose settings can be read."""
     monkeypatch.setattr(handover.spark_api, "spark_context", lambda _: None)
-    assert handover.spark_api.executor_hosts(object()) == 1
+    told = {"spark.master": master}
+    monkeypatch.setattr(handover.spark_api, "settings_of", lambda *_: told)
+    assert handover.spark_api.most_hosts(object()) == hosts

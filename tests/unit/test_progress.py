@@ -11,6 +11,7 @@ import pytest
 
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.driver import progress as progress_module
+from mlflow_ctx_autolog.driver import screens
 from mlflow_ctx_autolog.driver.progress import Progress
 
 
@@ -31,7 +32,7 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     terminal = Terminal()
     # pytest sets its own anew before the test begins.
-    monkeypatch.setattr(progress_module, "sys", SimpleNamespace(stderr=terminal, modules={}))
+    monkeypatch.setattr(screens, "sys", SimpleNamespace(stderr=terminal, modules={}))
     return terminal
 
 
@@ -42,7 +43,7 @@ def receipt(trace: str, task: str, **told: object) -> TaskReceipt:
 
 def test_a_job_has_numbers_of_its_own(terminal: Terminal) -> None:
     """Each has a line, its repeats are those within it, and a task counts once."""
-    progress = Progress()
+    progress = Progress(lambda task: task.spent)
     progress.switch(True)
     progress.add(receipt("tr-1", "a", requests=("x", "y"), spent=0.5))
     progress.add(receipt("tr-1", "a", requests=("x", "y"), spent=0.5))
@@ -61,7 +62,7 @@ def test_a_job_has_numbers_of_its_own(terminal: Terminal) -> None:
 
 def test_what_is_no_job_is_left_out(terminal: Terminal) -> None:
     """As doctor()'s call, and what comes when it is switched off."""
-    progress = Progress()
+    progress = Progress(lambda task: task.spent)
     progress.add(receipt("tr-1", "a"))
     progress.switch(True)
     progress.ignore("tr-2")
@@ -75,7 +76,7 @@ def test_what_is_no_job_is_left_out(terminal: Terminal) -> None:
 def test_it_is_drawn_once_in_a_while(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     """And then as it is by then, also where no other task tells anything."""
     monkeypatch.setattr(progress_module, "_INTERVAL", 0.2)
-    progress = Progress()
+    progress = Progress(lambda task: task.spent)
     progress.switch(True)
     for number in range(100):
         progress.add(receipt("tr-1", str(number)))
@@ -91,7 +92,7 @@ def test_it_is_drawn_once_in_a_while(terminal: Terminal, monkeypatch: pytest.Mon
 def test_nothing_is_kept_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard error is a file, say."""
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    progress = Progress()
+    progress = Progress(lambda task: task.spent)
     progress.switch(True)
     progress.add(receipt("tr-1", "a"))
 

@@ -10,12 +10,14 @@ import pytest
 from submitted import arrived
 
 import mlflow_ctx_autolog as ctx_autolog
-from mlflow_ctx_autolog import exceptions, tracing
+from mlflow_ctx_autolog import exceptions
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.diagnosis.checks import likely_causes
+from mlflow_ctx_autolog.driver import exports
 from mlflow_ctx_autolog.driver import handover as driver
-from mlflow_ctx_autolog.driver.ledger import Arrival, Ledger
+from mlflow_ctx_autolog.driver.homecoming import Arrival
+from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.sending import send
 
@@ -122,7 +124,7 @@ def test_a_stored_task_tells_of_its_silence(
         attributes = TaskReceipt.attributes(1, {}, {}, silence)
         with mlflow.start_span("task", span_type="TASK") as task:
             task.set_attributes({"spark.task.outcome": "completed", **attributes})
-            record = tracing.snapshot(task)
+            record = exports.snapshot(task)
         assert record is not None
         send(database, [store.span_record(record)])
     mlflow.flush_trace_async_logging()

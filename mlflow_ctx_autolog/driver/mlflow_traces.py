@@ -1,0 +1,152 @@
+"""What MLflow's spans say, and what it keeps of a trace besides them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlflow.tracing.utils as mlflow_utils
+from mlflow.entities import LiveSpan, Span, TraceInfo, TraceLocation, TraceState
+from mlflow.entities.span_status import SpanStatusCode
+from mlflow.tracing.utils import aggregate_usage_from_spans
+
+from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
+from mlflow_ctx_autolog.spans.attributes import FINGERPRINT
+from mlflow_ctx_autolog.spans.usage import usage_of_answer
+
+__all__ = [
+    "end_info",
+    "has_failed",
+    "info_of_json",
+    "info_of_trace",
+    "is_client_call",
+    "is_in_progress",
+    "is_task",
+    "list_price",
+    "record_no_totals",
+    "record_totals",
+    "record_usage",
+    "totals_of",
+    "with_attributes",
+]
+
+# Not in all releases, which then know of no cost.
+_sum_of_costs = getattr(mlflow_utils, "aggregate_cost_from_spans", None)
+
+TASK_TYPE = "TASK"
+
+# By MLflow's names; not all releases have constants for them.
+_USAGE_OF_SPAN, _COST_OF_SPAN = "mlflow.chat.tokenUsage", "mlflow.llm.cost"
+_USAGE_OF_TRACE, _COST_OF_TRACE = "mlflow.trace.tokenUsage", "mlflow.trace.cost"
+
+
+def is_task(span: Span) -> bool:
+    """Whether a span is that of a task attempt."""
+    return span.span_type == TASK_TYPE and span.get_attribute("spark.task.outcome") is not None
+
+
+def is_client_call(span: Span) -> bool:
+    """Whether a span is that of a call of the OpenAI client."""
+    return span.get_attribute(FINGERPRINT) is not None
+
+
+def has_failed(span: Span) -> bool:
+    """Whether a span has ended with an error."""
+    return bool(span.status.status_code == SpanStatusCode.ERROR)
+
+
+def record_usage(span: LiveSpan, usage: Any) -> None:
+    """Write the tokens that the server has counted, unless MLflow has.
+
+    Args:
+        span: The span of a call.
+        usage: The ``usage`` of the client's reply, by the names of any of its APIs; or None.
+    """
+    if usage is None or span.get_attribute(_USAGE_OF_SPAN):
+        return
+    if counts := usage_of_answer(usage.model_dump(warnings=False)):
+        span.set_attribute(_USAGE_OF_SPAN, counts)
+
+
+@functools.lru_cache(maxsize=256)
+def list_price(model: str) -> tuple[float, float] | None:
+    """Return US dollars for a million input and output tokens of a model, if MLflow knows."""
+    calculate = getattr(mlflow_utils, "calculate_cost_by_model_and_token_usage", None)
+    million = {"input_tokens": 1_000_000, "output_tokens": 1_000_000}
+    cost = None if calculate is None else calculate(model, million)
+    return None if not cost else (float(cost["input_cost"]), float(cost["output_cost"]))
+
+
+def totals_of(spans: Sequence[Span]) -> tuple[Amounts, Amounts]:
+    """Return token usage and cost of the spans of one tree, as MLflow adds them up."""
+    return (
+        parse_amounts(aggregate_usage_from_spans(list(spans))),
+        {} if _sum_of_costs is None else parse_amounts(_sum_of_costs(list(spans))),
+    )
+
+
+def record_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> None:
+    """Write the token usage and the cost of a whole trace where MLflow keeps them."""
+    if usage:
+        info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(usage)
+    if cost:
+        info.trace_metadata[_COST_OF_TRACE] = json.dumps(cost)
+
+
+def record_no_totals(info: TraceInfo) -> None:
+    """Write that a trace has come to nothing yet.
+
+    Else the store would add up all its spans anew with each that comes. Of the cost it is just a
+    part, lest a price be shown where none is known.
+    """
+    nothing: Amounts = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    record_totals(info, nothing, {"input_cost": 0.0})
+
+
+def info_of_trace(
+    trace_id: str, experiment_id: str, began: int, metadata: dict[str, str], tags: dict[str, str]
+) -> TraceInfo:
+    """Return the info of a trace that this process did not make.
+
+    Args:
+        trace_id: MLflow's id of it.
+        experiment_id: Where it is kept.
+        began: Nanoseconds since the epoch.
+        metadata: What is fixed of it.
+        tags: What may be changed.
+    """
+    return TraceInfo(
+        trace_id=trace_id,
+        trace_location=TraceLocation.from_experiment_id(experiment_id),
+        request_time=began // 1_000_000,
+        state=TraceState.OK,
+        trace_metadata=metadata,
+        tags=tags,
+    )
+
+
+def info_of_json(text: bytes) -> TraceInfo:
+    """Return the info of a trace as :func:`json.dumps` has written it."""
+    return TraceInfo.from_dict(json.loads(text))
+
+
+def is_in_progress(info: TraceInfo) -> bool:
+    """Whether nobody has ended a trace yet."""
+    return bool(info.state == TraceState.IN_PROGRESS)
+
+
+def end_info(info: TraceInfo, began: int, ended: int, *, failed: bool = False) -> None:
+    """Write how long a trace took, from times in nanoseconds since the epoch."""
+    info.execution_duration = max(0, ended - began) // 1_000_000
+    info.state = TraceState.ERROR if failed else TraceState.OK
+
+
+def with_attributes(span: Span, attributes: Mapping[str, Any]) -> Span:
+    """Return a span with further attributes."""
+    changed = copy.copy(span._span)
+    said = {name: json.dumps(value) for name, value in attributes.items()}
+    changed._attributes = {**(changed._attributes or {}), **said}
+    return Span(changed)

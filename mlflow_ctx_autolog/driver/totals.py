@@ -1,0 +1,145 @@
+"""What a trace comes to in all, and writing it where MLflow and a history of jobs read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.records import Destination
+from mlflow_ctx_autolog.driver.books import Book, by_task
+from mlflow_ctx_autolog.driver.job_sums import job_sums
+from mlflow_ctx_autolog.driver.mlflow_traces import (
+    end_info,
+    is_in_progress,
+    record_totals,
+    totals_of,
+    with_attributes,
+)
+from mlflow_ctx_autolog.spans.amounts import Amounts, add
+from mlflow_ctx_autolog.stores.sending import send
+from mlflow_ctx_autolog.stores.stored_trace import (
+    DRIVER,
+    LINKED_TRACE,
+    RECEIPT,
+    SPARK_FACTS,
+    TRACE_KEY,
+    split_metadata,
+)
+from mlflow_ctx_autolog.stores.tracking_store import read_trace, span_record, trace_record
+
+__all__ = ["linked_spans", "record_sums", "write_stored_totals"]
+
+# Characters that a store takes as one piece of a trace's metadata.
+_LONGEST_METADATA = 8000
+
+SparkFacts = Callable[[int], "str | None"]
+
+
+def record_sums(book: Book, usage: Amounts, cost: Amounts, spark_facts: SparkFacts | None) -> None:
+    """Write into what is known of a trace what it comes to, and what Spark knows of its jobs.
+
+    Args:
+        book: The trace's.
+        usage: Tokens of all of it.
+        cost: Cost of all of it.
+        spark_facts: Returns what Spark knows since a time, in milliseconds since the epoch.
+    """
+    record_totals(book.info, usage, cost)
+    facts = None if spark_facts is None else spark_facts(int(book.info.request_time))
+    # A store may have no room for a longer one.
+    if facts is not None and len(facts) <= _LONGEST_METADATA:
+        book.info.trace_metadata.update(split_metadata(SPARK_FACTS, facts))
+    book.info.trace_metadata.update(job_sums(book.sums, book.tasks()))
+
+
+def write_stored_totals(destination: Destination, trace_id: str) -> None:
+    """Add up what the store has of a trace, and write its totals, for a driver that may be gone.
+
+    Task attempts whose process is gone from this host have told all that they will: their spans
+    say so from now on. Where the driver is gone, too, the trace is over.
+
+    Raises:
+        StoreError: The store does not answer, or has no such trace.
+    """
+    usage: Amounts = {}
+    cost: Amounts = {}
+    info, spans = read_trace(destination, trace_id)
+    job_trace_id = info.trace_metadata.get(TRACE_KEY, trace_id)
+    if job_trace_id != trace_id:
+        write_stored_totals(destination, job_trace_id)
+        return
+    by_id = {span.span_id: span for span in spans}
+    records = []
+    unknown: Counter[str] = Counter()
+    for task_id, below in by_task(spans).items():
+        task = None if task_id is None else by_id[task_id]
+        receipt = None
+        if task is not None:
+            receipt = TaskReceipt.from_attributes(trace_id, task.span_id, task.attributes)
+            below += linked_spans(destination, task) if receipt is None else []
+        found = totals_of(below) if receipt is None else (receipt.usage, receipt.cost)
+        if task is not None and receipt is None:
+            if is_gone(task.get_attribute("host.name"), task.get_attribute("process.pid")):
+                said = TaskReceipt.attributes(len(below), *found)
+                records.append(span_record(with_attributes(task, said)))
+            else:
+                unknown[str(task.get_attribute("host.name") or "")] += 1
+        for total, amounts in zip((usage, cost), found, strict=True):
+            add(total, amounts)
+    record_totals(info, usage, cost)
+    _correct_receipt(info, len(spans), unknown)
+    if is_in_progress(info) and not _is_drivers(info):
+        end_info(info, info.request_time * 1_000_000, _end_of(spans), failed=True)
+    send(destination, [*records, trace_record(info)])
+
+
+def _correct_receipt(info: Any, stored: int, unknown: Mapping[str, int]) -> None:
+    """Say in what is known of a trace what the store has now, if its driver said so before."""
+    if (told := Receipt.from_summary(info.trace_id, info.trace_metadata.get(RECEIPT))) is None:
+        return
+    made = max(told.made, stored)
+    now = replace(
+        told,
+        made=made,
+        stored=stored,
+        waiting=max(0, made - stored - told.lost),
+        unknown=dict(unknown),
+    )
+    info.trace_metadata[RECEIPT] = json.dumps(now.summary())
+
+
+def is_gone(host: Any, process: Any) -> bool:
+    """Whether a process was one of this host, and is no more."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError, TypeError, ValueError):
+        pass
+    return False
+
+
+def _is_drivers(info: Any) -> bool:
+    """Whether the driver of a trace is known to live on this host, and to end it in its time."""
+    host, _, process = info.trace_metadata.get(DRIVER, "").partition(" ")
+    return host == socket.gethostname() and not is_gone(host, process)
+
+
+def _end_of(spans: Sequence[Any]) -> int:
+    return max(int(span.end_time_ns or span.start_time_ns) for span in spans)
+
+
+def linked_spans(destination: Destination, task: Any) -> list[Any]:
+    """Return the spans of the trace that is linked to a task's span; none where there is none."""
+    trace_id = task.get_attribute(LINKED_TRACE)
+    if trace_id is None:
+        return []
+    return read_trace(destination, trace_id)[1]
