@@ -28,7 +28,7 @@ class _Job:
         self._tasks: set[str] = set()
         self._requests: set[str] = set()
         self._calls = self._tokens = self._errors = self._repeats = 0
-        self._cost = 0.0
+        self._cost, self._untold = 0.0, 0
         self._shown = -_INTERVAL
         self._line: str | None = None
 
@@ -42,6 +42,7 @@ class _Job:
         self._calls += receipt.calls
         self._tokens += int(receipt.usage.get("total_tokens", 0))
         self._cost += cost or 0.0
+        self._untold += receipt.sums.get("unknown", 0)
         self._errors += receipt.errors
         self._repeats += len(receipt.requests) - (len(self._requests) - distinct)
 
@@ -64,7 +65,7 @@ class _Job:
         parts = [f"{self._calls:,} calls", f"{self._tokens:,} tokens"]
         if self._cost:
             # Where nobody has said what they cost, a nought would be wrong.
-            parts.append(f"${self._cost:,.4f}")
+            parts.append(f"{'at least ' if self._untold else ''}${self._cost:,.4f}")
         parts += [f"{self._errors:,} errors", f"{self._repeats:,} repeats"]
         return f"model calls: {', '.join(parts)}"
 
