@@ -214,7 +214,8 @@ class Ledger:
         self._watches_exit = False
         self._last_settled = -math.inf, -math.inf
         self._warned: set[str] = set()
-        self._came_home: str | None = None
+        # Why workers could not store spans, by the address that they were for.
+        self._came_home: dict[str, str] = {}
         self._driver_id: str | None = None
         self._collecting = threading.Lock()
         self._collector = Repeated(self._collect, "collector")
@@ -452,7 +453,8 @@ class Ledger:
         workspace = destination.workspace or workspace
         if destination.tracking_uri is not None and receipt is not None:
             # Without a reason, the worker had no time to wait for an answer.
-            self._came_home = self._came_home or receipt.first_error
+            if receipt.first_error is not None:
+                self._came_home.setdefault(destination.tracking_uri, receipt.first_error)
         if store_takes_spans() if book is None else book.delivers:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own
@@ -662,11 +664,11 @@ class Ledger:
             if not book.was_warned_of:
                 book.was_warned_of = True
                 _logger.warning("%s", self.explain(receipt))
-        elif self._came_home is not None:
+        elif (reason := self._came_home.get(str(book.destination.tracking_uri))) is not None:
             self._warn(
                 f"unreachable {book.destination.tracking_uri}",
                 f"Workers could not store all spans in {book.destination.tracking_uri}, so they "
-                f"came home and the driver has stored them. The first reason: {self._came_home}. "
+                f"came home and the driver has stored them. The first reason: {reason}. "
                 'Where workers never reach the store, transport="driver" spares them the attempt.',
             )
 
