@@ -63,7 +63,7 @@ class Homecoming:
     Attributes:
         collector: Looks again and again for what workers have left, while there may be some.
         acknowledgements: Which batches have arrived, for workers to be told.
-        reason: Why workers could not store all themselves; None where they could.
+        reasons: Why workers could not store spans, by the address that they were for.
         too_late: Spans that came when a store for whole traces had their trace, which is in no
             book: the trace's key by their ids.
     """
@@ -83,7 +83,7 @@ class Homecoming:
         self._enter = enter
         self._settle_soon = settle_soon
         self._warn = warn
-        self.reason: str | None = None
+        self.reasons: dict[str, str] = {}
         self.too_late: dict[str, str] = {}
         self._driver_id: str | None = None
         self._collecting = threading.Lock()
@@ -258,7 +258,8 @@ class Homecoming:
         workspace = destination.workspace or workspace
         if destination.tracking_uri is not None and receipt is not None:
             # Without a reason, the worker had no time to wait for an answer.
-            self.reason = self.reason or receipt.first_error
+            if receipt.first_error is not None:
+                self.reasons.setdefault(destination.tracking_uri, receipt.first_error)
         if store_takes_spans() if book is None else book.delivers:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own

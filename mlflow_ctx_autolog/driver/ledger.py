@@ -367,11 +367,11 @@ class Ledger:
             if not book.was_warned_of:
                 book.was_warned_of = True
                 _logger.warning("%s", self.explain(receipt))
-        elif self._home.reason is not None:
+        elif reason := self._home.reasons.get(str(book.destination.tracking_uri)):
             self._warn(
                 f"unreachable {book.destination.tracking_uri}",
                 f"Workers could not store all spans in {book.destination.tracking_uri}, so they "
-                f"came home and the driver has stored them. The first reason: {self._home.reason}. "
+                f"came home and the driver has stored them. The first reason: {reason}. "
                 'Where workers never reach the store, transport="driver" spares them the attempt.',
             )
 

@@ -24,7 +24,7 @@ from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver import spark
 from mlflow_ctx_autolog.driver.instrumentor import FunctionUse
-from mlflow_ctx_autolog.driver.routes import describe_transport
+from mlflow_ctx_autolog.driver.routes import describe_transport, transport
 from mlflow_ctx_autolog.stores import tracking_store as store
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlflow_ctx_autolog.CtxAutologWarning")
@@ -217,7 +217,10 @@ def test_spans_come_home_where_workers_cannot_reach_the_address(
     session = Session(**({} if master is None else {"master": master}))
     monkeypatch.setattr(spark, "active_session", lambda: session)
 
-    assert ("to the driver" in describe_transport(driver.settings())) is elsewhere
+    uri, _ = transport(driver.settings())
+    assert (uri is None) is elsewhere
+    # In any case it is the driver that writes to a file of SQLite.
+    assert "to the driver" in describe_transport(driver.settings())
 
 
 @pytest.mark.xfail(

@@ -12,7 +12,7 @@ import pytest
 from mlflow_ctx_autolog.context import BY_BROADCAST, BY_PROPERTY, DriverContext
 from mlflow_ctx_autolog.driver import propagation
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator
-from mlflow_ctx_autolog.worker import runner
+from mlflow_ctx_autolog.worker import submission
 from mlflow_ctx_autolog.worker.spark_task import ACTION_PROPERTY
 
 
@@ -160,11 +160,11 @@ def test_what_a_task_is_not_told_means_no_other_span(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Not that in which the carrier was made, but a trace of its own; and one warning says so."""
-    monkeypatch.setattr(runner, "action_text", lambda: text)
+    monkeypatch.setattr(submission, "action_text", lambda: text)
     monkeypatch.setattr("mlflow_ctx_autolog.exceptions._warned", set())
     carrier = DriverContext("0", traceparent=PARENT, propagation=BY_PROPERTY)
     for _ in range(2):
-        parent = runner.Submission("extract", carrier).context().traceparent
+        parent = submission.Submission("extract", carrier).context().traceparent
         assert parent is not None
         assert parent[:35] not in (PARENT[:35], OTHER[:35])
     (said,) = caplog.messages
@@ -173,10 +173,10 @@ def test_what_a_task_is_not_told_means_no_other_span(
 
 def test_a_task_is_told_its_span(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the property, where the carrier asks for it; else the carrier names it."""
-    monkeypatch.setattr(runner, "action_text", lambda: f"{OTHER};session=s;calls=3")
+    monkeypatch.setattr(submission, "action_text", lambda: f"{OTHER};session=s;calls=3")
     carrier = DriverContext("0", traceparent=PARENT, propagation=BY_PROPERTY)
-    context = runner.Submission("extract", carrier).context()
+    context = submission.Submission("extract", carrier).context()
     assert (context.traceparent, context.session_id) == (OTHER, "s")
     assert context.spent == {"calls": 3.0}
     alone = DriverContext("0", traceparent=PARENT, propagation=BY_BROADCAST)
-    assert runner.Submission("extract", alone).context().traceparent == PARENT
+    assert submission.Submission("extract", alone).context().traceparent == PARENT
