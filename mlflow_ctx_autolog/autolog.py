@@ -13,7 +13,8 @@ from mlflow_ctx_autolog import versions
 from mlflow_ctx_autolog.answers_settings import Answers
 from mlflow_ctx_autolog.arguments import check_type
 from mlflow_ctx_autolog.config import UNCHANGED, Config, Propagation, Transport, kinds
-from mlflow_ctx_autolog.diagnosis.checks import Facts, examine, likely_causes
+from mlflow_ctx_autolog.diagnosis.check import Facts
+from mlflow_ctx_autolog.diagnosis.checks import examine, likely_causes
 from mlflow_ctx_autolog.diagnosis.probe import facts_of_process
 from mlflow_ctx_autolog.driver.answers import check_answers
 from mlflow_ctx_autolog.driver.handover import driver, settings

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlflow_ctx_autolog.diagnosis.checks import Finding, Level
+from mlflow_ctx_autolog.diagnosis.check import Finding, Level
 
 __all__ = ["Diagnosis"]
 

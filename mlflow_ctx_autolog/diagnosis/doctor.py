@@ -16,13 +16,8 @@ from mlflow_ctx_autolog.arguments import check_spark, check_url
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.diagnosis import probe
-from mlflow_ctx_autolog.diagnosis.checks import (
-    SPARK_SETTINGS,
-    VARIABLES,
-    Facts,
-    Finding,
-    examine,
-)
+from mlflow_ctx_autolog.diagnosis.check import SPARK_SETTINGS, VARIABLES, Facts, Finding
+from mlflow_ctx_autolog.diagnosis.checks import examine
 from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
 from mlflow_ctx_autolog.driver import exports
 from mlflow_ctx_autolog.driver import spark as spark_api

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mlflow_ctx_autolog.diagnosis.checks import CHECKS, Facts, Finding, examine
+from mlflow_ctx_autolog.diagnosis.check import Facts, Finding
+from mlflow_ctx_autolog.diagnosis.checks import CHECKS, examine
 
 VERSIONS = {"mlflow": "3.9", "openai": "2.0", "pyspark": "4.0", "mlflow_ctx_autolog": "0.1"}
 

@@ -26,7 +26,7 @@ from mlflow.tracing.client import TracingClient
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog import cli
 from mlflow_ctx_autolog.delivery.spool import Destination
-from mlflow_ctx_autolog.diagnosis.checks import Finding, Level
+from mlflow_ctx_autolog.diagnosis.check import Finding, Level
 from mlflow_ctx_autolog.driver import spark
 from mlflow_ctx_autolog.recorder.layers import _CALLS
 from mlflow_ctx_autolog.stores.tracking_store import PROBE_TAG
