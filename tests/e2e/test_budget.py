@@ -189,6 +189,9 @@ def test_progress_is_shown_in_a_terminal(
         collect(spark, extractor(endpoint.base_url))
         collect(spark, extractor(endpoint.base_url))
 
-    last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
     tokens = endpoint.total_tokens * 2 // 3
+    last = [line for line in lines if "model calls" in line][-1]
     assert last.endswith(f"model calls: 16 calls, {tokens:,} tokens, 0 errors, 8 repeats")
+    # And what the job has come to, once its span has ended: two actions of four tasks.
+    assert f"job: 16 calls, {tokens:,} tokens, 25 spans stored" in lines[-1]
