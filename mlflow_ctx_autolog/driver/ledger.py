@@ -451,10 +451,10 @@ class Ledger:
         book = None if receipt is None else self._book_of(receipt.trace_id)
         workspace = active_workspace() if book is None else book.destination.workspace
         workspace = destination.workspace or workspace
-        if destination.tracking_uri is not None and receipt is not None:
-            # Without a reason, the worker had no time to wait for an answer.
-            if receipt.first_error is not None:
-                self._came_home.setdefault(destination.tracking_uri, receipt.first_error)
+        reason = None if receipt is None else receipt.first_error
+        # Without one, the worker had no time to wait for an answer.
+        if destination.tracking_uri is not None and reason is not None:
+            self._came_home.setdefault(destination.tracking_uri, reason)
         if store_takes_spans() if book is None else book.delivers:
             own = current_tracking_uri() if book is None else book.destination.tracking_uri
             uri = destination.tracking_uri or own

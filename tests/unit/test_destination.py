@@ -216,12 +216,15 @@ def test_spans_come_home_where_workers_cannot_reach_the_address(
     session = Session(**({} if master is None else {"master": master}))
     monkeypatch.setattr(spark, "active_session", lambda: session)
 
+    mlflow.set_tracking_uri("http://127.0.0.1:5000")
     assert ("to the driver" in driver.describe_transport()) is elsewhere
+    # Of a database, wherever they are, unless that is asked for.
+    mlflow.set_tracking_uri(database.tracking_uri)
+    assert "to the driver" in driver.describe_transport()
+    monkeypatch.setenv("MLFLOW_CTX_AUTOLOG_TRANSPORT", "direct")
+    assert "from the workers to sqlite" in driver.describe_transport()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a task's span is a record of ours, of which OpenTelemetry is not told"
-)
 def test_spans_of_other_libraries_nest_where_mlflow_shares_its_provider(
     database: Destination,
 ) -> None:
