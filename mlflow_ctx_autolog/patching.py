@@ -79,8 +79,8 @@ class Patch:
         setattr(self.owner, self.name, self._layer)
 
     def _layer_over(self, original: Any) -> Any:
-        if isinstance(original, staticmethod):
-            return staticmethod(self._layer_over(original.__func__))
+        if isinstance(original, (classmethod, staticmethod)):
+            return type(original)(self._layer_over(original.__func__))
 
         @functools.wraps(original)
         def layer(*args: Any, **kwargs: Any) -> Any:

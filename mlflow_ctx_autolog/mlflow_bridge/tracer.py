@@ -11,10 +11,11 @@ from typing import Any
 
 import mlflow.tracing.provider as mlflow_provider
 from mlflow.entities import TraceInfo, TraceState
-from mlflow.entities.span import create_mlflow_span
+from mlflow.entities.span import LiveSpan, create_mlflow_span
 from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import generate_mlflow_trace_id_from_otel_trace_id
+from opentelemetry import context as otel_context_api
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as OTelSpan
@@ -56,7 +57,10 @@ class WorkerTracer:
         self._patches = [
             Patch(mlflow_provider, "_get_span_processors", self._span_processors),
             Patch(mlflow_provider, "get_current_context", self._current_context),
+            Patch(LiveSpan, "from_immutable_span", self._processor.copy_of),
         ]
+        # Where MLflow shares provider and context with other libraries, these ask here.
+        self._shared_context = Patch(otel_context_api, "get_current", self._current_context)
         os.register_at_fork(after_in_child=self._forget_parents_spans)
 
     @property
@@ -70,12 +74,17 @@ class WorkerTracer:
             for patch in self._patches:
                 patch.apply()
             _rebuild_provider()
+            if not MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
+                self._shared_context.apply()
+                # Else other libraries have no provider before MLflow makes its first span.
+                mlflow_provider._get_tracer(__name__)
 
     def uninstall(self) -> None:
         """Give tracing in this process back to MLflow. Idempotent."""
         if self.is_installed:
             for patch in self._patches:
                 patch.revert()
+            self._shared_context.revert()
             self._processor.forget_traces()
             _rebuild_provider()
 
@@ -163,6 +172,8 @@ class _Processor(SpanProcessor):
         self._lock = threading.Lock()
         self._open: dict[str, Any] = {}
         self._otel_trace_ids: set[int] = set()
+        # Of this thread: whether a span is being copied, which has its id only then.
+        self._copying = threading.local()
         os.register_at_fork(after_in_child=self._forget_parents_spans)
 
     def _forget_parents_spans(self) -> None:
@@ -188,17 +199,32 @@ class _Processor(SpanProcessor):
         work = self._work()
         if work is None:
             return
-        context = context_of(span.context)
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(span.context.trace_id)
+        self._register(span, create_mlflow_span(span, trace_id))
+        if not getattr(self._copying, "is_on", False):
+            self._enter(span, work.task)
+
+    def copy_of(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return a copy of a span that has ended elsewhere, as ``mlflow.add_trace()`` asks for."""
+        self._copying.is_on = True
+        try:
+            copy = original(*args, **kwargs)
+        finally:
+            self._copying.is_on = False
+        if (work := self._work()) is not None:
+            self._enter(copy._span, work.task)
+        return copy
+
+    def _enter(self, span: OTelSpan, task: Task) -> None:
+        context = context_of(span.context)
         with self._lock:
             self._open[context.span_id] = span
-        self._register(span, create_mlflow_span(span, trace_id))
         above = None if span.parent is None else f"{span.parent.span_id:016x}"
 
         def snapshot() -> SpanRecord | None:
             return record_of(span._readable_span()) if span.is_recording() else None
 
-        self._started(work.task, context.span_id, above, snapshot)
+        self._started(task, context.span_id, above, snapshot)
 
     def _register(self, span: OTelSpan, live: Any) -> None:
         manager = InMemoryTraceManager.get_instance()

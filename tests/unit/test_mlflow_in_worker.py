@@ -185,3 +185,44 @@ def test_what_the_user_switches_off_is_off(run: Run, switch: str) -> None:
     assert trace.calls == []
     (task,) = trace.tasks
     assert "1 calls were made, but" in task.attributes["llm.silence"]
+
+
+def remote_trace(name: str) -> str:
+    """Return a trace as a service would answer with it: of two spans, as JSON."""
+    with mlflow.start_span(name) as span, mlflow.start_span(f"step of {name}"):
+        pass
+    mlflow.flush_trace_async_logging()
+    text: str = stored_trace(span.trace_id).trace.to_json()
+    return text
+
+
+def test_a_trace_that_is_added_is_stored_with_the_task(run: Run) -> None:
+    """Below the span that is active, or the one that is named; and nothing of it stays behind."""
+    trace, _ = run(
+        """
+        import json
+        import mlflow
+        from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+        mlflow.add_trace(json.loads(FIRST))
+        with mlflow.start_span("mine") as mine:
+            pass
+        with mlflow.start_span("other") as other:
+            mlflow.add_trace(json.loads(SECOND), target=other)
+        ask()
+        left = list(InMemoryTraceManager.get_instance()._traces.values())
+        assert sum(len(each.span_dict) for each in left) == 1, left
+        """,
+        before=f"FIRST, SECOND = {remote_trace('first')!r}, {remote_trace('second')!r}",
+    )
+    assert {tuple(trace.path_to(span)) for span in trace.spans} == {
+        ("driver",),
+        ("driver", "work"),
+        ("driver", "work", "first"),
+        ("driver", "work", "first", "step of first"),
+        ("driver", "work", "mine"),
+        ("driver", "work", "other"),
+        ("driver", "work", "other", "second"),
+        ("driver", "work", "other", "second", "step of second"),
+        ("driver", "work", "Completions"),
+    }
