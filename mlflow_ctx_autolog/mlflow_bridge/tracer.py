@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import mlflow.tracing.fluent as mlflow_fluent
 import mlflow.tracing.provider as mlflow_provider
 from mlflow.entities import TraceInfo, TraceState
 from mlflow.entities.span import LiveSpan, create_mlflow_span
@@ -58,6 +59,7 @@ class WorkerTracer:
             Patch(mlflow_provider, "_get_span_processors", self._span_processors),
             Patch(mlflow_provider, "get_current_context", self._current_context),
             Patch(LiveSpan, "from_immutable_span", self._processor.copy_of),
+            Patch(mlflow_fluent, "_merge_trace", self._processor.merge),
         ]
         # Where MLflow shares provider and context with other libraries, these ask here.
         self._shared_context = Patch(otel_context_api, "get_current", self._current_context)
@@ -172,8 +174,8 @@ class _Processor(SpanProcessor):
         self._lock = threading.Lock()
         self._open: dict[str, Any] = {}
         self._otel_trace_ids: set[int] = set()
-        # Of this thread: whether a span is being copied, which has its id only then.
-        self._copying = threading.local()
+        # Of this thread: copies of spans that are being merged, and whether one is being made.
+        self._merging = threading.local()
         os.register_at_fork(after_in_child=self._forget_parents_spans)
 
     def _forget_parents_spans(self) -> None:
@@ -201,17 +203,30 @@ class _Processor(SpanProcessor):
             return
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(span.context.trace_id)
         self._register(span, create_mlflow_span(span, trace_id))
-        if not getattr(self._copying, "is_on", False):
+        if not getattr(self._merging, "is_copying", False):
             self._enter(span, work.task)
 
+    def merge(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do what ``mlflow.add_trace()`` does, and forget the copies that it has made of spans."""
+        copies = self._merging.copies = {}
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._merging.copies = None
+            for span in copies.values():
+                self.forget(span)
+
     def copy_of(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return a copy of a span that has ended elsewhere, as ``mlflow.add_trace()`` asks for."""
-        self._copying.is_on = True
+        """Return a copy of a span that has ended elsewhere, entered by the id that it has there."""
+        self._merging.is_copying = True
         try:
             copy = original(*args, **kwargs)
         finally:
-            self._copying.is_on = False
+            self._merging.is_copying = False
         if (work := self._work()) is not None:
+            # MLflow looks for it when it copies those below.
+            if (copies := getattr(self._merging, "copies", None)) is not None:
+                copies[f"{copy._span.context.span_id:016x}"] = copy._span
             self._enter(copy._span, work.task)
         return copy
 
@@ -239,10 +254,12 @@ class _Processor(SpanProcessor):
     def on_end(self, span: ReadableSpan) -> None:
         if span.context is None:
             return
+        span_id = f"{span.context.span_id:016x}"
         with self._lock:
-            found = self._open.pop(f"{span.context.span_id:016x}", None)
+            found = self._open.pop(span_id, None)
         if found is not None:
-            self.forget(span)
+            if span_id not in (getattr(self._merging, "copies", None) or ()):
+                self.forget(span)
             self._ended(record_of(span))
 
     def forget(self, span: Any) -> None:
