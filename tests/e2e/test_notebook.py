@@ -109,7 +109,7 @@ def test_what_is_on_is_a_line(outputs: dict[str, list[dict[str, Any]]]) -> None:
     """Below the cell that turns it on."""
     line = shown(outputs["enable"])
     assert line.strip().startswith(
-        "<mlflow-ctx-autolog: on. Spans travel from the workers to sqlite"
+        "<mlflow-ctx-autolog: on. Spans travel with the task to the driver, which stores"
     )
     assert len(line.strip().splitlines()) == 1
 
