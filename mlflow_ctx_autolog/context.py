@@ -149,6 +149,8 @@ class DriverContext:
             flags of MLflow's tracing.
         autologs: MLflow's autologs that are on at the driver, besides OpenAI's: their names, and
             of each its switches.
+        records_no_calls: Whether MLflow's OpenAI autolog is switched off at the driver, or told to
+            make no traces, so that calls leave no spans in tasks either.
         fingerprint_key: Random key of the fingerprints of requests; it is stored nowhere.
         action: What the action is called whose trace this is, where no span was active on the
             driver and ``traceparent`` names a root that is nobody's span; None where there was one.
@@ -180,6 +182,7 @@ class DriverContext:
     # Not in the text of a log or an error.
     environment: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     autologs: Mapping[str, Mapping[str, bool]] = field(default_factory=dict, hash=False)
+    records_no_calls: bool = False
     fingerprint_key: str | None = None
     action: str | None = field(default=None, compare=False)
     propagation: str = field(default=BY_BROADCAST, compare=False)
@@ -286,7 +289,7 @@ _OPTIONAL = (
     "fingerprint_key",
     "speculation",
 )
-_FLAGS = ("redacts", "has_span_processors")
+_FLAGS = ("redacts", "has_span_processors", "records_no_calls")
 _MAPPINGS = ("environment", "metadata", "tags")
 _FIELDS = (
     *_REQUIRED,

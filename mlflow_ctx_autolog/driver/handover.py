@@ -39,7 +39,7 @@ from mlflow_ctx_autolog.exceptions import (
     UnsupportedStoreError,
     note_budget,
 )
-from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force
+from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force, traces_no_openai
 from mlflow_ctx_autolog.recorder.request import new_key
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores import databricks, otlp
@@ -408,6 +408,7 @@ def _shared(session: Any, propagation: str) -> DriverContext:
         application_id=None if session is None else spark_api.application_id(session),
         process_id=process_id(),
         autologs=autologs_in_force(),
+        records_no_calls=driver.config is not None and traces_no_openai(),
         environment=_environment(),
         redacts=settings().redact is not None,
         has_span_processors=bool(exports.span_processors()),

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging_is_disabled
 
-__all__ = ["FLAVORS", "Autolog", "Autologs", "autologs_in_force"]
+__all__ = ["FLAVORS", "Autolog", "Autologs", "autologs_in_force", "traces_no_openai"]
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +55,13 @@ def autologs_in_force() -> dict[str, dict[str, bool]]:
     }
 
 
+def traces_no_openai() -> bool:
+    """Whether the user has switched MLflow's OpenAI autolog off, or told it to make no traces."""
+    # Never called, it has no settings.
+    settings = AUTOLOGGING_INTEGRATIONS.get("openai") or {}
+    return bool(settings.get("disable")) or settings.get("log_traces") is False
+
+
 class Autolog:
     """The autolog of one flavour, turned on unless the user has done so.
 
@@ -67,6 +74,7 @@ class Autolog:
         self.flavor = flavor
         self._settings = dict(settings or {})
         self._entry: object = None
+        self._before: Any = None
 
     @property
     def is_on(self) -> bool:
@@ -87,6 +95,7 @@ class Autolog:
             ImportError: What it traces is not installed here.
         """
         if not self.is_on:
+            self._before = AUTOLOGGING_INTEGRATIONS.get(self.flavor)
             self._call(**self._settings)
             self._entry = AUTOLOGGING_INTEGRATIONS[self.flavor]
 
@@ -94,6 +103,8 @@ class Autolog:
         """Turn it off, unless the user has turned it on. Idempotent."""
         if self.is_ours:
             self._call(disable=True)
+            # Nor does it look as if the user had done so.
+            AUTOLOGGING_INTEGRATIONS[self.flavor] = self._before or {}
         self._entry = None
 
     def _call(self, **settings: Any) -> None:

@@ -257,7 +257,8 @@ def _reason_for_silence(task: Task, made: int) -> str | None:
         is_expected = driver_span(task.context) is not None
         is_expected = is_expected and driver_trace_id(task.context) is None
         return None if is_expected else (problem or "sampling dropped the task's span")
-    if made > 1 or problem is None:
+    # The user has said so on the driver, and need not be told.
+    if made > 1 or problem is None or task.context.records_no_calls:
         return None
     return f"{task.calls} calls were made, but {problem}" if task.calls else problem
 

@@ -109,6 +109,8 @@ class MLflowInWorker:
         """Return why calls are not to be recorded here and now; None if they are."""
         if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
             return "OTEL_SDK_DISABLED is true"
+        if self._context is not None and self._context.records_no_calls:
+            return "MLflow's OpenAI autolog is switched off at the driver"
         if self._loaded is None:
             return None
         if self._loaded.is_switched_off():

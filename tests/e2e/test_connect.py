@@ -266,3 +266,52 @@ def test_a_batch_function_hands_on_what_attaches(result: dict[str, Any]) -> None
 def test_there_are_no_rdds_on_spark_connect(result: dict[str, Any], way: str) -> None:
     """Spark Connect refuses to make an RDD."""
     assert not result["has_rdds"]
+
+
+_WITH_A_DATABASE = """
+import sys
+import mlflow, workload
+from pyspark import cloudpickle
+from pyspark.sql import SparkSession
+import mlflow_ctx_autolog as ctx_autolog
+
+cloudpickle.register_pickle_by_value(workload)
+uri, url = sys.argv[1:]
+mlflow.set_tracking_uri(uri)
+spark = SparkSession.builder.remote("local[2]").getOrCreate()
+extract = workload.extractor(url)
+
+def note(batches):
+    for batch in extract(batches):
+        yield batch.assign(facts=str("mlflow" in sys.modules))
+
+with ctx_autolog.enable(), mlflow.start_span("job") as span:
+    schema = f"{workload.SCHEMA}, facts string"
+    rows = spark.range(0, 12, 1, 3).mapInPandas(note, schema).collect()
+receipt = ctx_autolog.receipt(span.trace_id)
+print(span.trace_id, {row.facts for row in rows}, receipt.complete, receipt.made)
+"""
+
+
+def test_a_database_is_written_by_the_driver(endpoint: OpenAIEndpoint, tmp_path: Path) -> None:
+    """What workers of this host leave in the directory is taken from there; none loads MLflow."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    support = str(Path(workload.__file__).parent)
+    environ = {**os.environ, "PYTHONPATH": support, "PYSPARK_PYTHON": sys.executable}
+    # Of another store, where a test has set it.
+    environ.pop("MLFLOW_EXPERIMENT_ID", None)
+    done = subprocess.run(
+        [sys.executable, "-c", _WITH_A_DATABASE, uri, endpoint.base_url],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    trace_id, said = done.stdout.strip().splitlines()[-1].split(" ", 1)
+    assert said == "{'False'} True 16"
+    mlflow.set_tracking_uri(uri)
+    trace = stored_trace(trace_id)
+    assert len(trace.calls) == len(endpoint.requests) == 12
+    assert all(trace.is_nested(call) for call in trace.calls)
+    assert trace.total_tokens == endpoint.total_tokens

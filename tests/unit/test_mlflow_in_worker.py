@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
+import mlflow.openai
 import pytest
+from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from workload import StoredTrace, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
@@ -185,6 +187,36 @@ def test_what_the_user_switches_off_is_off(run: Run, switch: str) -> None:
     assert trace.calls == []
     (task,) = trace.tasks
     assert "1 calls were made, but" in task.attributes["llm.silence"]
+
+
+@pytest.fixture
+def _autolog_as_before() -> Iterator[None]:
+    before = AUTOLOGGING_INTEGRATIONS.get("openai")
+    yield
+    AUTOLOGGING_INTEGRATIONS["openai"] = before or {}
+
+
+@pytest.mark.usefixtures("_autolog_as_before")
+def test_what_is_switched_off_at_the_driver_is_off(run: Run) -> None:
+    """Calls leave no span there either, and there is no need to say why."""
+    mlflow.openai.autolog(log_traces=False)
+    trace, _ = run("ask()")
+    assert trace.calls == []
+    (task,) = trace.tasks
+    assert task.attributes["llm.calls"] == 1
+    assert "llm.silence" not in task.attributes
+
+
+@pytest.mark.usefixtures("_autolog_as_before")
+def test_what_is_switched_off_after_enable_is_off() -> None:
+    """What enable() and disable() do themselves is nobody's wish."""
+    for _ in range(2):
+        with ctx_autolog.enable():
+            assert not ctx_autolog.capture().records_no_calls
+        assert not ctx_autolog.capture().records_no_calls
+    with ctx_autolog.enable():
+        mlflow.openai.autolog(disable=True)
+        assert ctx_autolog.capture().records_no_calls
 
 
 def remote_trace(name: str) -> str:
