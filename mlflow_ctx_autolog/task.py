@@ -57,6 +57,8 @@ class Task:
         context: What came from the driver.
         content: Which content of its spans may leave this process.
         attempt_id: Spark's id of the task attempt; None outside Spark.
+        stage: The number of its stage; None outside Spark.
+        partition: Its number in the stage; 0 outside Spark.
         relay: A Spark accumulator for the task's receipt, and for spans that cannot be stored
             from here; None where there is none.
         is_relayed: Whether the driver stores its spans, rather than this process.
@@ -90,6 +92,8 @@ class Task:
     context: DriverContext
     content: ContentPolicy
     attempt_id: int | None = None
+    stage: int | None = None
+    partition: int = 0
     relay: Any = None
     is_relayed: bool = False
     span_processors: Sequence[Callable[[Any], None]] = ()

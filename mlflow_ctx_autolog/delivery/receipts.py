@@ -128,13 +128,14 @@ class TaskReceipt:
 
     @classmethod
     def from_json(cls, text: str) -> TaskReceipt:
-        """Parse what :meth:`to_json` wrote.
+        """Parse what :meth:`to_json` wrote; what a later release may have added is ignored.
 
         Raises:
             ValueError: It is not a receipt.
         """
         try:
-            fields = json.loads(text)
+            known = cls.__dataclass_fields__
+            fields = {name: each for name, each in json.loads(text).items() if name in known}
             fields["usage"] = parse_amounts(fields.get("usage"))
             fields["cost"] = parse_amounts(fields.get("cost"))
             fields["requests"] = tuple(fields.get("requests", ()))

@@ -71,6 +71,9 @@ def begin(
         context,
         content,
         attempt_id=attributes.get("spark.task.attempt_id"),
+        # Which Spark does not tell any more when the task ends.
+        stage=attributes.get("spark.stage.id"),
+        partition=int(attributes.get("spark.partition.id", 0)),
         relay=relay,
         is_relayed=_is_relayed(context, relay),
         span_processors=span_processors,
@@ -272,7 +275,6 @@ def _relay(
     silence: str | None,
 ) -> None:
     """Hand back the task's receipt, and what this worker could not store, along with the task."""
-    said = task_attributes()
     receipt = TaskReceipt(
         trace_id=task.trace_id,
         task_span_id=task.span_id,
@@ -298,11 +300,10 @@ def _relay(
         hides_properties=task.hides_properties,
         attempt=task.attempt_id,
         models=task.models,
-        stage=said.get("spark.stage.id"),
+        stage=task.stage,
         swept=worker_process().recovery.has_swept_since(task.began),
     )
-    partition = int(said.get("spark.partition.id", 0))
-    share = relay_bytes(task.context.max_result_bytes, partition)
+    share = relay_bytes(task.context.max_result_bytes, task.partition)
     batches = [_batch(receipt.to_json(), delivery, 0 if is_seen_to else share)]
     for other in worker_process().deliveries.all():
         # Left by workers that are gone, and only this driver can store it.
