@@ -18,7 +18,7 @@ from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.spans.attributes import DEBUG
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
-from mlflow_ctx_autolog.stores.sending import is_database, needs_mlflow
+from mlflow_ctx_autolog.stores.sending import appends, is_database, needs_mlflow
 from mlflow_ctx_autolog.task import Task, driver_span, driver_trace_id, open_tasks
 from mlflow_ctx_autolog.worker.action_trace import root_of
 from mlflow_ctx_autolog.worker.answers import answers_of
@@ -199,19 +199,21 @@ def _see_off(
     """Store what a task that has ended has made, or hand it on to those who can."""
     # From a task that fails or is closed early, Spark takes nothing home.
     goes_home = task.relay is not None and error is None
+    # What keeps a span as often as it is sent gets all from here, and nothing from the driver.
+    is_sent_once = appends(delivery.destination.tracking_uri)
     started = time.monotonic()
     if isinstance(delivery, Delivery):
-        is_seen_to = _send(task, delivery, goes_home)
+        is_seen_to = _send(task, delivery, goes_home, patiently=is_sent_once)
     else:
         is_seen_to = delivery.is_shared
     seconds = time.monotonic() - started
     counts = delivery.counts(task.span_id)
     delivery.forget(task.span_id)
     if goes_home:
-        _relay(task, delivery, counts, seconds, is_seen_to, silence)
+        _relay(task, delivery, counts, seconds, is_seen_to or is_sent_once, silence)
     if delivery.is_shared:
         delivery.release()
-    elif not is_seen_to and not goes_home:
+    elif not is_seen_to and (is_sent_once or not goes_home):
         warn_once(
             _logger,
             "flush",
@@ -221,7 +223,7 @@ def _see_off(
         )
 
 
-def _send(task: Task, delivery: Delivery, goes_home: bool) -> bool:
+def _send(task: Task, delivery: Delivery, goes_home: bool, *, patiently: bool) -> bool:
     """Send what waits; return whether it is stored, or will be soon.
 
     A process that lives on after the task waits for the store only once in a while. The driver, to
@@ -231,11 +233,12 @@ def _send(task: Task, delivery: Delivery, goes_home: bool) -> bool:
         delivery.send_soon()
         return True
     timeout = task.context.config.flush_timeout
-    if goes_home:
+    if goes_home and not patiently:
         # Rather than hold up a job for a store that is slow, let the driver wait for it.
         patience = 0.0 if delivery.store_is_down else _PATIENCE
         timeout = min(timeout, max(patience, _SHARE_OF_TASK * (time.monotonic() - task.began)))
-    return delivery.flush(timeout, give_up=goes_home or delivery.store_is_down)
+    give_up = delivery.store_is_down or (goes_home and not patiently)
+    return delivery.flush(timeout, give_up=give_up)
 
 
 def _is_sent_later(task: Task) -> bool:
