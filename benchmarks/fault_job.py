@@ -115,7 +115,17 @@ def show(frame: DataFrame) -> None:
     frame.where(f"id >= {5 * CALLS_IN_EACH}").show(1)
 
 
-ACTIONS: dict[str, Callable[[DataFrame], None]] = {"collect": collect, "show": show}
+def collect_and_stop(frame: DataFrame) -> None:
+    """End with the application what workers may still have to send."""
+    frame.collect()
+    frame.sparkSession.stop()
+
+
+ACTIONS: dict[str, Callable[[DataFrame], None]] = {
+    "collect": collect,
+    "collect and stop": collect_and_stop,
+    "show": show,
+}
 
 
 def extractor(job: Job) -> Callable[[Iterable[pd.DataFrame]], Iterator[pd.DataFrame]]:

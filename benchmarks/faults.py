@@ -95,9 +95,9 @@ class Row:
     tiny_disk: bool = False
 
     @property
-    def untraced(self) -> tuple[str, str, bool]:
+    def untraced(self) -> tuple[str, str, bool, str]:
         """What this row's job has in common with others when it is not traced."""
-        return self.trouble, self.action, self.cluster
+        return self.trouble, self.action, self.cluster, json.dumps(self.conf)
 
 
 @dataclass
@@ -567,6 +567,13 @@ ROWS = [
         action="show",
         width=200_000,
     ),
+    Row(
+        "no-reuse",
+        "none, but each task has a worker process of its own (`spark.python.worker.reuse=false`)",
+        undisturbed,
+        conf={"spark.python.worker.reuse": "false"},
+    ),
+    Row("stop", "`spark.stop()` right after the action", undisturbed, action="collect and stop"),
     Row(
         "kill-driver",
         "the driver is killed (SIGKILL) in the middle of the job; then `recover`",
