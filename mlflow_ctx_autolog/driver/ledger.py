@@ -74,8 +74,8 @@ class Ledger:
         progress: Is shown the receipt of each task that has ended.
         silent_attempts: Returns the task attempts of a trace that have not told what they made,
             as far as Spark knows of them.
-        show_job: Is given a trace that has ended, and what became of its spans, each time that
-            more of its tasks have told.
+        show_job: Is given a trace that has ended, and what became of its spans; that of an action
+            whenever more of its tasks have told.
     """
 
     def __init__(
@@ -359,8 +359,9 @@ class Ledger:
         receipt = self._settlement.settle(
             book, timeout, give_up_if_down=give_up_if_down, patient=patient
         )
-        tasks = len(book.tasks())
-        if book.shown != tasks and not book.awaits_tasks:
+        # Once, where its span ends; the end of an action is known by its tasks alone.
+        tasks, is_action = len(book.tasks()), book.root is not None
+        if book.shown != tasks and not book.awaits_tasks if is_action else book.shown is None:
             book.shown = tasks
             self._show_job(book, receipt)
         if not receipt.complete:

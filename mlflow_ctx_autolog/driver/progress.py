@@ -86,6 +86,7 @@ class Progress:
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._open: str | None = None
         self._ignored: set[str] = set()
+        self._finished: set[str] = set()
         self._timer: threading.Timer | None = None
         self._lock = threading.RLock()
 
@@ -117,11 +118,13 @@ class Progress:
     def finish(self, trace_id: str) -> None:
         """Show a job's line for the last time, before something else is shown of it."""
         with self._lock:
+            self._finished.add(trace_id)
             if self._open == trace_id:
                 self._close()
 
     def _add(self, receipt: TaskReceipt) -> None:
-        if not self._is_on or receipt.trace_id in self._ignored:
+        # What comes late would stand below another cell.
+        if not self._is_on or receipt.trace_id in self._ignored | self._finished:
             return
         job = self._jobs.get(receipt.trace_id)
         if job is None:

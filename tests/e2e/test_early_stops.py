@@ -87,8 +87,8 @@ def store(
         settings["transport"] = "driver"
     if request.param == "apart":
         # As on a cluster, where workers have a disk of their own.
-        monkeypatch.setattr("mlflow_ctx_autolog.driver.ledger.announce_driver", lambda *_: None)
-        monkeypatch.setattr("mlflow_ctx_autolog.driver.ledger.collect", lambda *_: Nothing())
+        monkeypatch.setattr("mlflow_ctx_autolog.driver.homecoming.announce_driver", lambda *_: None)
+        monkeypatch.setattr("mlflow_ctx_autolog.driver.homecoming.collect", lambda *_: Nothing())
     if request.param != "away":
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment("early stops")
