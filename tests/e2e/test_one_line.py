@@ -524,6 +524,7 @@ def test_nothing_is_in_the_carrier_but_what_is_needed(
         "metadata",
         "process_id",
         "propagation",
+        "records_no_calls",
         "redacts",
         "session_id",
         "spans_per_host",
