@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from mlflow_ctx_autolog import __version__, tracing
 from mlflow_ctx_autolog.config import Config
@@ -50,8 +50,6 @@ from mlflow_ctx_autolog.worker.submission import process_id
 __all__ = ["Driver", "captured", "driver", "settings"]
 
 _logger = logging.getLogger(__name__)
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Driver:

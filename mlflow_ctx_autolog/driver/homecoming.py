@@ -260,16 +260,14 @@ class Homecoming:
         # Without one, the worker had no time to wait for an answer.
         if destination.tracking_uri is not None and reason is not None:
             self.reasons.setdefault(destination.tracking_uri, reason)
+        uri = current_tracking_uri() if book is None else book.destination.tracking_uri
+        place: str | None = destination.experiment_id
         if store_takes_spans() if book is None else book.delivers:
-            own = current_tracking_uri() if book is None else book.destination.tracking_uri
-            uri = destination.tracking_uri or own
-            home = Destination(uri, destination.experiment_id, workspace=workspace)
-            self._deliveries.to(home).submit_all(self._owned(records, receipt))
-            return
-        table = span_table() if book is None else book.table
-        if table is not None:
-            uri = current_tracking_uri() if book is None else book.destination.tracking_uri
-            home = Destination(uri, table, workspace=workspace)
+            uri = destination.tracking_uri or uri
+        else:
+            place = span_table() if book is None else book.table
+        if place is not None:
+            home = Destination(uri, place, workspace=workspace)
             self._deliveries.to(home).submit_all(self._owned(records, receipt))
             return
         late = [span for span in spans_of(records) if not self._add_to_whole(span)]

@@ -10,7 +10,7 @@ from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.mlflow_traces import list_price
 from mlflow_ctx_autolog.driver.screens import a_screen
 from mlflow_ctx_autolog.log_ins import without_credentials
-from mlflow_ctx_autolog.prices import Price
+from mlflow_ctx_autolog.prices import Price, cost_of
 
 __all__ = ["cost_of_task", "job_line", "show_job"]
 
@@ -67,7 +67,8 @@ def cost_of_task(task: TaskReceipt, prices: Mapping[str, Price]) -> float | None
     for model, (sent, answered) in task.models.items():
         price = prices.get(model) or list_price(model)
         if price is not None:
-            found = (found or 0.0) + (sent * price[0] + answered * price[1]) / 1e6
+            usage = {"input_tokens": sent, "output_tokens": answered}
+            found = (found or 0.0) + cost_of(price, usage)["total_cost"]
     return found
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.outbox import Outbox
@@ -36,10 +36,8 @@ __all__ = ["Settlement"]
 
 _logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# Seconds to wait at first before it is looked again for what is on its way.
-_LOOK = 0.05
+# Seconds to wait at first, and at most, before it is looked again for what is on its way.
+_LOOK, _LONGEST_LOOK = 0.05, 0.5
 # Spans that are read back at most, to learn of tasks that could not bring a receipt home.
 _READABLE = 20_000
 
@@ -191,14 +189,17 @@ class Settlement:
             return may_arrive() or book.awaits_tasks
 
         pause = _LOOK
+        looked = time.monotonic()
         while is_awaited() and (left := asked.until - time.monotonic()) > 0:
             time.sleep(min(pause, left))
-            pause = min(2 * pause, 0.5)
+            pause = min(2 * pause, _LONGEST_LOOK)
             if self._homecoming.collect().records:
                 left = max(0.0, asked.until - time.monotonic())
                 self._deliveries.to(book.destination).flush(left)
             asked.stored = self._count(book)
-            if book.awaits_tasks:
+            if book.awaits_tasks and time.monotonic() - looked > _LONGEST_LOOK:
+                # Which costs more than to count.
+                looked = time.monotonic()
                 book.note_silent(self._attempts(book, asked))
                 if asked.stored <= _READABLE:
                     self._read_receipts(book)

@@ -55,7 +55,6 @@ __all__ = [
     "exports_to_collector",
     "is_of_this_host",
     "log_text",
-    "otlp_record",
     "read_trace",
     "send_by_mlflow",
     "span_record",
@@ -237,18 +236,6 @@ def trace_record(info: TraceInfo) -> Record:
         texts = {key: storable(value) for key, value in getattr(info, name).items()}
         setattr(told, name, texts)
     return Record("trace", str(info.trace_id), json.dumps(told.to_dict()).encode())
-
-
-def otlp_record(span: Any, owner: str = "") -> Record:
-    """Return a finished span of OpenTelemetry's SDK as a record, as its own exporters encode it.
-
-    Raises:
-        ImportError: opentelemetry-exporter-otlp-proto-http is not installed.
-    """
-    from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-
-    payload = encode_spans([span]).SerializeToString()
-    return Record("span", format(span.context.span_id, "016x"), bytes(payload), owner)
 
 
 @in_its_workspace

@@ -15,7 +15,6 @@ from recording import Keeper
 from mlflow_ctx_autolog import Config
 from mlflow_ctx_autolog.prices import Pricing, cost_of
 from mlflow_ctx_autolog.recorder.estimate import estimated_usage
-from mlflow_ctx_autolog.recorder.openai_calls import OpenAIRecorder
 from mlflow_ctx_autolog.spans.attributes import COST, INPUTS, REUSED_FROM
 from mlflow_ctx_autolog.spans.quality import ANSWER_CHARS
 from mlflow_ctx_autolog.spans.record import SpanRecord
@@ -48,15 +47,6 @@ def endpoint() -> Iterator[Canned]:
     with canned() as found:
         found.sends = chat(choice("half an answer"))
         yield found
-
-
-@pytest.fixture
-def keeper() -> Iterator[Keeper]:
-    keeper = Keeper()
-    recorder = OpenAIRecorder(lambda: keeper)
-    recorder.install()
-    yield keeper
-    recorder.uninstall()
 
 
 def ask(url: str, **more: Any) -> Any:

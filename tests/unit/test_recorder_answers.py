@@ -18,7 +18,6 @@ from pydantic import BaseModel
 from recording import Keeper
 
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
-from mlflow_ctx_autolog.recorder.openai_calls import OpenAIRecorder
 
 HAS_RESPONSES = find_spec("openai.resources.responses") is not None
 
@@ -343,15 +342,6 @@ CASES = [
 def endpoint() -> Iterator[Canned]:
     with canned.canned() as running:
         yield running
-
-
-@pytest.fixture
-def keeper() -> Iterator[Keeper]:
-    keeper = Keeper()
-    recorder = OpenAIRecorder(lambda: keeper)
-    recorder.install()
-    yield keeper
-    recorder.uninstall()
 
 
 def ask(api: str, mode: str, way: str, url: str, **more: Any) -> Any:

@@ -29,15 +29,6 @@ def endpoint() -> Iterator[Canned]:
         yield running
 
 
-@pytest.fixture
-def keeper() -> Iterator[Keeper]:
-    keeper = Keeper()
-    recorder = OpenAIRecorder(lambda: keeper)
-    recorder.install()
-    yield keeper
-    recorder.uninstall()
-
-
 def client_of(endpoint: Canned, **more: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=endpoint.url, api_key="k", max_retries=0, **more)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,9 @@ from reuse import new_store
 from mlflow_ctx_autolog.answers.task_answers import Place, TaskAnswers
 from mlflow_ctx_autolog.answers_settings import Answers
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
-from mlflow_ctx_autolog.recorder.openai_calls import OpenAIRecorder
 from mlflow_ctx_autolog.testing import EndpointError, OpenAIEndpoint, Request
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Which clause?"}]}
-
-
-@pytest.fixture
-def keeper() -> Iterator[Keeper]:
-    found = Keeper()
-    recorder = OpenAIRecorder(lambda: found)
-    recorder.install()
-    yield found
-    recorder.uninstall()
 
 
 @pytest.fixture
