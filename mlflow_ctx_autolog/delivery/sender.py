@@ -140,7 +140,8 @@ class Delivery(Outbox):
 
             def is_over() -> bool:
                 has_tried = pacing.failures > 0 and self._attempts >= attempts
-                return is_stored() or (give_up and has_tried)
+                # What does not know single spans does not learn of them while one waits.
+                return is_stored() or (has_tried and (give_up or self.is_unsupported))
 
             self._settled.wait_for(is_over, max(0.0, deadline - time.monotonic()))
             self._flushes -= 1

@@ -95,7 +95,9 @@ class Book:
         name: What its root is called; None before that is known.
         shown: How many tasks had told when the user was shown what it came to; None before.
         root: The root of an action's trace, which no span of the driver is; None where one is.
-        whole: Spans of an action's trace by their ids, where the store takes whole traces only.
+        whole: Its spans by their ids, where the store takes whole traces only and it is we who
+            store it.
+        in_whole: Ids of the spans with which MLflow stores it.
     """
 
     destination: Destination
@@ -129,6 +131,7 @@ class Book:
     shown: int | None = None
     root: SpanRecord | None = None
     whole: dict[str, Any] = field(default_factory=dict)
+    in_whole: set[str] = field(default_factory=set)
 
     @property
     def trace_id(self) -> str:
@@ -137,7 +140,7 @@ class Book:
     @property
     def is_ours(self) -> bool:
         """Whether we store the trace, rather than MLflow."""
-        return self.delivers or self.root is not None
+        return self.delivers or self.root is not None or bool(self.whole)
 
     @property
     def has_totals(self) -> bool:

@@ -253,13 +253,29 @@ class Homecoming:
         self, destination: Destination, records: Sequence[Record], receipt: TaskReceipt | None
     ) -> None:
         self._open_action_of_records(records)
-        book = None if receipt is None else self._books.of(receipt.trace_id)
-        workspace = active_workspace() if book is None else book.destination.workspace
-        workspace = destination.workspace or workspace
         reason = None if receipt is None else receipt.first_error
         # Without one, the worker had no time to wait for an answer.
         if destination.tracking_uri is not None and reason is not None:
             self.reasons.setdefault(destination.tracking_uri, reason)
+        by_trace: dict[str, list[Record]] = {}
+        for record in self._owned(records, receipt):
+            by_trace.setdefault(record.owner, []).append(record)
+        late = 0
+        for key, its in by_trace.items():
+            late += self._store_of_trace(self._books.of(key), destination, its)
+        if late:
+            self._warn(
+                "late",
+                f"{late} spans came home after the driver's span had ended, and are lost. "
+                "Run the action inside the span.",
+            )
+
+    def _store_of_trace(
+        self, book: Book | None, destination: Destination, records: Sequence[Record]
+    ) -> int:
+        """Store records of one trace; return how many spans came too late for that."""
+        workspace = active_workspace() if book is None else book.destination.workspace
+        workspace = destination.workspace or workspace
         uri = current_tracking_uri() if book is None else book.destination.tracking_uri
         place: str | None = destination.experiment_id
         if store_takes_spans() if book is None else book.delivers:
@@ -268,20 +284,15 @@ class Homecoming:
             place = span_table() if book is None else book.table
         if place is not None:
             home = Destination(uri, place, workspace=workspace)
-            self._deliveries.to(home).submit_all(self._owned(records, receipt))
-            return
+            self._deliveries.to(home).submit_all(records)
+            return 0
         late = [span for span in spans_of(records) if not self._add_to_whole(span)]
         for span in late:
-            if (book := self._books.of(span.trace_id)) is not None:
+            if book is not None:
                 book.too_late.add(span.span_id)
             else:
                 self.too_late[span.span_id] = key_of(span.trace_id)
-        if late:
-            self._warn(
-                "late",
-                f"{len(late)} spans came home after the driver's span had ended, and are lost. "
-                "Run the action inside the span.",
-            )
+        return len(late)
 
     def _owned(self, records: Sequence[Record], receipt: TaskReceipt | None) -> list[Record]:
         """Return records by the traces under which what becomes of them is counted."""
@@ -299,12 +310,15 @@ class Homecoming:
         """Add a span to its trace, if that is yet to be stored as a whole."""
         book = self._books.of(span.trace_id)
         whole = self._ending.get(key_of(span.trace_id))
-        if book is not None and book.root is not None:
-            if span.parent_id is None:
+        if book is not None and book.is_ours:
+            if book.root is not None and span.parent_id is None:
                 # The root is written here.
                 return True
             whole = book.whole
             book.written = None
+        elif book is not None and span.span_id in book.in_whole:
+            # What was handed over is kept by the worker, and may be brought by others again.
+            return True
         if whole is None:
             return bool(add_to_trace(span))
         whole[span.span_id] = span

@@ -41,7 +41,6 @@ from mlflow_ctx_autolog.stores.tracking_store import (
     current_tracking_uri,
     span_record,
     span_table,
-    spans_of,
     store_takes_spans,
     trace_record,
 )
@@ -223,8 +222,6 @@ class Ledger:
         spans = {span.span_id: span for span in trace.data.spans}
         self._home.complete(book, spans)
         trace.data.spans[:] = spans.values()
-        if book.delivers:
-            self._take_back_if_unsupported(book, trace)
         book.name = next((span.name for span in trace.data.spans if span.parent_id is None), None)
         # In a store for whole traces, those of workers are among its spans.
         own = by_task(trace.data.spans).get(None, [])
@@ -236,33 +233,17 @@ class Ledger:
         if not book.delivers and book.table is None:
             # Spark may have stopped reading a task before it could tell.
             self._settlement.learn_of_tasks(book, trace.data.spans)
+            book.in_whole.update(spans)
         book.has_ended, book.ended = True, time.time_ns() // 1_000_000
         record_sums(book, *book.totals(), self._spark_facts)
         self._close_if_over()
-        if book.delivers:
+        is_ours = book.delivers
+        if is_ours:
             began = time.monotonic()
             self._settle_and_warn(book, self._config().flush_timeout, give_up_if_down=True)
             self._last_settled = began, time.monotonic()
         self._warn_of_silence(book)
-        return book.delivers
-
-    def _take_back_if_unsupported(self, book: Book, trace: Any) -> None:
-        """Where the server takes no single spans after all, have MLflow store the whole trace."""
-        delivery = self.deliveries.to(book.destination)
-        if not delivery.waiting or delivery.flush(self._config().flush_timeout, give_up=True):
-            return
-        if not delivery.is_unsupported:
-            return
-        book.delivers = False
-        known = {span.span_id for span in trace.data.spans}
-        for record in delivery.take():
-            if record.kind == "span" and record.key in known:
-                continue
-            (span,) = spans_of([record]) or (None,)
-            if span is not None and span.trace_id == book.trace_id:
-                trace.data.spans.append(span)
-            elif record.key != book.trace_id:
-                delivery.submit_all([record])
+        return is_ours
 
     # What the user asks.
 

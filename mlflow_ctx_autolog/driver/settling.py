@@ -22,6 +22,7 @@ from mlflow_ctx_autolog.driver.mlflow_traces import end_info
 from mlflow_ctx_autolog.driver.totals import SparkFacts, linked_spans, record_sums
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.spans.otlp import encode
+from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.stores.stored_trace import RECEIPT
 from mlflow_ctx_autolog.stores.tracking_store import (
     count_spans,
@@ -100,14 +101,19 @@ class Settlement:
         deadline = time.monotonic() + timeout
         self._homecoming.collect()
         with _held(book.settling, timeout):
-            if book.root is not None:
-                self._close_action(book, deadline)
             delivery = self._deliveries.to(book.destination)
+            if book.root is not None:
+                self._end_action(book, delivery)
             give_up = give_up_if_down and delivery.store_is_down
             asked = _Asked()
+            is_sent = delivery.flush(timeout, give_up=give_up)
+            if not is_sent and book.delivers and book.has_ended and delivery.is_unsupported:
+                self._take_back(book, delivery)
+                is_sent = True
+            if book.is_ours and not book.delivers:
+                self._store_whole(book, deadline)
             # A store that takes whole traces only has nothing of one that is open.
-            can_ask = book.delivers or book.has_ended
-            if delivery.flush(timeout, give_up=give_up) and can_ask:
+            if is_sent and (book.delivers or book.has_ended):
                 # With some time left to ask once more.
                 asked.until = deadline - 0.2 * timeout if patient else 0.0
                 self._within(deadline, self._ask, book, asked)
@@ -139,22 +145,37 @@ class Settlement:
             here.losses[Loss.TOO_LATE] += len(book.too_late)
         return here
 
-    def _close_action(self, book: Book, deadline: float) -> None:
-        """Write the end of an action's trace as it is known now."""
+    def _end_action(self, book: Book, delivery: Outbox) -> None:
+        """Have an action's trace end now, as far as is known."""
         assert book.root is not None
         if book.has_totals:
             return
         book.root = replace(book.root, end=time.time_ns())
         end_info(book.info, book.root.start, book.root.end or 0)
-        key = key_of(book.trace_id)
-        record = Record("span", book.root.span_id, encode(book.root), key)
         if book.delivers:
-            self._deliveries.to(book.destination).submit_all([record])
+            delivery.submit_all([_root_record(book, book.root)])
+
+    def _take_back(self, book: Book, delivery: Outbox) -> None:
+        """Keep a trace for one piece, since the server takes no single spans after all."""
+        book.delivers = False
+        for record in delivery.take():
+            (span,) = spans_of([record]) or (None,)
+            if span is not None and key_of(span.trace_id) == key_of(book.trace_id):
+                book.whole[span.span_id] = span
+            elif record.key != book.trace_id:
+                delivery.submit_all([record])
+
+    def _store_whole(self, book: Book, deadline: float) -> None:
+        """Store a trace in one piece, unless the store has it as it is known now."""
+        if book.has_totals:
             return
         totals = book.totals()
         record_sums(book, *totals, self._spark_facts)
-        spans = [*spans_of([record]), *book.whole.values()]
-        if self._within(deadline, store_whole_trace, book.destination, book.info, spans):
+        spans = dict(book.whole)
+        if book.root is not None:
+            (root,) = spans_of([_root_record(book, book.root)])
+            spans[root.span_id] = root
+        if self._within(deadline, store_whole_trace, book.destination, book.info, spans.values()):
             book.written = totals, {}
 
     def _ask(self, book: Book, asked: _Asked) -> None:
@@ -167,7 +188,7 @@ class Settlement:
             raise
         silent = self._attempts(book, asked)
         book.note_silent(silent)
-        if not book.delivers:
+        if not book.is_ours:
             return
         if asked.stored <= _READABLE and book.must_read(asked.stored, silent):
             # Which takes its time; whoever waits no longer goes without.
@@ -196,6 +217,8 @@ class Settlement:
             if self._homecoming.collect().records:
                 left = max(0.0, asked.until - time.monotonic())
                 self._deliveries.to(book.destination).flush(left)
+            if not book.delivers:
+                self._store_whole(book, asked.until)
             asked.stored = self._count(book)
             if book.awaits_tasks and time.monotonic() - looked > _LONGEST_LOOK:
                 # Which costs more than to count.
@@ -277,6 +300,10 @@ class Settlement:
         if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
             book.written = totals, receipt.summary()
             book.priced = cost
+
+
+def _root_record(book: Book, root: SpanRecord) -> Record:
+    return Record("span", root.span_id, encode(root), key_of(book.trace_id))
 
 
 @contextmanager

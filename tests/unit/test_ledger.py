@@ -28,6 +28,7 @@ from mlflow_ctx_autolog.delivery.spool import Destination, Record
 from mlflow_ctx_autolog.driver import books, exports, ledger, settling, totals
 from mlflow_ctx_autolog.driver import handover as driver
 from mlflow_ctx_autolog.driver.ledger import Ledger
+from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import DRIVER, RECEIPT
@@ -79,9 +80,11 @@ class AtWork:
     def records(self) -> list[Record]:
         return [store.span_record(span, self.receipt.task_span_id) for span in self.spans]
 
-    def arrival(self, records: Sequence[Record] = (), uri: str | None = None) -> Any:
+    def arrival(
+        self, records: Sequence[Record] = (), uri: str | None = None, experiment_id: str = "0"
+    ) -> Any:
         fields = [tuple(record[:3]) for record in records]
-        return self.receipt.to_json(), uri, "0", fields
+        return self.receipt.to_json(), uri, experiment_id, fields
 
 
 _numbers = iter(range(1, 1_000_000))
@@ -964,7 +967,7 @@ def test_a_complete_trace_is_not_doubted_at_exit(
     assert ctx_autolog.receipt().complete
 
     def refuse(*_: Any) -> Any:
-        raise store.StoreError("it cannot be reached")
+        raise StoreError("it cannot be reached")
 
     monkeypatch.setattr(ledger, "send", refuse)
     for name in ("count_spans", "read_trace", "sum_of_costs"):
@@ -1074,6 +1077,49 @@ def test_spans_that_come_too_late_are_said_to_be_lost(
     assert (found.made, found.stored, found.complete) == (3, 1, False)
 
 
+@pytest.mark.parametrize("first", [None, StoreError("it answered 503")], ids=["at once", "later"])
+def test_a_server_that_takes_no_single_spans_gets_the_trace_in_one_piece(
+    book: Ledger, files: str, monkeypatch: pytest.MonkeyPatch, first: StoreError | None
+) -> None:
+    """Also where that is known, and where spans arrive, only after the driver's span has ended."""
+    answers = [error for error in (first,) if error is not None]
+
+    def refuse(destination: Destination, records: Sequence[Record]) -> None:
+        raise answers.pop() if answers else StoreError("it answered 501", unsupported=True)
+
+    # As a server's address does not tell that it has but a folder of files.
+    monkeypatch.setattr(ledger, "store_takes_spans", lambda: True)
+    with mlflow.start_span("driver") as root:
+        book.open(receipts_come_home=True)
+        for delivery in book.deliveries.all():
+            monkeypatch.setattr(delivery, "_send", refuse)
+        task, late = task_below(root), task_below(root)
+        book.receive([task.arrival(task.records, experiment_id=files)])
+    found = ctx_autolog.receipt(timeout=20)
+    assert (found.made, found.stored, found.complete) == (3, 3, True)
+
+    # Once with its receipt, once more from what its worker has kept, as Spark may not deliver it.
+    book.receive([late.arrival(late.records, experiment_id=files)])
+    book.receive([(None, None, files, [tuple(record[:3]) for record in late.records], "", 0)])
+    found = ctx_autolog.receipt(timeout=20)
+    assert (found.made, found.stored, found.complete) == (5, 5, True)
+    trace = stored_trace(root.trace_id)
+    assert names(trace) == ["call", "call", "driver", "task", "task"]
+    assert trace.trace.info.token_usage == tokens(20)
+    assert trace.trace.info.state == "OK"
+
+
+def test_spans_that_are_brought_again_are_not_late(book: Ledger, files: str) -> None:
+    """A worker keeps what it has handed over until it knows that it has arrived."""
+    with mlflow.start_span("driver") as root:
+        book.open(receipts_come_home=True)
+        task = task_below(root)
+        in_thread(book.receive, [task.arrival(task.records)])
+    book.receive([(None, None, files, [tuple(record[:3]) for record in task.records], "", 0)])
+    found = ctx_autolog.receipt()
+    assert (found.made, found.stored, found.lost, found.complete) == (3, 3, 0, True)
+
+
 # Every way in which a span can be dropped.
 
 
@@ -1104,7 +1150,7 @@ def _refused_unnamed(book: Ledger, task: AtWork, patched: pytest.MonkeyPatch) ->
         kept = [record for record in records if record.key != refused]
         send(destination, kept)
         if len(kept) < len(records):
-            raise store.StoreError("it rejected 1 span", rejected=len(records) - len(kept))
+            raise StoreError("it rejected 1 span", rejected=len(records) - len(kept))
 
     for delivery in book.deliveries.all():
         patched.setattr(delivery, "_send", send_some)
