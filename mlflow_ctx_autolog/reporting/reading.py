@@ -12,6 +12,7 @@ from mlflow_ctx_autolog.config import checked_prices
 from mlflow_ctx_autolog.delivery.receipts import Receipt
 from mlflow_ctx_autolog.exceptions import shortened
 from mlflow_ctx_autolog.log_ins import without_credentials
+from mlflow_ctx_autolog.prices import cost_of
 from mlflow_ctx_autolog.reporting.call_report import CallReport
 from mlflow_ctx_autolog.reporting.calls import Attempt, Call, is_wanted, read_calls
 from mlflow_ctx_autolog.reporting.causes import judge, skewed_hosts
@@ -112,6 +113,8 @@ class _Reader:
         calls, attempts = read_calls(replace(trace, spans=_watched(trace.spans, roots)))
         for call in calls:
             call.cost = self._cost(call)
+            # Else its price is missing, and not its tokens.
+            call.usage_unknown |= call.cost is None and (call.model or "") in self._prices
         self._calls += calls
         self._attempts += attempts
         root = min(roots, key=lambda span: span.started, default=None)
@@ -126,10 +129,9 @@ class _Reader:
         if call.reused_from is not None:
             return 0.0
         price = self._prices.get(call.model or "")
-        if price is not None and "input_tokens" in call.usage:
+        if price is not None and (costs := cost_of(price, call.usage)):
             # The user knows better: of an alias behind a gateway, or a price of his own.
-            amounts = (call.usage["input_tokens"], call.usage.get("output_tokens", 0))
-            return sum(number * each for number, each in zip(amounts, price, strict=True)) / 1e6
+            return costs["total_cost"]
         if call.cost is None and not call.usage and call.failed and not call.usage_unknown:
             return 0.0
         return call.cost

@@ -90,7 +90,9 @@ def test_users_price_goes_before_mlflows(monkeypatch: pytest.MonkeyPatch) -> Non
     """What the user gives is the price: of an alias, or one of his own; else what is recorded."""
     spans = [task("t"), call("a", "t", 1, **{"mlflow.llm.cost": {"total_cost": 0.5}})]
 
-    assert reported(monkeypatch, spans, prices={"gpt-test": (2.0, 10.0)}).made.cost == 0.0003
+    assert reported(
+        monkeypatch, spans, prices={"gpt-test": (2.0, 10.0)}
+    ).made.cost == pytest.approx(0.0003)
     assert reported(monkeypatch, spans, prices={"other": (2.0, 10.0)}).made.cost == 0.5
 
 
@@ -137,7 +139,7 @@ def test_reused_answers_sent_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = reported(monkeypatch, spans, prices={"gpt-test": (2.0, 10.0)})
 
     assert (found.made.calls, found.requests, found.repeats) == (2, 1, 0)
-    assert (found.made.cost, found.made.tokens, found.made.reused) == (0.0003, 110, 1)
+    assert (found.made.cost, found.made.tokens, found.made.reused) == (pytest.approx(3e-4), 110, 1)
     assert "used again" in str(found)
 
 
@@ -154,6 +156,9 @@ def test_what_is_not_known_is_not_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.made.money == "at least $0.0003"
     assert "at least $0.0003 (that of 1 of 3 calls is not known)" in str(found)
     assert "1 calls to gpt-test were answered without usage" in "\n".join(found.notes)
+    partly = call("e", "t", 5, **{"mlflow.chat.tokenUsage": {"input_tokens": 100}})
+    found = reported(monkeypatch, [task("t"), partly], prices={"gpt-test": (2.0, 10.0)})
+    assert (found.made.cost, found.made.unmetered, found.made.unpriced) == (0, 1, 0)
     found = reported(monkeypatch, [task("t"), call("a", "t", 1), paid])
     assert (found.made.unmetered, found.made.unpriced, found.made.unknown) == (1, 1, 2)
 
