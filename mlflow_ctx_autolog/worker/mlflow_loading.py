@@ -89,6 +89,9 @@ class MLflowInWorker:
         """Load MLflow, if it is not there."""
         with self._lock:
             if self._loaded is None:
+                # Whose arrival calls this again: not while a module of the bridge is half imported.
+                importlib.import_module("mlflow")
+            if self._loaded is None:
                 self._loaded = _Loaded(self._started, self._ended)
             return self._loaded
 
