@@ -21,6 +21,8 @@ __all__ = ["MLflowInWorker"]
 
 _logger = logging.getLogger(__name__)
 
+_BRIDGE = "mlflow_ctx_autolog.mlflow_bridge"
+
 Started = Callable[[Task, str, "str | None", Callable[[], "SpanRecord | None"]], None]
 
 
@@ -89,8 +91,8 @@ class MLflowInWorker:
         """Load MLflow, if it is not there."""
         with self._lock:
             if self._loaded is None:
-                # Whose arrival calls this again: not while a module of the bridge is half imported.
-                importlib.import_module("mlflow")
+                # With MLflow, whose arrival calls this again: not while a module is half imported.
+                importlib.import_module(_BRIDGE)
             if self._loaded is None:
                 self._loaded = _Loaded(self._started, self._ended)
             return self._loaded
@@ -154,11 +156,10 @@ class _Loaded:
     """MLflow, and our ways to it."""
 
     def __init__(self, started: Started, ended: Callable[[SpanRecord], None]) -> None:
-        bridge = "mlflow_ctx_autolog.mlflow_bridge"
-        self.conversion: Any = importlib.import_module(f"{bridge}.conversion")
-        tracer: Any = importlib.import_module(f"{bridge}.tracer")
-        autolog: Any = importlib.import_module(f"{bridge}.own_autolog")
-        flavors: Any = importlib.import_module("mlflow_ctx_autolog.mlflow_bridge.flavors")
+        self.conversion: Any = importlib.import_module(f"{_BRIDGE}.conversion")
+        tracer: Any = importlib.import_module(f"{_BRIDGE}.tracer")
+        autolog: Any = importlib.import_module(f"{_BRIDGE}.own_autolog")
+        flavors: Any = importlib.import_module(f"{_BRIDGE}.flavors")
         self.tracer = tracer.WorkerTracer(current_work, started, ended)
         self.is_switched_off = tracer.is_switched_off
         self.openai_autolog = autolog.OpenAIAutolog(lambda: current_work() is not None)
