@@ -28,6 +28,7 @@ __all__ = [
     "list_price",
     "record_no_totals",
     "record_totals",
+    "record_unknown_totals",
     "record_usage",
     "totals_of",
     "with_attributes",
@@ -41,6 +42,7 @@ TASK_TYPE = "TASK"
 # By MLflow's names; not all releases have constants for them.
 _USAGE_OF_SPAN, _COST_OF_SPAN = "mlflow.chat.tokenUsage", "mlflow.llm.cost"
 _USAGE_OF_TRACE, _COST_OF_TRACE = "mlflow.trace.tokenUsage", "mlflow.trace.cost"
+_TOKENS = ("input_tokens", "output_tokens", "total_tokens")
 
 
 def is_task(span: Span) -> bool:
@@ -102,8 +104,18 @@ def record_no_totals(info: TraceInfo) -> None:
     Else the store would add up all its spans anew with each that comes. Of the cost it is just a
     part, lest a price be shown where none is known.
     """
-    nothing: Amounts = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-    record_totals(info, nothing, {"input_cost": 0.0})
+    record_totals(info, dict.fromkeys(_TOKENS, 0), {"input_cost": 0.0})
+
+
+def record_unknown_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> None:
+    """Take back that a trace has come to nothing yet, of what is not known when it is over.
+
+    A store keeps what it was told, unless it is told otherwise.
+    """
+    if not usage:
+        info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(dict.fromkeys(_TOKENS))
+    if not cost:
+        info.trace_metadata[_COST_OF_TRACE] = json.dumps({"input_cost": None})
 
 
 def info_of_trace(

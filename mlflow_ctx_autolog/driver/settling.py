@@ -18,7 +18,7 @@ from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.books import Book, Unfinished, by_task, key_of
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
-from mlflow_ctx_autolog.driver.mlflow_traces import end_info
+from mlflow_ctx_autolog.driver.mlflow_traces import end_info, record_unknown_totals
 from mlflow_ctx_autolog.driver.totals import SparkFacts, linked_spans, record_sums
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.spans.otlp import encode
@@ -294,6 +294,7 @@ class Settlement:
             found = self._within(deadline, sum_of_costs, book.destination, book.trace_id)
             cost = dict(found or cost)
         record_sums(book, usage, cost, self._spark_facts)
+        record_unknown_totals(book.info, usage, cost)
         book.info.trace_metadata[RECEIPT] = json.dumps(receipt.summary())
         delivery.submit_all([trace_record(book.info)._replace(owner=key_of(book.trace_id))])
         # Where nothing was stored a moment ago, there is no point in waiting again.

@@ -18,6 +18,7 @@ from mlflow_ctx_autolog.driver.mlflow_traces import (
     end_info,
     is_in_progress,
     record_totals,
+    record_unknown_totals,
     totals_of,
     with_attributes,
 )
@@ -95,6 +96,7 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
     record_totals(info, usage, cost)
     _correct_receipt(info, len(spans), unknown)
     if is_in_progress(info) and not _is_drivers(info):
+        record_unknown_totals(info, usage, cost)
         end_info(info, info.request_time * 1_000_000, _end_of(spans), failed=True)
     send(destination, [*records, trace_record(info)])
 
