@@ -43,9 +43,6 @@ class HandedOver:
                 Spark first goes first, as the driver has it most likely.
         """
         found = spool.peek(len(spool), max_bytes, after=self._last)
-        # A later state of what is on its way from here might arrive before it.
-        free = spool.without_later_states(found)
-        found = [mine for mine, other in zip(found, free, strict=False) if mine == other]
         size = sum(len(record.payload) for _, record in found)
         if not found or size > max_bytes:
             return 0, []
@@ -53,19 +50,22 @@ class HandedOver:
         for number, (last, bytes_of_batch) in list(self._batches.items()):
             if kept <= max_kept:
                 break
-            spool.remove_until(last)
-            del self._batches[number]
-            kept -= bytes_of_batch
+            if spool.remove_until(last):
+                del self._batches[number]
+                kept -= bytes_of_batch
         self._count += 1
         self._last = found[-1][0]
         self._batches[self._count] = self._last, size
         return self._count, [record for _, record in found]
 
     def acknowledge(self, spool: Spool, number: int) -> None:
-        """Forget a batch, and all before it: the driver has them."""
+        """Forget a batch, and all before it: the driver has them.
+
+        But for what is to be sent from here after an earlier state of it.
+        """
         for each in [each for each in self._batches if each <= number]:
-            last, _ = self._batches.pop(each)
-            spool.remove_until(last)
+            if spool.remove_until(self._batches[each][0]):
+                del self._batches[each]
 
 
 class Acknowledgements:

@@ -186,11 +186,19 @@ class Spool:
             return self._on_disk[number][0].read(number)
         return None
 
-    def remove_until(self, number: int) -> None:
-        """Forget the record with a number, and all older ones."""
+    def remove_until(self, number: int) -> bool:
+        """Forget the record with a number, and all older ones; return whether none was kept.
+
+        Later states are kept of what is on its way: it might arrive after them, so that they have
+        to be sent once more.
+        """
         with self._lock:
-            old = [each for each in (*self._on_disk, *self._in_memory) if each <= number]
-        self.remove(old)
+            names = {each: name for each, (_, name) in self._on_disk.items()}
+            names.update((each, _name(record)) for each, record in self._in_memory.items())
+            old = [each for each in names if each <= number]
+            gone = [each for each in old if self._leased.get(names[each], each) == each]
+        self.remove(gone)
+        return len(gone) == len(old)
 
     def lease(self, count: int, size: int) -> list[tuple[int, Record]]:
         """Return what :meth:`peek` does, to be sent from here, until :meth:`end_lease`."""

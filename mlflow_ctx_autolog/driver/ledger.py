@@ -278,10 +278,15 @@ class Ledger:
         deadline = time.monotonic() + timeout
         self._home.collect()
         flushed = self.deliveries.flush(timeout, give_up_if_down=give_up_if_down)
+        elsewhere = 0
         for book in self.books.unsettled():
             remaining = max(0.0, deadline - time.monotonic())
-            self._settle_and_warn(book, remaining, give_up_if_down=give_up_if_down)
-        return flushed
+            receipt = self._settle_and_warn(book, remaining, give_up_if_down=give_up_if_down)
+            # What was set aside is not waited for.
+            elsewhere += receipt.waiting - receipt.set_aside
+        # Settling stores in one piece what a server does not take in pieces.
+        flushed = flushed or not any(each.waiting for each in self.deliveries.all())
+        return flushed and elsewhere <= 0
 
     def await_workers(self, timeout: float) -> None:
         """Wait until the store has what tasks have told of, before their processes may be gone.
@@ -334,7 +339,7 @@ class Ledger:
 
     # How a trace is settled.
 
-    def _settle_and_warn(self, book: Book, timeout: float, *, give_up_if_down: bool) -> None:
+    def _settle_and_warn(self, book: Book, timeout: float, *, give_up_if_down: bool) -> Receipt:
         # Once the user was told that spans are missing, nobody is kept waiting for them again.
         patient = not book.was_warned_of
         receipt = self._settlement.settle(
@@ -356,6 +361,7 @@ class Ledger:
                 f"came home and the driver has stored them. The first reason: {reason}. "
                 'Where workers never reach the store, transport="driver" spares them the attempt.',
             )
+        return receipt
 
     def _warn_of_silence(self, book: Book) -> None:
         """Say once that functions ran with tracing on and left no spans, where nothing else does.

@@ -35,6 +35,8 @@ def spark(request: pytest.FixtureRequest) -> Iterator[SparkSession]:
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.speculation", "false")
+        .config("spark.python.worker.reuse", "true")
+        .config("spark.eventLog.enabled", "false")
         .config("spark.sql.shuffle.partitions", "2")
         # Several batches a partition, so that a function is suspended between them.
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "3")

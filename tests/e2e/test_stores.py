@@ -189,8 +189,8 @@ def test_every_call_is_in_every_store(
                 assert {row.answer for row in rows} == {"True"}
             assert ctx_autolog.flush(60)
             trace = stored_trace(span.trace_id)
-            assert len(trace.calls) == len(endpoint.requests) == 4, transport
-            assert all(trace.is_nested(call) for call in trace.calls), transport
+            assert len(endpoint.requests) == 4, transport
+            trace.assert_nested(calls=4)
             assert trace.total_tokens == endpoint.total_tokens > 0, transport
             assert ctx_autolog.receipt(timeout=30).complete, transport
         if "direct" not in transports:

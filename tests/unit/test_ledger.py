@@ -231,6 +231,23 @@ def test_a_receipt_waits_for_what_is_on_its_way(book: Ledger, database: Destinat
         assert (found.made, found.stored, found.complete) == (3, 3, True)
 
 
+def test_flush_says_so_where_a_worker_has_kept_something(
+    book: Ledger, database: Destination
+) -> None:
+    """Nothing waits on the driver, and yet not all that has ended is stored."""
+    ctx_autolog.enable(flush_timeout=0.2)
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        task = task_below(root)
+        book.receive([task.arrival()])
+    mlflow.flush_trace_async_logging()
+    assert ctx_autolog.flush(0.2) is False
+
+    send(database, task.records)
+    assert ctx_autolog.flush(60) is True
+    assert ctx_autolog.receipt().complete
+
+
 @pytest.mark.parametrize("is_async", ["true", "false"])
 def test_a_trace_is_stored_as_mlflow_would(
     book: Ledger, monkeypatch: pytest.MonkeyPatch, is_async: str
@@ -278,7 +295,7 @@ def test_other_traces_are_mlflows(book: Ledger, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ledger, "send", lambda *args: sent.append(args))
     with mlflow.start_span("handed to Spark"):
         ctx_autolog.capture()
-    assert book.flush(60)
+    book.flush(60)
     del sent[:]
 
     with mlflow.start_span("other") as other, mlflow.start_span("below"):
@@ -583,7 +600,7 @@ def test_what_is_missing_is_said_once(book: Ledger, caplog: pytest.LogCaptureFix
         task = task_below(root, calls=4)
         book.receive([task.arrival(task.records[1:])])
     mlflow.flush_trace_async_logging()
-    assert ctx_autolog.flush(1)
+    assert ctx_autolog.flush(1) is False
     found = ctx_autolog.receipt(timeout=1)
 
     assert (found.made, found.stored, found.waiting, found.complete) == (6, 5, 1, False)
@@ -630,7 +647,7 @@ def test_nobody_waits_again_for_what_is_known_to_be_missing(
         return count(destination, trace_id)
 
     monkeypatch.setattr(settling, "count_spans", counting)
-    assert ctx_autolog.flush(30)
+    assert ctx_autolog.flush(30) is False
     assert len(asked) == 1
     assert not ctx_autolog.receipt(timeout=1).complete
     assert len(asked) > 2

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,9 @@ from mlflow_ctx_autolog.delivery.relay import (
     relay_bytes,
 )
 from mlflow_ctx_autolog.delivery.segments import Segment, spool_files
+from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.driver import spark as spark_api
+from mlflow_ctx_autolog.exceptions import StoreError
 
 HOME = Destination(None, "1", "driver 1")
 
@@ -120,6 +124,45 @@ def test_what_was_handed_over_is_kept_until_it_is_acknowledged(spools: Path) -> 
     got: list[Record] = []
     collect(spools, _is_of("driver 1"), lambda _, records: got.extend(records))
     assert _keys(got) == "c"
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_what_ends_while_it_is_on_its_way_as_begun_is_handed_over(
+    spools: Path, is_taken: bool
+) -> None:
+    """The store may never answer. Where it has taken the begin, it gets the end once more."""
+    answer = threading.Event()
+    states: list[bytes] = []
+
+    def hang(_: Destination, records: Sequence[Record]) -> None:
+        states.extend(record.payload for record in records)
+        if len(states) == 1:
+            answer.wait(60)
+        if not is_taken:
+            raise StoreError("it answered 401")
+
+    delivery = Delivery(HOME, hang, Config(spool_directory=str(spools), send_interval=0.01))
+    delivery.submit_all([Record("span", "task", b"begun")], at_once=True)
+    _until(lambda: len(states) == 1)
+    delivery.submit_all([Record("span", "task", b"ended")])
+    token, number, records = delivery.hand_over(1000)
+    assert [record.payload for record in records] == [b"ended"]
+
+    delivery.acknowledge({token: number})
+    answer.set()
+    if not is_taken:
+        _until(lambda: delivery.first_error is not None)
+        # As the driver does with each task that it gives to the worker.
+        delivery.acknowledge({token: number})
+    _until(lambda: delivery.waiting == 0)
+    assert states == [b"begun", b"ended"][: 2 if is_taken else 1]
 
 
 def test_what_is_kept_for_the_driver_does_not_fill_the_spool(spools: Path) -> None:
