@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.prices import in_and_out, least_total
 from mlflow_ctx_autolog.recorder.budget import Budget
 from mlflow_ctx_autolog.spans.amounts import Amounts, Tally
 from mlflow_ctx_autolog.spans.attributes import REUSED_CALLS
@@ -77,7 +78,8 @@ class Task:
         reused: Calls so far that were given one.
         spent: US dollars that those which have ended have cost, as far as the budget knows.
         requests: Fingerprints of the calls, where the driver is to know.
-        models: Input and output tokens of the calls that have ended, by the model that was asked.
+        models: Of the calls that have ended and whose cost is not told, input and output tokens,
+            and of how many calls these are known, by the model that was asked.
         rows_in: Rows that the function has taken from Spark so far.
         rows_out: Rows that it has handed back so far.
         usage: Tokens of the model calls that have ended.
@@ -110,7 +112,7 @@ class Task:
     reused: int = 0
     spent: float = 0.0
     requests: list[str] = field(default_factory=list)
-    models: dict[str, tuple[int, int]] = field(default_factory=dict)
+    models: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     rows_in: int = 0
     rows_out: int = 0
     usage: Tally = field(default_factory=Tally)
@@ -208,7 +210,9 @@ class Task:
     ) -> None:
         """Add what a finished span reports to the task's totals, from any thread."""
         with self._lock:
-            self.usage.ended(span_id, parent_id, usage)
+            # A total that nobody has told is what is known of it.
+            known = {**usage, "total_tokens": least_total(usage)} if usage else usage
+            self.usage.ended(span_id, parent_id, known)
             self.cost.ended(span_id, parent_id, cost)
 
     def count_sampled_out(self) -> None:
@@ -240,11 +244,17 @@ class Task:
             self.errors += failed
             self.spent += cost
 
-    def count_tokens(self, model: str, sent: int, answered: int) -> None:
-        """Count the tokens of a model's answer, from any thread."""
+    def count_tokens(self, model: str, usage: Amounts) -> None:
+        """Count the tokens of a model's answer whose cost is not told, from any thread."""
+        known = in_and_out(usage)
+        sent, answered = known or (usage.get("input_tokens", 0), usage.get("output_tokens", 0))
         with self._lock:
-            before = self.models.get(model, (0, 0))
-            self.models[model] = (before[0] + sent, before[1] + answered)
+            before = self.models.get(model, (0, 0, 0))
+            self.models[model] = (
+                before[0] + int(sent),
+                before[1] + int(answered),
+                before[2] + (known is not None),
+            )
 
     def sum_up(self, attributes: Mapping[str, Any], seconds: float, *, failed: bool) -> None:
         """Add a model call that has ended to the sums, from any thread."""

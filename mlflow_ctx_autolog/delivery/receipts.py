@@ -90,7 +90,8 @@ class TaskReceipt:
         losses: Of those lost, how many in which way, by the values of :class:`Loss`.
         attempt: Spark's id of the attempt; None outside Spark.
         stage: The number of the stage that it is of; None where it is not told.
-        models: Input and output tokens of its calls, by the model that was asked.
+        models: Of its calls whose cost is not told, input and output tokens, and of how many calls
+            these are known, by the model that was asked.
         swept: Whether, in the attempt, all that processes which are gone had left on its host was
             found and delivered.
     """

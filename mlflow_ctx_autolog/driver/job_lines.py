@@ -12,7 +12,7 @@ from mlflow_ctx_autolog.driver.screens import a_screen
 from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.prices import Price, cost_of
 
-__all__ = ["cost_of_task", "job_line", "show_job"]
+__all__ = ["amounts", "cost_of_task", "counted", "job_line", "show_job"]
 
 _logger = logging.getLogger(__name__)
 
@@ -37,42 +37,63 @@ def job_line(book: Book, receipt: Receipt, prices: Mapping[str, Price]) -> str:
     tasks = book.tasks()
     calls = book.sums.calls + sum(task.calls for task in tasks)
     usage, cost = book.totals()
-    parts = [_counted(calls, "call"), f"{int(usage.get('total_tokens', 0)):,} tokens"]
-    found = book.priced.get("total_cost") or cost.get("total_cost")
-    if not found:
-        known = [amount for task in tasks if (amount := cost_of_task(task, prices)) is not None]
-        found = sum(known)
-    if found:
-        # Where nobody has said what they cost, a nought would be wrong.
-        untold = book.sums.unknown + sum(task.sums.get("unknown", 0) for task in tasks)
-        least = "at least " if untold else ""
-        parts.append(f"{least}${found:,.4f}")
+    costs = [cost_of_task(task, prices) for task in tasks]
+    found = book.priced.get("total_cost") or cost.get("total_cost") or 0.0
+    # What is told may be of some calls alone.
+    found = max(found, sum(dollars for dollars, _ in costs))
+    untold = book.sums.unknown + sum(task.sums.get("unknown", 0) for task in tasks)
+    unpriced = sum(number for _, number in costs)
+    tokens = int(usage.get("total_tokens", 0))
+    parts = [counted(calls, "call"), *amounts(tokens, found, untold, unpriced)]
     parts.append(f"{receipt.stored:,} spans stored" if receipt.complete else f"{receipt}")
     line = f"{_name(book)}: {', '.join(parts)}"
     link = _link(book)
     return line if link is None else f"{line}. {link}"
 
 
-def cost_of_task(task: TaskReceipt, prices: Mapping[str, Price]) -> float | None:
-    """Return what the calls of a task have cost in US dollars; None where nobody knows.
+def amounts(tokens: int, cost: float, untold: int, unpriced: int) -> list[str]:
+    """Return tokens and cost as texts, and of how many calls they are not known.
+
+    Args:
+        tokens: Those that are known.
+        cost: US dollars, as far as they are known.
+        untold: Calls of which not all tokens are known.
+        unpriced: Calls of which they are, and no price.
+    """
+    found = [f"{'at least ' if untold else ''}{tokens:,} tokens"]
+    unknown = untold
+    # Where nobody has said what they cost, a nought would be wrong.
+    if cost:
+        unknown += unpriced
+        found.append(f"{'at least ' if unknown else ''}${cost:,.4f}")
+    if unknown:
+        found[-1] += f" (not known of {counted(unknown, 'call')})"
+    return found
+
+
+def cost_of_task(task: TaskReceipt, prices: Mapping[str, Price]) -> tuple[float, int]:
+    """Return what the calls of a task have cost in US dollars, as far as that is known.
+
+    And of how many of those whose tokens are known no price is known.
 
     Args:
         task: What it has told.
         prices: US dollars for a million input and output tokens, by model; of others, MLflow's.
     """
-    told = task.spent or task.cost.get("total_cost")
-    if told:
-        return told
-    found = None
-    for model, (sent, answered) in task.models.items():
+    found, unpriced = task.cost.get("total_cost", 0.0), 0
+    for model, (sent, answered, calls) in task.models.items():
         price = prices.get(model) or list_price(model)
-        if price is not None:
+        if price is None:
+            unpriced += calls
+        else:
             usage = {"input_tokens": sent, "output_tokens": answered}
-            found = (found or 0.0) + cost_of(price, usage)["total_cost"]
-    return found
+            found += cost_of(price, usage)["total_cost"]
+    # A budget has estimated what was not told.
+    return max(found, task.spent), unpriced
 
 
-def _counted(count: int, name: str) -> str:
+def counted(count: int, name: str) -> str:
+    """Return a number of things with their name."""
     return f"{count:,} {name}{'s' * (count != 1)}"
 
 

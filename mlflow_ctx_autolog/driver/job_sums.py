@@ -8,6 +8,9 @@ from typing import Any
 
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.driver.mlflow_traces import has_failed, is_client_call
+from mlflow_ctx_autolog.prices import is_unknown
+from mlflow_ctx_autolog.spans.amounts import parse_amounts
+from mlflow_ctx_autolog.spans.attributes import USAGE, USAGE_UNKNOWN
 from mlflow_ctx_autolog.spans.call_sums import CALL_SUMS, SUMMED, CallSums
 from mlflow_ctx_autolog.stores.stored_trace import split_metadata
 
@@ -47,6 +50,9 @@ def sums_of(spans: Sequence[Any]) -> CallSums:
     for span in spans:
         if is_client_call(span) and span.end_time_ns is not None:
             attributes = {name: span.get_attribute(name) for name in SUMMED}
+            failed, usage = has_failed(span), parse_amounts(span.get_attribute(USAGE))
+            said = attributes[USAGE_UNKNOWN]
+            attributes[USAGE_UNKNOWN] = is_unknown(said, usage, failed=failed)
             seconds = (span.end_time_ns - span.start_time_ns) / 1e9
-            sums.add(attributes, seconds, failed=has_failed(span))
+            sums.add(attributes, seconds, failed=failed)
     return sums

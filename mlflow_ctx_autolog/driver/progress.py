@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
+from mlflow_ctx_autolog.driver.job_lines import amounts, counted
 from mlflow_ctx_autolog.driver.screens import Screen, a_screen
 
 __all__ = ["Progress"]
@@ -28,12 +29,18 @@ class _Job:
         self._tasks: set[str] = set()
         self._requests: set[str] = set()
         self._calls = self._tokens = self._errors = self._repeats = 0
-        self._cost, self._untold = 0.0, 0
+        self._cost, self._untold, self._unpriced = 0.0, 0, 0
         self._shown = -_INTERVAL
         self._line: str | None = None
 
-    def add(self, receipt: TaskReceipt, cost: float | None) -> None:
-        """Take what a task has come to, once; its cost is in US dollars, None where not known."""
+    def add(self, receipt: TaskReceipt, cost: float, unpriced: int) -> None:
+        """Take what a task has come to, once.
+
+        Args:
+            receipt: What it has told.
+            cost: US dollars, as far as they are known.
+            unpriced: Of how many of its calls no price is known.
+        """
         if receipt.task_span_id in self._tasks:
             return
         self._tasks.add(receipt.task_span_id)
@@ -41,7 +48,8 @@ class _Job:
         self._requests.update(receipt.requests)
         self._calls += receipt.calls
         self._tokens += int(receipt.usage.get("total_tokens", 0))
-        self._cost += cost or 0.0
+        self._cost += cost
+        self._unpriced += unpriced
         self._untold += receipt.sums.get("unknown", 0)
         self._errors += receipt.errors
         self._repeats += len(receipt.requests) - (len(self._requests) - distinct)
@@ -62,11 +70,12 @@ class _Job:
         self._screen.close()
 
     def __str__(self) -> str:
-        parts = [f"{self._calls:,} calls", f"{self._tokens:,} tokens"]
-        if self._cost:
-            # Where nobody has said what they cost, a nought would be wrong.
-            parts.append(f"{'at least ' if self._untold else ''}${self._cost:,.4f}")
-        parts += [f"{self._errors:,} errors", f"{self._repeats:,} repeats"]
+        parts = [
+            counted(self._calls, "call"),
+            *amounts(self._tokens, self._cost, self._untold, self._unpriced),
+            counted(self._errors, "error"),
+            counted(self._repeats, "repeat"),
+        ]
         return f"model calls: {', '.join(parts)}"
 
 
@@ -77,10 +86,11 @@ class Progress:
     numbers are those of one job, which is one trace.
 
     Args:
-        cost_of: Returns what the calls of a task have cost, in US dollars; None where not known.
+        cost_of: Returns what the calls of a task have cost in US dollars, as far as that is known,
+            and of how many of them no price is known.
     """
 
-    def __init__(self, cost_of: Callable[[TaskReceipt], float | None]) -> None:
+    def __init__(self, cost_of: Callable[[TaskReceipt], tuple[float, int]]) -> None:
         self._cost_of = cost_of
         self._is_on = False
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
@@ -136,7 +146,7 @@ class Progress:
         if self._open != receipt.trace_id:
             self._close()
             self._open = receipt.trace_id
-        job.add(receipt, self._cost_of(receipt))
+        job.add(receipt, *self._cost_of(receipt))
         self._draw()
 
     def _draw(self) -> None:

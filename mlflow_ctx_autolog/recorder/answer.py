@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlflow_ctx_autolog.prices import in_and_out
 from mlflow_ctx_autolog.spans.attributes import MODEL, REUSED_USAGE, USAGE, USAGE_UNKNOWN
 from mlflow_ctx_autolog.spans.usage import usage_of_answer
 from mlflow_ctx_autolog.spans.values import dump
@@ -44,9 +45,16 @@ def answer_attributes(arguments: Mapping[str, Any], document: Any) -> dict[str, 
     if isinstance(model, str):
         attributes[MODEL] = model
     usage = usage_of_answer(answer.get("usage"))
+    if "input_tokens" in usage and "output_tokens" not in usage:
+        if answer.get("object") == "list":
+            # Of embeddings, which have no output.
+            usage.setdefault("total_tokens", usage["input_tokens"])
+        elif usage.get("total_tokens") == usage["input_tokens"]:
+            # Others have some, which this total leaves out.
+            del usage["total_tokens"]
     if usage:
         attributes[USAGE] = usage
-    elif error_in(document) is None:
+    if in_and_out(usage) is None and (usage or error_in(document) is None):
         attributes[USAGE_UNKNOWN] = True
     return attributes
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import BudgetExceeded, warn_once
-from mlflow_ctx_autolog.prices import Price, cost_of
+from mlflow_ctx_autolog.prices import Price, cost_of, in_and_out, least_total
 from mlflow_ctx_autolog.spans.amounts import Amounts
 
 __all__ = ["Budget", "open_budget"]
@@ -20,8 +20,8 @@ class _Spent:
     """What the calls of a job have come to, as far as a host's processes have told.
 
     Attributes:
-        models: Of each model calls, repeats among them, tokens, cost, and calls of which no tokens
-            were told.
+        models: Of each model calls, repeats among them, tokens, cost, and calls of which not all
+            tokens were told.
         requests: The fingerprints of all requests.
         elsewhere: Calls and cost that the driver knew and this host did not, when it first heard
             of a use of a function, by that.
@@ -145,10 +145,10 @@ class Budget:
             cost: US dollars, where its span says so.
             estimate: Returns about how many tokens it has used, where the server did not say.
         """
-        is_told = bool(usage) or cost is not None
+        is_told = in_and_out(usage) is not None
         if cost is None:
             cost = self._cost(model, usage, estimate)
-        tokens = int(usage.get("total_tokens", 0))
+        tokens = int(least_total(usage))
         try:
             with self._account.changing() as (_, tell):
                 tell("spent", model, 0, 0, tokens, cost, int(not is_told))
@@ -169,8 +169,8 @@ class Budget:
                 _logger,
                 "no usage",
                 f"max_cost={self._config.max_cost:g} counts what some calls of {model!r} cost by "
-                "the length of their texts, since the server reported no tokens; of a stream, "
-                "stream_options={'include_usage': True} asks it.",
+                "the length of their texts, since the server did not report all tokens; of a "
+                "stream, stream_options={'include_usage': True} asks it.",
             )
         return known.get("total_cost", 0.0)
 
@@ -199,4 +199,4 @@ def open_budget(
 
 def _shown(calls: float, repeats: float, tokens: float, cost: float, untold: float) -> str:
     said = f"{calls:,.0f} calls ({repeats:,.0f} repeated), {tokens:,.0f} tokens, ${cost:,.4f}"
-    return f"{said} (tokens of {untold:,.0f} calls not told)" if untold else said
+    return f"{said} (not all tokens of {untold:,.0f} calls told)" if untold else said

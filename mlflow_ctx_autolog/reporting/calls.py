@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlflow_ctx_autolog.prices import is_unknown, least_total
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.attributes import ANNOTATION, FINGERPRINT, FINISH_REASONS, NOT_SENT
 from mlflow_ctx_autolog.spans.quality import (
@@ -202,7 +203,7 @@ class Call:
         chars: Characters of the answer; None where it was no text, or none came.
         answer_hash: The same for the same answer within one job.
         shape: What the request looks like, whatever it says; None where not known.
-        usage_unknown: Whether it was answered, or may have been, and nobody knows its tokens.
+        usage_unknown: Whether it was answered, or may have been, and nobody knows all its tokens.
         reused_from: The call whose answer was used again, so that nothing was sent.
         is_orphan: Whether the store lacks a span above it, so that its task is not known.
     """
@@ -251,12 +252,8 @@ class Call:
 
     @property
     def tokens(self) -> float:
-        """Input and output together."""
-        # A server's own total may be wrong.
-        if "input_tokens" in self.usage and "output_tokens" in self.usage:
-            return self.usage["input_tokens"] + self.usage["output_tokens"]
-        parts = self.usage.get("input_tokens", 0) + self.usage.get("output_tokens", 0)
-        return max(parts, self.usage.get("total_tokens", 0))
+        """Input and output together; at least so many, where not all are known."""
+        return least_total(self.usage)
 
     @property
     def function(self) -> str:
@@ -382,8 +379,7 @@ def _call(trace: StoredTrace, span: StoredSpan) -> Call:
         chars if isinstance(chars, int) else None,
         quality.get(ANSWER_HASH),
         quality.get(REQUEST_SHAPE),
-        # Recorded without saying so: of a call that failed, most likely nothing was to be paid.
-        bool(not usage and not failed if unknown is None else unknown),
+        is_unknown(unknown, usage, failed=failed),
         reused_from,
     )
 

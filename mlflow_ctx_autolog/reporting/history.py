@@ -46,7 +46,7 @@ class JobSums:
         input_tokens: As the endpoint counted them.
         output_tokens: The same.
         cost: US dollars; None where no price is known.
-        unknown: Calls that were answered, and whose tokens are not known.
+        unknown: Calls that were answered, and whose tokens are not all known.
         p50: Seconds that half of the calls did not exceed, to 2.2 %; None where not known.
         p95: The same for 95 of 100.
         p99: The same for 99 of 100.
@@ -254,4 +254,7 @@ def _notes(found: Sequence[FoundJob], jobs: Sequence[JobSums], days: float) -> I
             "failed: times, errors and signals are those of the others, or left out."
         )
     if unknown := sum(job.unknown for job in jobs):
-        yield f"{unknown:,} calls were answered without usage: tokens and cost are at least."
+        yield (
+            f"{unknown:,} calls were answered without usage, or with a part of it: tokens and "
+            "cost are at least."
+        )

@@ -175,6 +175,8 @@ def _about(summary: Row, uri: str | None) -> str:
 def _cards(summary: Row) -> Iterator[str]:
     made, quality, repeated = summary["made"], summary["quality"], summary["repeated"]
     tokens = f"{_short(made['input_tokens'])} tokens in, {_short(made['output_tokens'])} out"
+    if made["unmetered"]:
+        tokens = f"at least {tokens}"
     unknown = f"; not known of {made['unknown']:,}" if made["unknown"] else ""
     money = "not known" if made["cost"] is None else made["money"]
     yield card("How much", money, f"{made['calls']:,} calls, {tokens}{unknown}")

@@ -113,8 +113,6 @@ class _Reader:
         calls, attempts = read_calls(replace(trace, spans=_watched(trace.spans, roots)))
         for call in calls:
             call.cost = self._cost(call)
-            # Else its price is missing, and not its tokens.
-            call.usage_unknown |= call.cost is None and (call.model or "") in self._prices
         self._calls += calls
         self._attempts += attempts
         root = min(roots, key=lambda span: span.started, default=None)
@@ -221,8 +219,8 @@ class _Reader:
         if unmetered:
             models = ", ".join(sorted(unmetered))
             self._notes.append(
-                f"{sum(unmetered.values())} calls to {models} were answered without usage, so "
-                'that tokens and cost are "at least": of streams, ask for it with '
+                f"{sum(unmetered.values())} calls to {models} were answered without usage, or with "
+                'a part of it, so that tokens and cost are "at least": of streams, ask for it with '
                 'stream_options={"include_usage": True}.'
             )
         unpriced = Counter(

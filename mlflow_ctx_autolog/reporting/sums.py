@@ -26,7 +26,7 @@ class Sums:
         tokens: Both together.
         cost: US dollars, over the calls whose cost is known.
         unpriced: Calls that used tokens, and whose price is not known.
-        unmetered: Calls that were answered, and whose tokens nobody knows.
+        unmetered: Calls that were answered, and of which nobody knows all tokens.
     """
 
     calls: int = 0

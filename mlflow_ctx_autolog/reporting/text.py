@@ -83,6 +83,8 @@ def _first_things(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return how much, how good, how fast, and what was wasted: a word and a line for each."""
     made = summary["made"]
     tokens = f"{made['input_tokens']:,} tokens in, {made['output_tokens']:,} out"
+    if made["unmetered"]:
+        tokens = f"at least {tokens}"
     return [
         ("Cost", f"{cost_line(made)}; {tokens}"),
         ("Answers", answers_line(summary["quality"])),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow_ctx_autolog.spans.attributes import FINISH_REASONS
+from mlflow_ctx_autolog.spans.attributes import FINISH_REASONS, USAGE_UNKNOWN
 from mlflow_ctx_autolog.spans.quality import ANSWER_CHARS, FLAGS, signals_of
 
 __all__ = ["CALL_SUMS", "SUMMED", "CallSums", "Sketch"]
@@ -19,7 +19,6 @@ CALL_SUMS = "mlflow_ctx_autolog.call_sums"
 
 _FIRST_TOKEN = ("gen_ai.response.time_to_first_chunk", "gen_ai.server.time_to_first_token")
 _RESENDS, _REUSED_FROM = "http.request.resend_count", "llm.reused_from"
-_USAGE_UNKNOWN = "llm.usage.unknown"
 
 # Attributes of a call's span that are summed up.
 SUMMED = (
@@ -29,7 +28,7 @@ SUMMED = (
     *_FIRST_TOKEN,
     _RESENDS,
     _REUSED_FROM,
-    _USAGE_UNKNOWN,
+    USAGE_UNKNOWN,
 )
 
 # Buckets grow by the sixteenth root of two, as those of OpenTelemetry's exponential histograms of
@@ -101,7 +100,7 @@ class CallSums:
         errors: Of these, ended in an error.
         resends: How many times the client has sent one again.
         reused: Calls that were answered by what an earlier one has paid for.
-        unknown: Calls that were answered, and whose tokens are not known.
+        unknown: Calls that were answered, and whose tokens are not all known.
         answered: Calls whose answer says something about its quality.
         odd: Of these, with one signal at least.
         signals: How many answers have each signal.
@@ -136,7 +135,7 @@ class CallSums:
             self.reused += 1
         else:
             self.latency.add(seconds)
-        self.unknown += attributes.get(_USAGE_UNKNOWN) is True
+        self.unknown += attributes.get(USAGE_UNKNOWN) is True
         signals = signals_of(attributes)
         self.answered += attributes.get(ANSWER_CHARS) is not None or bool(signals)
         self.odd += bool(signals)

@@ -225,13 +225,9 @@ class WorkerProcess:
                 task.count_reused(int(message["reused"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
                 task.merge_sums(CallSums.from_dict(message.get("sums")))
-                if message["calls"] and usage:
-                    amounts = parse_amounts(usage)
-                    sent, answered = (
-                        amounts.get(f"{way}_tokens", 0) for way in ("input", "output")
-                    )
+                if message["calls"] and usage and not cost:
                     model = str(_span_of(payload).get("model"))
-                    task.count_tokens(model, int(sent), int(answered))
+                    task.count_tokens(model, parse_amounts(usage))
                 self.router.store(
                     task,
                     span_id,

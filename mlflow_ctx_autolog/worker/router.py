@@ -242,9 +242,8 @@ def _count_answer(task: Task, span: SpanRecord, usage: Amounts, cost: Amounts) -
         estimate = functools.partial(estimated_usage, span)
         paid = task.budget.paid(str(span.get("model")), usage, cost.get("total_cost"), estimate)
     task.count_answer(span.has_failed, paid)
-    if usage:
-        sent, answered = usage.get("input_tokens", 0), usage.get("output_tokens", 0)
-        task.count_tokens(str(span.get("model")), int(sent), int(answered))
+    if usage and not cost:
+        task.count_tokens(str(span.get("model")), usage)
     attributes = {name: span.get(name) for name in SUMMED}
     task.sum_up(attributes, span.seconds, failed=span.has_failed)
 

@@ -138,7 +138,7 @@ def test_answer_without_usage_is_estimated(opened: Open, caplog: pytest.LogCaptu
     # Of which only the total is told.
     assert admitted(budget, 1) == 1
     assert budget.paid("gpt-test", {"total_tokens": 9}, None, lambda: USAGE) == 2.0
-    with pytest.raises(BudgetExceeded, match=r"\$4\.0000 \(tokens of 1 calls not told\)"):
+    with pytest.raises(BudgetExceeded, match=r"\$4\.0000 \(not all tokens of 2 calls told\)"):
         budget.admit("gpt-test", None)
 
 
@@ -146,7 +146,7 @@ def test_answer_without_usage_is_not_estimated_where_money_has_no_limit(opened: 
     budget = opened(max_calls=1)
     assert admitted(budget, 1) == 1
     assert budget.paid("gpt-test", {}, None, lambda: USAGE) == 0.0
-    with pytest.raises(BudgetExceeded, match=r"\$0\.0000 \(tokens of 1 calls not told\)"):
+    with pytest.raises(BudgetExceeded, match=r"\$0\.0000 \(not all tokens of 1 calls told\)"):
         budget.admit("gpt-test", None)
 
 

@@ -41,9 +41,9 @@ def line(of: Book, **receipt: Any) -> str:
 def test_a_job_says_what_it_came_to() -> None:
     """Calls, tokens, cost where it is known, and that all is stored."""
     assert line(book()) == "job: 2 calls, 3,000,000 tokens, 4 spans stored"
-    priced = line(book(models={"model": (2_000_000, 1_000_000)}))
+    priced = line(book(models={"model": (2_000_000, 1_000_000, 2)}))
     assert priced == "job: 2 calls, 3,000,000 tokens, $12.0000, 4 spans stored"
-    assert "$0.5000" in line(book(spent=0.5, models={"model": (1, 1)}))
+    assert "$0.5000" in line(book(spent=0.5, models={"model": (1, 1, 1)}))
 
 
 def test_it_says_what_is_missing() -> None:
@@ -61,9 +61,32 @@ def test_it_links_to_the_trace_on_a_server() -> None:
 
 def test_of_a_model_without_a_price_nothing_is_said() -> None:
     """Nor is it taken for free."""
-    unknown = TaskReceipt("tr-1", "a", 1, models={"nobody-knows": (1, 1)})
-    assert cost_of_task(unknown, PRICES) is None
-    assert cost_of_task(TaskReceipt("tr-1", "a", 1, cost={"total_cost": 2.0}), PRICES) == 2.0
+    unknown = TaskReceipt("tr-1", "a", 1, models={"nobody-knows": (1, 1, 3)})
+    assert cost_of_task(unknown, PRICES) == (0.0, 3)
+    assert cost_of_task(TaskReceipt("tr-1", "a", 1, cost={"total_cost": 2.0}), PRICES) == (2.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "amounts"),
+    [
+        ({"sums": {"unknown": 2}}, "at least 3,000,000 tokens (not known of 2 calls)"),
+        (
+            {"sums": {"unknown": 1}, "models": {"model": (1_000_000, 0, 1)}},
+            "at least 3,000,000 tokens, at least $1.0000 (not known of 1 call)",
+        ),
+        (
+            {"models": {"model": (1_000_000, 0, 1), "nobody-knows": (1, 1, 1)}},
+            "3,000,000 tokens, at least $1.0000 (not known of 1 call)",
+        ),
+        (
+            {"cost": {"total_cost": 0.5}, "models": {"model": (1_000_000, 0, 1)}},
+            "3,000,000 tokens, $1.5000",
+        ),
+    ],
+)
+def test_what_is_known_in_part_is_at_least(told: dict[str, Any], amounts: str) -> None:
+    """With of how many calls it is not known; what the user has priced is not all of it."""
+    assert line(book(**told)) == f"job: 2 calls, {amounts}, 4 spans stored"
 
 
 def test_a_terminal_is_shown_it(monkeypatch: pytest.MonkeyPatch) -> None:

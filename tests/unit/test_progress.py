@@ -43,7 +43,7 @@ def receipt(trace: str, task: str, **told: object) -> TaskReceipt:
 
 def test_a_job_has_numbers_of_its_own(terminal: Terminal) -> None:
     """Each has a line, its repeats are those within it, and a task counts once."""
-    progress = Progress(lambda task: task.spent)
+    progress = Progress(lambda task: (task.spent, 0))
     progress.switch(True)
     progress.add(receipt("tr-1", "a", requests=("x", "y"), spent=0.5))
     progress.add(receipt("tr-1", "a", requests=("x", "y"), spent=0.5))
@@ -55,14 +55,14 @@ def test_a_job_has_numbers_of_its_own(terminal: Terminal) -> None:
     progress.switch(False)
 
     assert terminal.lines == [
-        "model calls: 4 calls, 2,000 tokens, $0.7500, 1 errors, 1 repeats",
+        "model calls: 4 calls, 2,000 tokens, $0.7500, 1 error, 1 repeat",
         "model calls: 4 calls, 2,000 tokens, 0 errors, 0 repeats",
     ]
 
 
 def test_what_is_no_job_is_left_out(terminal: Terminal) -> None:
     """As doctor()'s call, and what comes when it is switched off."""
-    progress = Progress(lambda task: task.spent)
+    progress = Progress(lambda task: (task.spent, 0))
     progress.add(receipt("tr-1", "a"))
     progress.switch(True)
     progress.ignore("tr-2")
@@ -76,7 +76,7 @@ def test_what_is_no_job_is_left_out(terminal: Terminal) -> None:
 def test_it_is_drawn_once_in_a_while(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     """And then as it is by then, also where no other task tells anything."""
     monkeypatch.setattr(progress_module, "_INTERVAL", 0.2)
-    progress = Progress(lambda task: task.spent)
+    progress = Progress(lambda task: (task.spent, 0))
     progress.switch(True)
     for number in range(100):
         progress.add(receipt("tr-1", str(number)))
@@ -92,7 +92,7 @@ def test_it_is_drawn_once_in_a_while(terminal: Terminal, monkeypatch: pytest.Mon
 def test_nothing_is_kept_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard error is a file, say."""
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    progress = Progress(lambda task: task.spent)
+    progress = Progress(lambda task: (task.spent, 0))
     progress.switch(True)
     progress.add(receipt("tr-1", "a"))
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from recording import Keeper
 
 from mlflow_ctx_autolog.exceptions import BudgetExceeded
+from mlflow_ctx_autolog.prices import in_and_out
 
 HAS_RESPONSES = find_spec("openai.resources.responses") is not None
 
@@ -80,7 +81,12 @@ ODD = {
     "only a total": ({"total_tokens": 12}, {"total_tokens": 12}),
     "a null among them": (
         {"prompt_tokens": 7, "completion_tokens": None, "total_tokens": 7},
-        {"input_tokens": 7, "total_tokens": 7},
+        {"input_tokens": 7},
+    ),
+    "only input": ({"prompt_tokens": 7}, {"input_tokens": 7}),
+    "input and a total": (
+        {"prompt_tokens": 7, "total_tokens": 12},
+        {"input_tokens": 7, "total_tokens": 12},
     ),
     "a null total": (
         {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": None},
@@ -407,7 +413,8 @@ def test_an_answer_is_recorded_as_the_server_has_sent_it(
     (span,) = keeper.spans
     assert span.status == kind.status
     assert span.get("mlflow.chat.tokenUsage") == kind.usage
-    assert (span.get("llm.usage.unknown") is True) == (kind.usage is None and kind.has_usage)
+    is_unknown = kind.has_usage and in_and_out(kind.usage or {}) is None
+    assert (span.get("llm.usage.unknown") is True) == is_unknown
     if span.get("mlflow.spanOutputs") is not None or kind.texts:
         found = texts(span.get("mlflow.spanOutputs"))
         assert found == list(kind.texts)
@@ -529,6 +536,7 @@ def test_other_calls_say_what_they_cost(endpoint: Canned, keeper: Keeper) -> Non
     vector, image, completion = keeper.spans
     assert vector.get("mlflow.chat.tokenUsage") == {"input_tokens": 8, "total_tokens": 8}
     assert vector.get("mlflow.llm.model") == "e"
+    assert "llm.usage.unknown" not in vector.attributes
     assert image.get("mlflow.chat.tokenUsage") == counts(4, 100)
     assert completion.get("mlflow.chat.tokenUsage") == PLAIN
     assert completion.get("mlflow.spanOutputs")["choices"][0]["text"] == "half an answer"
