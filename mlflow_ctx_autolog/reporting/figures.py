@@ -305,9 +305,8 @@ def _heaviest(graphs: Any, calls: Sequence[Row], names: Any) -> Any:
     for call in calls:
         if call["task"] is not None:
             place = f"{call['stage']} / {call['partition']}"
-            tokens = int((call["input_tokens"] or 0) + (call["output_tokens"] or 0))
-            totals[place] += tokens
-            parts[call["cause"] or ""][place] += tokens
+            totals[place] += int(call["tokens"])
+            parts[call["cause"] or ""][place] += int(call["tokens"])
     if len(totals) < 2 or not any(totals.values()):
         return None
     heaviest = sorted(totals, key=lambda place: -totals[place])[:_PARTITIONS]

@@ -17,7 +17,7 @@ from mlflow_ctx_autolog.reporting.comparison_text import (
 )
 from mlflow_ctx_autolog.reporting.figures import figures, plotly_script
 from mlflow_ctx_autolog.reporting.signals import SIGNALS
-from mlflow_ctx_autolog.reporting.sums import dollars
+from mlflow_ctx_autolog.reporting.sums import at_least
 from mlflow_ctx_autolog.reporting.text import headline, percent, seconds
 
 __all__ = ["card", "filled", "page", "rows_table", "script_json"]
@@ -176,7 +176,7 @@ def _cards(summary: Row) -> Iterator[str]:
     made, quality, repeated = summary["made"], summary["quality"], summary["repeated"]
     tokens = f"{_short(made['input_tokens'])} tokens in, {_short(made['output_tokens'])} out"
     if made["unmetered"]:
-        tokens = f"at least {tokens}"
+        tokens = f"at least {_short(made['tokens'])} tokens"
     unknown = f"; not known of {made['unknown']:,}" if made["unknown"] else ""
     money = "not known" if made["cost"] is None else made["money"]
     yield card("How much", money, f"{made['calls']:,} calls, {tokens}{unknown}")
@@ -321,16 +321,15 @@ def _cells(call: Row) -> list[Any]:
     )
     place = "driver" if call["task"] is None else f"{call['stage']} / {call['partition']}"
     attempt = f", attempt {call['attempt']}" if call["attempt"] else ""
-    tokens = (call["input_tokens"] or 0) + (call["output_tokens"] or 0)
     return [
         f"{_moment(call['started']):%H:%M:%S.%f}"[:-3],
         call["function"],
         call["model"] or "",
         place + attempt,
         None if call["seconds"] is None else round(call["seconds"], 3),
-        int(tokens),
+        int(call["tokens"]),
         call["cost"],
-        "" if call["cost"] is None else dollars(call["cost"]),
+        "" if call["cost"] is None else at_least(call["cost"], call["usage_unknown"]),
         call["cause"] or ("client_retry" if call["resends"] else ""),
         call["signals"],
         call["error"] or "",

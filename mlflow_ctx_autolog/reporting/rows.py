@@ -47,6 +47,8 @@ def call_row(each: Judged) -> dict[str, Any]:
         "first_token": call.first_token,
         "input_tokens": call.usage.get("input_tokens"),
         "output_tokens": call.usage.get("output_tokens"),
+        "tokens": call.tokens,
+        "usage_unknown": call.usage_unknown,
         "cost": call.cost,
         "resends": call.resends,
         "reused_from": call.reused_from,

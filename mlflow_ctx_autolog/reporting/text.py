@@ -84,7 +84,7 @@ def _first_things(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     made = summary["made"]
     tokens = f"{made['input_tokens']:,} tokens in, {made['output_tokens']:,} out"
     if made["unmetered"]:
-        tokens = f"at least {tokens}"
+        tokens = f"at least {made['tokens']:,} tokens"
     return [
         ("Cost", f"{cost_line(made)}; {tokens}"),
         ("Answers", answers_line(summary["quality"])),
@@ -263,10 +263,10 @@ def _odd(sums: Mapping[str, Any]) -> list[str]:
 
 
 def _call(call: Mapping[str, Any]) -> str:
-    tokens = (call["input_tokens"] or 0) + (call["output_tokens"] or 0)
+    more = "+" if call["usage_unknown"] else ""
     prompt = " ".join(call["prompt"].split())
     shown = prompt if len(prompt) <= _PROMPT else f"{prompt[: _PROMPT - 3]}..."
     return (
-        f"{seconds(call['seconds']):>9}  {tokens:>7,.0f} tokens  {call['function']}, partition "
-        f"{call['partition']}  {call['span_id']}  {shown}".rstrip()
+        f"{seconds(call['seconds']):>9}  {call['tokens']:>7,.0f}{more} tokens  "
+        f"{call['function']}, partition {call['partition']}  {call['span_id']}  {shown}".rstrip()
     )

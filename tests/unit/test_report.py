@@ -159,6 +159,16 @@ def test_what_is_not_known_is_not_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     partly = call("e", "t", 5, **{"mlflow.chat.tokenUsage": {"input_tokens": 100}})
     found = reported(monkeypatch, [task("t"), partly], prices={"gpt-test": (2.0, 10.0)})
     assert (found.made.cost, found.made.unmetered, found.made.unpriced) == (0, 1, 0)
+    assert "not known (that of 1 of 1 calls is not known); at least 100 tokens" in str(found)
+    assert "100+ tokens" in str(found)
+    # As MLflow has priced it.
+    priced = {**partly.attributes, "mlflow.llm.cost": {"total_cost": 0.5}}
+    partly.attributes.update(priced)
+    found = reported(monkeypatch, [task("t"), partly])
+    assert found.made.money == "at least $0.50"
+    total = call("f", "t", 5, **{"mlflow.chat.tokenUsage": {"total_tokens": 70}})
+    found = reported(monkeypatch, [task("t"), total])
+    assert (found.made.tokens, found.made.unmetered, found.made.unpriced) == (70, 1, 0)
     found = reported(monkeypatch, [task("t"), call("a", "t", 1), paid])
     assert (found.made.unmetered, found.made.unpriced, found.made.unknown) == (1, 1, 2)
 
