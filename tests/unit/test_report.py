@@ -162,8 +162,12 @@ def test_what_is_not_known_is_not_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert "not known (that of 1 of 1 calls is not known); at least 100 tokens" in str(found)
     assert "100+ tokens" in str(found)
     # As MLflow has priced it.
-    priced = {**partly.attributes, "mlflow.llm.cost": {"total_cost": 0.5}}
-    partly.attributes.update(priced)
+    partly = call(
+        "e",
+        "t",
+        5,
+        **{"mlflow.chat.tokenUsage": {"input_tokens": 100}, "mlflow.llm.cost": {"total_cost": 0.5}},
+    )
     found = reported(monkeypatch, [task("t"), partly])
     assert found.made.money == "at least $0.50"
     total = call("f", "t", 5, **{"mlflow.chat.tokenUsage": {"total_tokens": 70}})
