@@ -31,10 +31,17 @@ class ExecutedPlans:
         functions_ran: Called with the number of functions that an action of this thread has run,
             which were handed over on it: not those of a plan that was only looked at, registered,
             or read from a cache.
+        request_ran: Called with each request of which the plan has run functions, whoever has
+            handed them over.
     """
 
-    def __init__(self, functions_ran: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        functions_ran: Callable[[int], None] = lambda _: None,
+        request_ran: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         self._functions_ran = functions_ran
+        self._request_ran = request_ran
         self._lock = threading.Lock()
         self._patch: Patch | None = None
         self._requested = threading.local()
@@ -83,11 +90,14 @@ class ExecutedPlans:
     def _build_metrics(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Whatever a later release sends, the user's results come.
         with suppress(Exception):
-            self._note(str(self._requested.last.operation_id), args[1].metrics)
+            request = self._requested.last
+            if self._note(str(request.operation_id), args[1].metrics):
+                self._request_ran(request)
         # Nothing of the user's, and no error, goes through here: it is a generator yet to run.
         return original(*args, **kwargs)
 
-    def _note(self, operation: str, metrics: Iterable[Any]) -> None:
+    def _note(self, operation: str, metrics: Iterable[Any]) -> bool:
+        """Note nodes of a plan; return whether it has run functions."""
         names = {each.plan_id: str(each.name) for each in metrics}
         with self._lock:
             plan = self._plans.setdefault(operation, _Plan())
@@ -99,6 +109,7 @@ class ExecutedPlans:
         if has_function and (functions := getattr(self._requested, "functions", 0)):
             self._requested.functions = 0
             self._functions_ran(functions)
+        return has_function
 
 
 @dataclass

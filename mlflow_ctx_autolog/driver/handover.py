@@ -23,6 +23,7 @@ from mlflow_ctx_autolog.driver.attempts import Attempt, silent_attempts
 from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.carriers import Carriers
 from mlflow_ctx_autolog.driver.data_sources import DataSources
+from mlflow_ctx_autolog.driver.earlier import EarlierFunctions
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.instrumentor import FunctionUse, SparkInstrumentor, name_of
 from mlflow_ctx_autolog.driver.job_facts import job_facts
@@ -66,15 +67,16 @@ class Driver:
         self.ledger = Ledger(
             settings, self.spark_facts, self._task_ended, self.silent_attempts, self.show_job
         )
-        self.executed_plans = ExecutedPlans(self._functions_ran)
+        self.instrumentor = SparkInstrumentor(self.submit, self._is_too_late)
+        self.earlier = EarlierFunctions(self.instrumentor.names, self._traces, warn)
+        self.executed_plans = ExecutedPlans(self._functions_ran, self.earlier.look_at_request)
         self.endings = exports.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
-        self.instrumentor = SparkInstrumentor(self.submit)
         self.propagator = ActionPropagator(
             self._moment, self._tell, self.executed_plans.expect, self._settles
         )
         self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
-        self.actions = Actions()
+        self.actions = Actions(self.earlier.look_at)
         self.threads = SpanThreads()
         self.stops = SparkStops(self.await_workers)
         self.data_sources = DataSources()
@@ -86,6 +88,8 @@ class Driver:
     def install(self) -> None:
         """Have the functions that Spark gets carry the context from now on. Idempotent."""
         self.instrumentor.install()
+        self.earlier.install()
+        self.executed_plans.watch(spark_api.active_session())
         self.propagator.install()
         self.batches.install()
         self.actions.install()
@@ -97,6 +101,7 @@ class Driver:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
         if not self._marked:
             self.instrumentor.uninstall()
+            self.earlier.uninstall()
             self.propagator.uninstall()
             self.batches.uninstall()
             self.actions.uninstall()
@@ -174,6 +179,12 @@ class Driver:
                 f"context could not be captured: {type(error).__name__}: {error}"
             )
         return None
+
+    def _is_too_late(self, rdd: Any) -> None:
+        self.earlier.say_of_rdd(rdd)
+
+    def _traces(self) -> bool:
+        return self.config is not None and tracing.is_on()
 
     def submitted(
         self,

@@ -15,7 +15,14 @@ from typing import Any
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction, is_submitted
 from mlflow_ctx_autolog.patching import Patch, Redirect
 
-__all__ = ["FunctionUse", "SparkInstrumentor", "find_class", "name_of", "users_function"]
+__all__ = [
+    "FunctionUse",
+    "SparkInstrumentor",
+    "find_class",
+    "name_of",
+    "users_function",
+    "users_function_of",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,14 @@ _PATCH_POINTS = (
     ),
 )
 
+# What Spark Connect registers under a name goes through these.
+_REGISTERED = (
+    (_CONNECT_EXPRESSIONS, "CommonInlineUserDefinedFunction", "to_plan_udf"),
+    (_CONNECT_PLAN, "CommonInlineUserDefinedTableFunction", "udtf_plan"),
+)
+
+_RDD_POINT = _PatchPoint(_RDD, "PipelinedRDD", "_jrdd", attribute="func", once=True)
+
 # PythonEvalType of mapInPandas() and mapInArrow(), whose functions are called once in a task.
 _ONCE = (205, 207)
 # Of transformWithState(), whose processors Spark asks for their states before there is a task.
@@ -103,10 +118,19 @@ class SparkInstrumentor:
     Args:
         submit: Called with each use of a function; returns what Spark gets instead, None where that
             is the function as it is. Not called for PySpark's own functions.
+        too_late: Called with an RDD of the user's of which Spark has the function already.
     """
 
-    def __init__(self, submit: Callable[[FunctionUse], SubmittedFunction | None]) -> None:
+    def __init__(
+        self,
+        submit: Callable[[FunctionUse], SubmittedFunction | None],
+        too_late: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         self._submit = submit
+        self._too_late = too_late
+        # By which Spark knows the functions that came by here.
+        self.names: set[str] = set()
+        self._rdds: weakref.WeakSet[Any] = weakref.WeakSet()
         self._patches: list[Patch | Redirect] = []
         # Keeps the JVM's side of a UDF from one use to the next, as PySpark does with the user's.
         self._copies: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -118,6 +142,11 @@ class SparkInstrumentor:
                 owner = find_class(point.modules, point.owner, point.method)
                 if owner is not None:
                     self._patches.append(self._patch(owner, point))
+            for modules, name, method in _REGISTERED:
+                if (owner := find_class(modules, name, method)) is not None:
+                    self._patches.append(Redirect(owner, method, self._named))
+            if (owner := find_class(_RDD, "PipelinedRDD", "_jrdd")) is not None:
+                self._patches.append(Redirect(owner, "_jrdd", self._with_submitted_rdd))
         for patch in self._patches:
             patch.apply()
 
@@ -151,6 +180,7 @@ class SparkInstrumentor:
 
     def _with_submitted(self, point: _PatchPoint, attribute: str, holder: Any) -> Any:
         """Return a copy of what holds a function, with what Spark is to get instead."""
+        self._named(holder)
         function = getattr(holder, attribute)
         submitted = self._submitted(function, holder, point)
         if submitted is function:
@@ -167,8 +197,31 @@ class SparkInstrumentor:
         self._copies[holder] = changed
         return changed
 
-    def _submitted(self, function: Any, receiver: Any, point: _PatchPoint) -> Any:
-        if is_submitted(function) or (users := users_function(function)) is None:
+    def _named(self, holder: Any) -> Any:
+        names = (getattr(holder, name, None) for name in ("_name", "_function_name"))
+        self.names.update(name for name in names if isinstance(name, str))
+        return holder
+
+    def _with_submitted_rdd(self, rdd: Any) -> Any:
+        """Have Spark get a function that an RDD has held since before there were patches."""
+        if rdd._jrdd_val is None:
+            self._rdds.add(rdd)
+            submitted = self._submitted(rdd.func, rdd, _RDD_POINT, users_function_of(rdd))
+            if submitted is not rdd.func:
+                # Not by copy, since an RDD says that it must not be pickled.
+                changed = object.__new__(type(rdd))
+                vars(changed).update({**vars(rdd), "func": submitted})
+                # Spark's side of it is the RDD's own from now on, as if it had made it.
+                assert changed._jrdd is not None
+                vars(rdd).update({**vars(changed), "func": rdd.func})
+        elif rdd not in self._rdds and not rdd.is_cached:
+            self._too_late(rdd)
+        return rdd
+
+    def _submitted(
+        self, function: Any, receiver: Any, point: _PatchPoint, users: Any = None
+    ) -> Any:
+        if is_submitted(function) or (users := users or users_function(function)) is None:
             return function
         kind = getattr(receiver, "evalType", getattr(receiver, "_eval_type", None))
         use = FunctionUse(
@@ -230,6 +283,18 @@ def users_function(function: Any, depth: int = 5) -> Any:
         return None
     held = (users_function(each, depth - 1) for each in _held_by(function))
     return next((users for users in held if users is not None), None)
+
+
+def users_function_of(rdd: Any) -> Any:
+    """Return the first of the user's functions that an RDD and those before it run untraced."""
+    function, steps = rdd.func, []
+    while getattr(function, "__name__", None) == "pipeline_func" and not is_submitted(function):
+        cells = zip(function.__code__.co_freevars, function.__closure__, strict=True)
+        held = {name: cell.cell_contents for name, cell in cells}
+        steps.append(held["func"])
+        function = held["prev_func"]
+    found = (users_function(step) for step in (function, *reversed(steps)))
+    return next((users for users in found if users is not None), None)
 
 
 _OURS = __name__.partition(".")[0]
