@@ -108,23 +108,26 @@ class Redirect:
         name: Its method or property.
         receiver: Returns the receiver that takes the place of the one it is given. What it raises
             is logged, and changes nothing.
+        is_idle: Whether the receiver would be the one that it is given; quick, and never raises.
     """
 
-    def __init__(self, owner: type, name: str, receiver: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        owner: type,
+        name: str,
+        receiver: Callable[[Any], Any],
+        is_idle: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.owner = owner
         self.name = name
         self._receiver = receiver
-        self._active = False
+        self.is_idle = is_idle
+        self.active = False
         self._original: Any = None
         self._layer: _Redirected | property | None = None
         # Attributes of the class that a property needs.
         self._helpers: tuple[str, ...] = ()
         self._was_inherited = False
-
-    @property
-    def active(self) -> bool:
-        """Whether calls are redirected."""
-        return self._active
 
     def apply(self) -> None:
         """Idempotent.
@@ -137,11 +140,11 @@ class Redirect:
             self._layer = self._layer_over(self._original)
             self._was_inherited = self.name not in vars(self.owner)
             setattr(self.owner, self.name, self._layer)
-        self._active = True
+        self.active = True
 
     def revert(self) -> None:
         """Redirect no more, and leave nothing unless somebody else's lies on top. Idempotent."""
-        self._active = False
+        self.active = False
         if self._is_on_top():
             if self._was_inherited:
                 delattr(self.owner, self.name)
@@ -166,7 +169,7 @@ class Redirect:
 
     def receiver(self, instance: Any) -> Any:
         """Return what a method that is looked up on ``instance`` is to run on."""
-        if not self._active:
+        if not self.active:
             return instance
         try:
             return self._receiver(instance)
@@ -188,7 +191,11 @@ class _Redirected:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self.original.__get__(None, owner)
-        return self.original.__get__(self._redirect.receiver(instance), owner)
+        # Without a call where there is nothing to do, as some methods are looked up all the time.
+        redirect = self._redirect
+        if redirect.active and not redirect.is_idle():
+            instance = redirect.receiver(instance)
+        return self.original.__get__(instance, owner)
 
 
 def _static(owner: Any, name: str) -> Any:

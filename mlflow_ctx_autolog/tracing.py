@@ -100,16 +100,9 @@ def active_otel_span() -> Any:
     return span if is_valid(span) else mlflow_provider.get_current_otel_span()
 
 
-_mlflow_context = mlflow_provider.mlflow_runtime_context
-
-
-def current_context() -> Context:
-    """Return MLflow's own context, which is another object wherever another span is active in it.
-
-    It has none where MLflow shares OpenTelemetry's contexts.
-    """
-    context: Context = _mlflow_context.get_current()
-    return context
+# Returns MLflow's own context, another object wherever another span is active in it. It has none
+# where MLflow shares OpenTelemetry's contexts. Asked with each command to the JVM.
+current_context: Callable[[], Context] = mlflow_provider.mlflow_runtime_context.get_current
 
 
 def active_run_id() -> str | None:

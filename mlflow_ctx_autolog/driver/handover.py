@@ -81,6 +81,7 @@ class Driver:
         self.stops = SparkStops(self.await_workers)
         self.data_sources = DataSources()
         self._carriers = Carriers()
+        self.last_shared: tuple[Any, DriverContext] | None = None
         self._session: Any = None
         self._functions: set[str] = set()
         self._marked = MarkedFunctions()
@@ -404,7 +405,35 @@ def captured(session: Any) -> DriverContext:
 
 
 def _shared(session: Any, propagation: str) -> DriverContext:
-    """Return what of the context of this moment does not depend on the active span."""
+    """Return what of the context of this moment does not depend on the active span.
+
+    To find it out takes longer than Spark needs for a column, so that the last one is used again
+    where all that it is made of is as it was.
+    """
+    here = tracing.current_context()
+    # With a span, store, experiment and workspace are those of its trace.
+    key = (
+        here,
+        settings(),
+        session,
+        propagation,
+        driver.fingerprint_key,
+        store.exports_to_collector(),
+        store.trace_destination(),
+        store.current_tracking_uri(),
+        tracing.declared_traces(),
+        autologs_in_force(),
+        driver.config is not None and traces_no_openai(),
+        exports.span_processors(),
+        _environment(),
+    )
+    if driver.last_shared and driver.last_shared[0] == key and tracing.has_span(here):
+        return driver.last_shared[1]
+    driver.last_shared = key, _new_shared(session, propagation)
+    return driver.last_shared[1]
+
+
+def _new_shared(session: Any, propagation: str) -> DriverContext:
     tracking_uri, _ = transport(settings(), session)
     _warn_of_network(session)
     tags, metadata = tracing.declared_traces()
@@ -423,7 +452,7 @@ def _shared(session: Any, propagation: str) -> DriverContext:
         has_span_processors=bool(exports.span_processors()),
         fingerprint_key=driver.fingerprint_key,
         propagation=propagation,
-        speculation=_speculation(session),
+        speculation=session and spark_api.setting(session, "spark.speculation", "false"),
         max_result_bytes=None if session is None else spark_api.max_result_bytes(session),
         config=settings(),
     )
@@ -480,7 +509,3 @@ def _spans_per_host(session: Any) -> int | None:
     # A part for each host, but not so small that a job of few partitions has no use of it, unless
     # the whole became too large.
     return max(1, limit // hosts, min(limit // 10, 2 * limit // hosts))
-
-
-def _speculation(session: Any) -> str | None:
-    return None if session is None else spark_api.setting(session, "spark.speculation", "false")

@@ -77,7 +77,7 @@ class ActionPropagator:
         if self._redirect is None and (
             gateway := find_class(("py4j.java_gateway",), "GatewayClient", "send_command")
         ):
-            self._redirect = Redirect(gateway, "send_command", self._tell_jvm)
+            self._redirect = Redirect(gateway, "send_command", self._tell_jvm, self._is_settled)
         if self._patch is None and (
             client := find_class(
                 _CONNECT_CLIENT, "SparkConnectClient", "_execute_plan_request_with_metadata"
@@ -112,10 +112,15 @@ class ActionPropagator:
             told.is_telling = before
         return None if text is None else ActionContext.from_text(text)
 
+    def _is_settled(self) -> bool:
+        settled = self._settled
+        return (
+            getattr(settled, "here", None) is current_context()
+            and settled.context is _spark_context_class()._active_spark_context
+        )
+
     def _tell_jvm(self, client: Any) -> Any:
         settled, here = self._settled, current_context()
-        if getattr(settled, "here", None) is here and settled.context is _active_spark_context():
-            return client
         told = self._told
         if getattr(told, "is_telling", False):
             return client

@@ -65,6 +65,7 @@ __all__ = [
     "store_whole_trace",
     "sum_of_costs",
     "table_workspace",
+    "trace_destination",
     "trace_record",
     "worker_tracking_uri",
 ]
@@ -84,9 +85,14 @@ def store_takes_spans() -> bool:
     return not is_databricks_uri(uri) and urlsplit(uri).scheme not in ("", "file")
 
 
+def trace_destination() -> Any:
+    """Return MLflow's trace destination, which the user has set; None for none."""
+    return mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
+
+
 def exports_to_collector() -> bool:
     """Whether MLflow sends this process's traces to an OTLP endpoint, not to the tracking store."""
-    if mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get() is not None:
+    if trace_destination() is not None:
         return False
     return bool(should_use_otlp_exporter()) and not MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT.get()
 

@@ -238,6 +238,9 @@ def hide_own_frames() -> None:
     worker = sys.modules.get("pyspark.worker", sys.modules.get("__main__"))
     if worker is not None and "handle_worker_exception" not in vars(worker):
         _tidy(traceback, "format_exc")
+        if "try_simplify_traceback" in vars(worker):
+            # That of a UDF, of which Spark leaves its own frames out.
+            _tidy(worker, "try_simplify_traceback")
 
 
 _tidied: dict[tuple[Any, str], Patch] = {}

@@ -217,6 +217,7 @@ _CHANGING = [
         (r"MethodAccessor\d+", "MethodAccessor"),
         (r"calling o\d+", "calling o"),
         (r"0x[0-9a-f]+", "0x"),
+        (r"(?<=0x)@[0-9a-f]+", ""),
         (r"id=o\d+", "id=o"),
         (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "UUID"),
         (r"\b[0-9a-f]{32}\b", "HEX"),

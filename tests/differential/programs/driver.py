@@ -7,6 +7,7 @@ import re
 import threading
 from typing import Any
 
+import pyspark
 from job import CLASSIC, CONNECT, Job, printed, program, settings
 from pyspark.sql import functions as f
 
@@ -53,7 +54,8 @@ def local_properties_of_tasks(job: Job) -> None:
 
 @program(fast=True)
 def tags_of_the_session(job: Job) -> None:
-    if not hasattr(job.spark, "addTag"):
+    if pyspark.__version__.startswith("3.") and hasattr(job.spark, "_jsparkSession"):
+        # Spark 3.5 has them on Connect alone.
         return
     ask = job.ask()
     column = f.udf(lambda number: ask(number), "string")
