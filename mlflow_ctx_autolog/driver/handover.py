@@ -32,7 +32,13 @@ from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.marked import MarkedFunctions
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
-from mlflow_ctx_autolog.driver.routes import check_relay, is_relayed, transport, warn
+from mlflow_ctx_autolog.driver.routes import (
+    check_relay,
+    is_relayed,
+    spans_per_host,
+    transport,
+    warn,
+)
 from mlflow_ctx_autolog.driver.stops import SparkStops
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.driver.threads import SpanThreads
@@ -468,7 +474,9 @@ def _with_active_span(shared: DriverContext, session: Any) -> DriverContext:
         tracestate=headers.get("tracestate"),
         session_id=session_id,
         user=user,
-        spans_per_host=None if appends(shared.tracking_uri) else _spans_per_host(session),
+        spans_per_host=None
+        if appends(shared.tracking_uri)
+        else spans_per_host(settings(), session),
     )
     if shared.propagation == BY_PROPERTY:
         return context
@@ -491,21 +499,3 @@ def _open_trace(shared: DriverContext, *, receipts_come_home: bool) -> None:
     driver.ledger.meet_workers(process_id(), stores_for_them=stores_for_them)
     if not otlp.is_collector(shared.tracking_uri):
         driver.ledger.open(receipts_come_home=receipts_come_home)
-
-
-# Hosts among which a trace is shared out where nobody knows how many there will be.
-_HOSTS = 20
-
-
-def _spans_per_host(session: Any) -> int | None:
-    """Return how many spans below tasks a trace takes on each host; None for all."""
-    limit = settings().max_spans_per_trace
-    # A store for whole traces takes them from the driver, which holds them until the root ends.
-    if limit is None or not store.store_takes_spans() or store.span_table() is not None:
-        return None
-    hosts = 1 if session is None else spark_api.most_hosts(session)
-    if hosts is None:
-        return max(1, limit // _HOSTS)
-    # A part for each host, but not so small that a job of few partitions has no use of it, unless
-    # the whole became too large.
-    return max(1, limit // hosts, min(limit // 10, 2 * limit // hosts))

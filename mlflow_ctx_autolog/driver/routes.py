@@ -23,10 +23,14 @@ __all__ = [
     "check_relay",
     "describe_transport",
     "is_relayed",
+    "spans_per_host",
     "transport",
     "warn",
     "warn_of_old_store",
 ]
+
+# Hosts among which a trace is shared out where nobody knows how many there will be.
+_HOSTS = 20
 
 
 def transport(config: Config, session: Any = None) -> tuple[str | None, str]:
@@ -173,3 +177,22 @@ def warn(message: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, CtxAutologWarning, stacklevel=depth)
+
+
+def spans_per_host(config: Config, session: Any) -> int | None:
+    """Return how many spans below tasks a trace takes on each host; None for all.
+
+    Args:
+        config: The settings in force.
+        session: A Spark session or context; None where it is not known.
+    """
+    limit = config.max_spans_per_trace
+    # A store for whole traces takes them from the driver, which holds them until the root ends.
+    if limit is None or not store.store_takes_spans() or store.span_table() is not None:
+        return None
+    hosts = 1 if session is None else spark_api.most_hosts(session)
+    if hosts is None:
+        return max(1, limit // _HOSTS)
+    # A part for each host, but not so small that a job of few partitions has no use of it, unless
+    # the whole became too large.
+    return max(1, limit // hosts, min(limit // 10, 2 * limit // hosts))

@@ -17,7 +17,7 @@ import pytest
 
 from mlflow_ctx_autolog import Config, DriverContext
 from mlflow_ctx_autolog.delivery.host_account import HostAccount
-from mlflow_ctx_autolog.driver import handover
+from mlflow_ctx_autolog.driver import handover, routes
 from mlflow_ctx_autolog.worker.open_spans import Branch
 from mlflow_ctx_autolog.worker.placement import (
     Jobs,
@@ -275,7 +275,7 @@ def test_hosts_share_a_trace(
 ) -> None:
     """Each has a tenth at least, unless the whole came to too much, or nobody knows of how many."""
     monkeypatch.setattr(handover.spark_api, "most_hosts", lambda _: hosts)
-    assert handover._spans_per_host(object()) == share
+    assert routes.spans_per_host(handover.settings(), object()) == share
 
 
 def test_the_hosts_of_executors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
