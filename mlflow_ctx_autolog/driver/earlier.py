@@ -54,6 +54,7 @@ class EarlierFunctions:
             self._turn()
             self._is_late = spark_api.active_session() is not None
             self._registered = None
+            self._told.clear()
 
     def uninstall(self) -> None:
         """Take what is made from now on for untraced. Idempotent."""

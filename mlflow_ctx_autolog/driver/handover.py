@@ -73,7 +73,7 @@ class Driver:
         self.ledger = Ledger(
             settings, self.spark_facts, self._task_ended, self.silent_attempts, self.show_job
         )
-        self.instrumentor = SparkInstrumentor(self.submit, self._is_too_late)
+        self.instrumentor = SparkInstrumentor(self.submit, lambda rdd: self.earlier.say_of_rdd(rdd))
         self.earlier = EarlierFunctions(self.instrumentor.names, self._traces, warn)
         self.executed_plans = ExecutedPlans(self._functions_ran, self.earlier.look_at_request)
         self.endings = exports.SpanEndings(self._filter)
@@ -186,9 +186,6 @@ class Driver:
                 f"context could not be captured: {type(error).__name__}: {error}"
             )
         return None
-
-    def _is_too_late(self, rdd: Any) -> None:
-        self.earlier.say_of_rdd(rdd)
 
     def _traces(self) -> bool:
         return self.config is not None and tracing.is_on()
