@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -43,6 +44,8 @@ class EarlierFunctions:
         # The JVM's numbers of expressions when tracing was turned on, off, on, and so forth.
         self._turns: list[int] = []
         self._told: set[str] = set()
+        # To show a plan of many columns takes a tenth of a second.
+        self._looked_at: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_on = False
         self._is_late = False
         self._registered: set[str] | None = None
@@ -55,6 +58,7 @@ class EarlierFunctions:
             self._is_late = spark_api.active_session() is not None
             self._registered = None
             self._told.clear()
+            self._looked_at.clear()
 
     def uninstall(self) -> None:
         """Take what is made from now on for untraced. Idempotent."""
@@ -72,6 +76,9 @@ class EarlierFunctions:
             # Spark has no plan that is older, or this is an RDD.
             return
         try:
+            if frame in self._looked_at:
+                return
+            self._looked_at.add(frame)
             found = functions_in(_plan_of(frame))
             self._say({name for name, number in found if self._is_earlier(name, number)})
         except Exception:
