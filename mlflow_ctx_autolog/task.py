@@ -38,6 +38,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+# Requests by which a task knows repeats: its receipt is to stay small, however many it makes.
+_REQUESTS = 1000
+
 
 def driver_span(context: DriverContext) -> SpanContext | None:
     """Return the driver's span that came with a context; None where there was none."""
@@ -77,7 +80,9 @@ class Task:
         answers: Answers that its calls may be given again; None where none are kept.
         reused: Calls so far that were given one.
         spent: US dollars that those which have ended have cost, as far as the budget knows.
-        requests: Fingerprints of the calls, where the driver is to know.
+        requests: Fingerprints of its requests, as many as are kept, where the driver is to know.
+        repeats: Requests so far that were made before in the task.
+        requests_untold: Requests so far that were not among those kept, when no more are.
         models: Of the calls that have ended and whose cost is not told, input and output tokens,
             and of how many calls these are known, by the model that was asked.
         rows_in: Rows that the function has taken from Spark so far.
@@ -111,7 +116,9 @@ class Task:
     answers: TaskAnswers | None = None
     reused: int = 0
     spent: float = 0.0
-    requests: list[str] = field(default_factory=list)
+    requests: set[str] = field(default_factory=set)
+    repeats: int = 0
+    requests_untold: int = 0
     models: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     rows_in: int = 0
     rows_out: int = 0
@@ -237,6 +244,16 @@ class Task:
         """Count model calls that were given an answer again, from any thread."""
         with self._lock:
             self.reused += number
+
+    def count_request(self, fingerprint: str) -> None:
+        """Count a request that is sent, from any thread."""
+        with self._lock:
+            if fingerprint in self.requests:
+                self.repeats += 1
+            elif len(self.requests) < _REQUESTS:
+                self.requests.add(fingerprint)
+            else:
+                self.requests_untold += 1
 
     def count_answer(self, failed: bool, cost: float) -> None:
         """Count a model call that has ended, from any thread."""

@@ -78,7 +78,10 @@ class TaskReceipt:
         calls: Model calls that it has made.
         errors: Of these, those that have failed.
         spent: US dollars that they have cost, where there is a budget.
-        requests: Fingerprints of the calls, where the driver wants to know of repeats.
+        requests: Fingerprints of its requests, each once, where the driver wants to know of
+            repeats; of the first thousand that differ.
+        repeats: Requests that were made before in the attempt.
+        requests_untold: Requests beyond those, of which it is not known whether they are repeats.
         silence: Why its model calls left no span, where that is known.
         sampled_out: Spans that ended in it besides, which sampling has left out.
         rows: Rows that its function has taken.
@@ -110,6 +113,8 @@ class TaskReceipt:
     errors: int = 0
     spent: float = 0.0
     requests: Sequence[str] = ()
+    repeats: int = 0
+    requests_untold: int = 0
     silence: str | None = None
     sampled_out: int = 0
     rows: int = 0

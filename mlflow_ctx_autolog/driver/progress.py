@@ -28,7 +28,7 @@ class _Job:
         self._screen = screen
         self._tasks: set[str] = set()
         self._requests: set[str] = set()
-        self._calls = self._tokens = self._errors = self._repeats = 0
+        self._calls = self._tokens = self._errors = self._repeats = self._unseen = 0
         self._cost, self._untold, self._unpriced = 0.0, 0, 0
         self._shown = -_INTERVAL
         self._line: str | None = None
@@ -53,6 +53,8 @@ class _Job:
         self._untold += receipt.sums.get("unknown", 0)
         self._errors += receipt.errors
         self._repeats += len(receipt.requests) - (len(self._requests) - distinct)
+        self._repeats += receipt.repeats
+        self._unseen += receipt.requests_untold
 
     def draw(self, *, at_once: bool = False) -> float:
         """Show it, unless it was shown just now; return seconds until it may be, 0 where it is."""
@@ -74,7 +76,7 @@ class _Job:
             counted(self._calls, "call"),
             *amounts(self._tokens, self._cost, self._untold, self._unpriced),
             counted(self._errors, "error"),
-            counted(self._repeats, "repeat"),
+            f"{'at least ' if self._unseen else ''}{counted(self._repeats, 'repeat')}",
         ]
         return f"model calls: {', '.join(parts)}"
 

@@ -114,7 +114,7 @@ class _CallsOfTask:
                     task.count_call(-1)
                 raise
         if fingerprint is not None and task.context.config.progress:
-            task.requests.append(fingerprint[:_DIGITS_OF_REQUEST])
+            task.count_request(fingerprint[:_DIGITS_OF_REQUEST])
 
     def ended(self, span: SpanRecord) -> None:
         self._recording.ended(span)

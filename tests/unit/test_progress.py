@@ -60,6 +60,16 @@ def test_a_job_has_numbers_of_its_own(terminal: Terminal) -> None:
     ]
 
 
+def test_repeats_that_nobody_can_know_are_not_denied(terminal: Terminal) -> None:
+    """Of requests beyond those that a task keeps, it is not known whether they were made before."""
+    progress = Progress(lambda task: (task.spent, 0))
+    progress.switch(True)
+    progress.add(receipt("tr-1", "a", requests=("x",), repeats=2))
+    progress.add(receipt("tr-1", "b", requests=("x",), requests_untold=5))
+    progress.switch(False)
+    assert terminal.lines == ["model calls: 4 calls, 2,000 tokens, 0 errors, at least 3 repeats"]
+
+
 def test_what_is_no_job_is_left_out(terminal: Terminal) -> None:
     """As doctor()'s call, and what comes when it is switched off."""
     progress = Progress(lambda task: (task.spent, 0))
@@ -75,7 +85,7 @@ def test_what_is_no_job_is_left_out(terminal: Terminal) -> None:
 
 def test_it_is_drawn_once_in_a_while(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     """And then as it is by then, also where no other task tells anything."""
-    monkeypatch.setattr(progress_module, "_INTERVAL", 0.2)
+    monkeypatch.setattr(progress_module, "_INTERVAL", 2.0)
     progress = Progress(lambda task: (task.spent, 0))
     progress.switch(True)
     for number in range(100):
@@ -83,7 +93,7 @@ def test_it_is_drawn_once_in_a_while(terminal: Terminal, monkeypatch: pytest.Mon
     assert terminal.getvalue().count("\r") == 1
     timer = progress._timer
     assert timer is not None
-    timer.join(5)
+    timer.join(30)
     assert terminal.lines == ["model calls: 200 calls, 100,000 tokens, 0 errors, 0 repeats"]
     progress.finish("tr-1")
     assert terminal.getvalue().endswith("repeats\n")

@@ -24,6 +24,8 @@ FULL = TaskReceipt(
     errors=1,
     spent=0.25,
     requests=("0123456789ab",),
+    repeats=3,
+    requests_untold=2,
 )
 BARE = TaskReceipt("tr-1", "abc", made=0)
 

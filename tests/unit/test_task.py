@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 
 from mlflow_ctx_autolog import DriverContext
+from mlflow_ctx_autolog import task as task_module
 from mlflow_ctx_autolog.delivery.spool import Destination
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.task import Task, current_task, open_tasks
@@ -297,3 +298,12 @@ def test_task_can_run_on_several_threads_at_once(first: Task) -> None:
         return current_task(), colour.get()
 
     assert first.run(lambda: in_new_thread(lambda: first.run(step))) == (first, "red")
+
+
+def test_a_task_knows_its_repeats_by_so_many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many it makes; of others it says that it does not know."""
+    monkeypatch.setattr(task_module, "_REQUESTS", 2)
+    task = new_task()
+    for request in "abacb" + "cd":
+        task.count_request(request)
+    assert (task.requests, task.repeats, task.requests_untold) == ({"a", "b"}, 2, 3)
