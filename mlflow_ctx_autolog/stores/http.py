@@ -13,12 +13,14 @@ import http.client
 import io
 import netrc
 import os
+import queue
 import socket
 import ssl
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
@@ -175,9 +177,7 @@ def _connection(parts: SplitResult, deadline: float, tls: TLS) -> _Opened:
 
 def _connected(deadline: float, address: tuple[str, int], *_others: Any) -> socket.socket:
     problem: OSError = OSError(f"{address[0]} has no address")
-    for family, kind, protocol, _name, where in socket.getaddrinfo(
-        *address, type=socket.SOCK_STREAM
-    ):
+    for family, kind, protocol, _name, where in _addresses(deadline, address):
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(min(_CONNECT_TIME, _remaining(deadline)))
@@ -190,6 +190,35 @@ def _connected(deadline: float, address: tuple[str, int], *_others: Any) -> sock
             connection.settimeout(_remaining(deadline))
             return connection
     raise problem
+
+
+def _addresses(deadline: float, address: tuple[str, int]) -> Sequence[Any]:
+    """Return what a host's name stands for; the system's own look-up has no deadline."""
+    look_up = functools.partial(socket.getaddrinfo, *address, type=socket.SOCK_STREAM)
+    with contextlib.suppress(socket.gaierror):
+        # Of a number there is nothing to look up.
+        return look_up(flags=socket.AI_NUMERICHOST)
+    answers: queue.SimpleQueue[Sequence[Any] | Exception] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put(look_up())
+        except Exception as error:
+            answers.put(error)
+
+    try:
+        name = "mlflow-ctx-autolog-look-up"
+        threading.Thread(target=answer, name=name, daemon=True).start()
+    except RuntimeError:
+        # At the exit of the process, there are no more threads.
+        return look_up()
+    try:
+        found = answers.get(timeout=_remaining(deadline))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _remaining(deadline: float) -> float:

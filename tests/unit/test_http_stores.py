@@ -430,6 +430,35 @@ def test_an_answer_that_trickles_has_an_end(
     assert not caught.value.refused
 
 
+def test_a_name_server_that_is_silent_has_an_end(
+    trickling: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time for the exchange is that for the host's name, too; a number needs none."""
+    real, is_over = socket.getaddrinfo, threading.Event()
+
+    def look_up(*args: Any, flags: int = 0, **kwargs: Any) -> Any:
+        if not flags & socket.AI_NUMERICHOST:
+            is_over.wait(60)
+        return real(*args, flags=flags, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    uri, first = trickling
+    first.append(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
+    named = uri.replace("127.0.0.1", "localhost")
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"did not answer within 0\.5 seconds"):
+        exchange("POST", named, headers={}, body=b"", seconds=0.5)
+    assert time.monotonic() - began < 5
+    assert exchange("POST", uri, headers={}, body=b"", seconds=30).status == 200
+    is_over.set()
+    assert exchange("POST", named, headers={}, body=b"", seconds=30).status == 200
+
+
+def test_a_name_that_stands_for_nothing_cannot_be_reached() -> None:
+    with pytest.raises(StoreError, match="cannot be reached"):
+        exchange("POST", "http://store.invalid", headers={}, body=b"", seconds=30)
+
+
 def test_a_server_that_takes_nothing_has_an_end() -> None:
     """Also where the request is too large to be gone before it is read."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
