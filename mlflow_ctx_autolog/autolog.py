@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,14 @@ from mlflow_ctx_autolog.driver.handover import driver, settings
 from mlflow_ctx_autolog.driver.openai_autolog import OpenAIAutolog
 from mlflow_ctx_autolog.driver.routes import describe_transport, warn, warn_of_old_store
 from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.prices import Price
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 
 __all__ = ["Handle", "disable", "enable", "switch_on"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 _lock = threading.RLock()
 driver.ledger.likely_causes = likely_causes
 _openai_calls = OpenAIAutolog(

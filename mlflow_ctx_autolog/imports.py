@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -10,9 +9,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from mlflow_ctx_autolog.log_ins import safe_logger
+
 __all__ = ["when_imported"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 Callback = Callable[[ModuleType], None]
 

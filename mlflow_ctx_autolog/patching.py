@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import logging
 import operator
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from mlflow_ctx_autolog.exceptions import UnsupportedVersionError
+from mlflow_ctx_autolog.log_ins import safe_logger
 
 __all__ = ["Patch", "Redirect"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 Replacement = Callable[..., Any]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,11 +11,12 @@ from mlflow_ctx_autolog.answers.entry import Entry
 from mlflow_ctx_autolog.answers.replay import Recording, is_readable, recorded, replayed
 from mlflow_ctx_autolog.answers.task_answers import Question, TaskAnswers
 from mlflow_ctx_autolog.exceptions import UnsupportedVersionError, warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.patching import Patch
 
 __all__ = ["CallInProgress", "ReusedAnswers"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Where httpx sends one request, with all its headers, and all that it sends goes through.
 _SEND = "_send_single_request"

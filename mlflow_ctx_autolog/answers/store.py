@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import os
 import queue
 import secrets
@@ -24,10 +23,11 @@ from mlflow_ctx_autolog.answers.entry import (
     encode,
 )
 from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 
 __all__ = ["AnswerStore", "Shelf"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Seconds between two times that old answers are looked for, by all processes of a directory.
 _SWEEP_EVERY = 60.0

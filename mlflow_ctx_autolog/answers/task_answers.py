@@ -6,7 +6,6 @@ import functools
 import hashlib
 import heapq
 import json
-import logging
 import os
 import threading
 import time
@@ -24,6 +23,7 @@ from mlflow_ctx_autolog.answers_settings import Answers, AnswersKey
 from mlflow_ctx_autolog.delivery.directory import default_directory, directory_problem
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 
 __all__ = [
     "CountedTurns",
@@ -36,7 +36,7 @@ __all__ = [
     "root_of",
 ]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Task attempts whose evaluations a host remembers, of each application: those that run, and more.
 _REMEMBERED = 4096

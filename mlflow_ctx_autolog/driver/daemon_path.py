@@ -7,14 +7,15 @@ job would fail.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from mlflow_ctx_autolog.log_ins import safe_logger
+
 __all__ = ["tell_daemons"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 _MODULE = "mlflow_ctx_autolog.daemon"
 _PATH = "PYTHONPATH"
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from mlflow_ctx_autolog.driver.instrumentor import find_class
 from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.patching import Redirect
 
 __all__ = ["DataSources"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _PLACES = ("pyspark.sql.datasource", "pyspark.sql.connect.datasource")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from opentelemetry.trace import (
     Status,
 )
 
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 
@@ -44,7 +44,7 @@ __all__ = [
     "span_processors",
 ]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 def open_spans(trace_id: str) -> list[Span]:

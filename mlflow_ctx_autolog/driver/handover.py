@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +45,7 @@ from mlflow_ctx_autolog.exceptions import (
     UnsupportedStoreError,
     note_budget,
 )
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force, traces_no_openai
 from mlflow_ctx_autolog.recorder.request import new_key
 from mlflow_ctx_autolog.spans.content import ContentPolicy
@@ -56,7 +56,7 @@ from mlflow_ctx_autolog.worker.submission import process_id
 
 __all__ = ["Driver", "captured", "driver", "settings"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 class Driver:

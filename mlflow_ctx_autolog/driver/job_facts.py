@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from mlflow_ctx_autolog.driver.spark import spark_context
+from mlflow_ctx_autolog.log_ins import safe_logger
 
 __all__ = ["job_facts"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Milliseconds that Spark may take to tell its own listeners what has happened.
 _NEWS = 2000

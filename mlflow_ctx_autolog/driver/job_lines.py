@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from mlflow_ctx_autolog.delivery.receipts import Receipt, TaskReceipt
 from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.mlflow_traces import list_price
 from mlflow_ctx_autolog.driver.screens import a_screen
-from mlflow_ctx_autolog.log_ins import without_credentials
+from mlflow_ctx_autolog.log_ins import safe_logger, without_credentials
 from mlflow_ctx_autolog.prices import Price, cost_of
 
 __all__ = ["amounts", "cost_of_task", "counted", "job_line", "show_job"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 def show_job(line: str) -> None:

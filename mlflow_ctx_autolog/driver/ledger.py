@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 import os
 import socket
@@ -34,6 +33,7 @@ from mlflow_ctx_autolog.driver.mlflow_traces import record_no_totals, totals_of
 from mlflow_ctx_autolog.driver.settling import Settlement
 from mlflow_ctx_autolog.driver.totals import SparkFacts, record_sums
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import DRIVER, TRACE_KEY
@@ -48,7 +48,7 @@ from mlflow_ctx_autolog.tracing import active_span_ids, active_trace, active_wor
 
 __all__ = ["Ledger"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 T = TypeVar("T")
 

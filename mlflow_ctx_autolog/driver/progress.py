@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict
@@ -11,10 +10,11 @@ from collections.abc import Callable
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.driver.job_lines import amounts, counted
 from mlflow_ctx_autolog.driver.screens import Screen, a_screen
+from mlflow_ctx_autolog.log_ins import safe_logger
 
 __all__ = ["Progress"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Seconds between two looks of a line, and jobs whose numbers are kept.
 _INTERVAL = 1.0

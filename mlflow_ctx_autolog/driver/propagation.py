@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -18,13 +17,14 @@ from typing import Any
 from mlflow_ctx_autolog.context import ActionContext
 from mlflow_ctx_autolog.driver.instrumentor import find_class
 from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.patching import Patch, Redirect
 from mlflow_ctx_autolog.tracing import current_context
 from mlflow_ctx_autolog.worker.spark_task import ACTION_PROPERTY
 
 __all__ = ["ActionPropagator", "BatchFunctions"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _CONNECT_CLIENT = ("pyspark.sql.connect.client.core",)
 

@@ -176,7 +176,7 @@ def warn(message: str) -> None:
     ours = ("mlflow_ctx_autolog", "pyspark")
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, CtxAutologWarning, stacklevel=depth)
+    warnings.warn(without_log_ins(message), CtxAutologWarning, stacklevel=depth)
 
 
 def spans_per_host(config: Config, session: Any) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from mlflow_ctx_autolog.driver.homecoming import Homecoming
 from mlflow_ctx_autolog.driver.mlflow_traces import end_info, record_unknown_totals
 from mlflow_ctx_autolog.driver.totals import SparkFacts, linked_spans, record_sums
 from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.stores.stored_trace import RECEIPT
@@ -35,7 +35,7 @@ from mlflow_ctx_autolog.stores.tracking_store import (
 
 __all__ = ["Settlement"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Seconds to wait at first, and at most, before it is looked again for what is on its way.
 _LOOK, _LONGEST_LOOK = 0.05, 0.5

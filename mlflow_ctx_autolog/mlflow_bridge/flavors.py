@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging_is_disabled
 
+from mlflow_ctx_autolog.log_ins import safe_logger
+
 __all__ = ["FLAVORS", "Autolog", "Autologs", "autologs_in_force", "traces_no_openai"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Those that trace, by MLflow's names; OpenAI's is always on.
 FLAVORS = (

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import BudgetExceeded, warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.prices import Price, cost_of, in_and_out, least_total
 from mlflow_ctx_autolog.spans.amounts import Amounts
 
 __all__ = ["Budget", "open_budget"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 class _Spent:

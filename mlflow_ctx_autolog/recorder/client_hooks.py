@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -15,11 +14,12 @@ from weakref import WeakKeyDictionary
 from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.exceptions import UnsupportedVersionError
 from mlflow_ctx_autolog.imports import when_imported
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.patching import Patch
 
 __all__ = ["AnswerReader", "CallObserver", "OpenAIClientHooks"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 class CallObserver(Protocol):

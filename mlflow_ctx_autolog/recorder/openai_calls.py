@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import ModuleType
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.imports import when_imported
-from mlflow_ctx_autolog.log_ins import remember
+from mlflow_ctx_autolog.log_ins import remember, safe_logger
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.recorder.annotations import current_annotations, set_last_call
 from mlflow_ctx_autolog.recorder.call import Call, CallOwner, StreamedAnswer
@@ -24,7 +23,7 @@ from mlflow_ctx_autolog.spans.values import dump
 
 __all__ = ["OpenAIRecorder"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _TRACEPARENT = "traceparent"
 _SHORTEST_KEY = 12

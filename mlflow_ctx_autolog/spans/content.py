@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,13 +10,13 @@ from typing import Any
 
 from mlflow_ctx_autolog.config import Config
 from mlflow_ctx_autolog.exceptions import warn_once
-from mlflow_ctx_autolog.log_ins import without_log_ins
+from mlflow_ctx_autolog.log_ins import safe_logger, without_log_ins
 from mlflow_ctx_autolog.spans.attributes import EXCEPTION_EVENT
 from mlflow_ctx_autolog.spans.record import SpanEvent, SpanRecord
 
 __all__ = ["ContentPolicy"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _WITHHELD = "[withheld]"
 

@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 
 from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.stores.answers import Answer, failure
 from mlflow_ctx_autolog.stores.http import TLS, exchange
 
 __all__ = ["check_all_were_taken", "collector_uri", "is_collector", "send_to_collector"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Before the collector's own address, which so is told from a tracking server's.
 _SCHEME = "otlp+"

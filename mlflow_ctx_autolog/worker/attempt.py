@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import time
@@ -16,6 +15,7 @@ from mlflow_ctx_autolog.delivery.receipts import Counts, TaskReceipt
 from mlflow_ctx_autolog.delivery.relay import driver_is_here, relay_bytes
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.spans.attributes import DEBUG
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
 from mlflow_ctx_autolog.stores.sending import appends, is_database, needs_mlflow
@@ -28,7 +28,7 @@ from mlflow_ctx_autolog.worker.spark_task import is_reused, sees_properties, tas
 
 __all__ = ["acknowledge", "begin", "finish"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _TASK = "TASK"
 _OUTCOME = "spark.task.outcome"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 import threading
@@ -13,13 +12,14 @@ from typing import Any
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.imports import when_imported
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.spans.amounts import Amounts
 from mlflow_ctx_autolog.spans.record import SpanContext, SpanRecord
 from mlflow_ctx_autolog.task import Task, current_work
 
 __all__ = ["MLflowInWorker"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _BRIDGE = "mlflow_ctx_autolog.mlflow_bridge"
 

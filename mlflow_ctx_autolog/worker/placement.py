@@ -6,7 +6,6 @@ is linked to its task, unless it failed or is among the slowest. Sampling comes 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,11 +15,12 @@ from mlflow_ctx_autolog.config import Sampling
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.host_account import Event, HostAccount, open_account
 from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.worker.open_spans import Branch
 
 __all__ = ["Jobs", "Place", "Placement", "Quota", "Slowest", "open_placement"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 # Jobs that a host remembers: each batch of a stream may be one.
 _JOBS = 1000

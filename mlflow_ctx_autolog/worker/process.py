@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import logging
 import os
 import pickle
 import sys
@@ -21,6 +20,7 @@ from mlflow_ctx_autolog.delivery.recovery import Recovery
 from mlflow_ctx_autolog.delivery.relay import driver_is_here
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.prices import Price
 from mlflow_ctx_autolog.recorder.budget import Budget, open_budget
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
@@ -59,7 +59,7 @@ __all__ = [
     "worker_process",
 ]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 class WorkerProcess:

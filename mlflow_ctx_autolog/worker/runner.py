@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import sys
 import threading
 import uuid
@@ -17,6 +16,7 @@ from mlflow_ctx_autolog import __version__
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.receipts import TaskReceipt
 from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.task import Task, current_task, driver_trace_id, open_tasks
 from mlflow_ctx_autolog.worker import attempt
 from mlflow_ctx_autolog.worker.spark_task import (
@@ -31,7 +31,7 @@ from mlflow_ctx_autolog.worker.submission import Submission, process_id, read_ca
 
 __all__ = ["attach", "load_submitted"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 def attach(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
 import uuid
@@ -12,13 +11,14 @@ from typing import Any
 
 from mlflow_ctx_autolog.context import BY_PROPERTY, ActionContext, DriverContext
 from mlflow_ctx_autolog.exceptions import CarrierError, warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.stores.sending import appends
 from mlflow_ctx_autolog.worker import attempt
 from mlflow_ctx_autolog.worker.spark_task import action_scope, action_text, stream_query
 
 __all__ = ["Submission", "process_id", "read_carrier"]
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _process_token = uuid.uuid4().hex
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
+import mlflow_ctx_autolog
 from mlflow_ctx_autolog import log_ins
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.log_ins import (
@@ -125,3 +127,14 @@ def test_ordinary_texts_stay_as_they_are() -> None:
         "the token limit is 4096",
     ):
         assert without_log_ins(text) == text
+
+
+def test_no_module_has_a_logger_that_writes_log_ins() -> None:
+    """Each takes its logger from here."""
+    package = Path(mlflow_ctx_autolog.__file__).parent
+    plain = [
+        str(path.relative_to(package))
+        for path in sorted(package.rglob("*.py"))
+        if "logging.getLogger(__name__)" in path.read_text(encoding="utf-8")
+    ]
+    assert plain == []

@@ -290,8 +290,11 @@ def _run_to(home: Home, function: Callable[..., Any], context: ctx_autolog.Drive
     return carried(_numbers())
 
 
-def test_a_task_hands_back_a_receipt(database: Destination) -> None:
-    """Where the store takes all spans, the receipt goes home alone, and says so."""
+def test_a_task_hands_back_a_receipt(
+    database: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the store takes all spans in time, the receipt goes home alone, and says so."""
+    monkeypatch.setattr(attempt, "_PATIENCE", 60.0)
     home, context = Home(), _context(database.tracking_uri, transport="direct")
     assert _run_to(home, _call, context) == ["done"]
 
