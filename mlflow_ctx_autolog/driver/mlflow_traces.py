@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlflow.tracing.utils as mlflow_utils
-from mlflow.entities import LiveSpan, Span, TraceInfo, TraceLocation, TraceState
+from mlflow.entities import LiveSpan, Span, SpanType, TraceInfo, TraceLocation, TraceState
 from mlflow.entities.span_status import SpanStatusCode
 from mlflow.tracing.utils import aggregate_usage_from_spans
 
@@ -61,16 +61,22 @@ def has_failed(span: Span) -> bool:
 
 
 def record_usage(span: LiveSpan, usage: Any) -> None:
-    """Write the tokens that the server has counted, unless MLflow has.
+    """Write the tokens that the server has counted, unless MLflow has written the same.
+
+    A null among them keeps MLflow from storing the trace.
 
     Args:
         span: The span of a call.
         usage: The ``usage`` of the client's reply, by the names of any of its APIs; or None.
     """
-    if usage is None or span.get_attribute(_USAGE_OF_SPAN):
+    if usage is None:
         return
-    if counts := usage_of_answer(usage.model_dump(warnings=False)):
-        span.set_attribute(_USAGE_OF_SPAN, counts)
+    has_output = span.span_type != SpanType.EMBEDDING
+    counts = usage_of_answer(usage.model_dump(warnings=False), has_output=has_output)
+    told = span.get_attribute(_USAGE_OF_SPAN)
+    more = {name: n for name, n in parse_amounts(told).items() if name not in _TOKENS}
+    if (found := {**more, **counts}) != (told or {}):
+        span.set_attribute(_USAGE_OF_SPAN, found)
 
 
 @functools.lru_cache(maxsize=256)

@@ -44,14 +44,8 @@ def answer_attributes(arguments: Mapping[str, Any], document: Any) -> dict[str, 
     attributes: dict[str, Any] = {}
     if isinstance(model, str):
         attributes[MODEL] = model
-    usage = usage_of_answer(answer.get("usage"))
-    if "input_tokens" in usage and "output_tokens" not in usage:
-        if answer.get("object") == "list":
-            # Of embeddings, which have no output.
-            usage.setdefault("total_tokens", usage["input_tokens"])
-        elif usage.get("total_tokens") == usage["input_tokens"]:
-            # Others have some, which this total leaves out.
-            del usage["total_tokens"]
+    # A list is one of embeddings.
+    usage = usage_of_answer(answer.get("usage"), has_output=answer.get("object") != "list")
     if usage:
         attributes[USAGE] = usage
     if in_and_out(usage) is None and (usage or error_in(document) is None):

@@ -19,7 +19,7 @@ _NAMES = {
 _DETAILS = ("prompt_tokens_details", "input_tokens_details")
 
 
-def usage_of_answer(usage: Any) -> dict[str, float]:
+def usage_of_answer(usage: Any, *, has_output: bool = True) -> dict[str, float]:
     """Return tokens by MLflow's names: what can be read of them, empty where nothing can.
 
     Servers send nulls, floats and texts for numbers, or only some of them. Where both input and
@@ -27,6 +27,7 @@ def usage_of_answer(usage: Any) -> dict[str, float]:
 
     Args:
         usage: The value of ``usage`` in the server's answer.
+        has_output: Whether the answer costs tokens, as all do but embeddings.
     """
     if not isinstance(usage, Mapping):
         return {}
@@ -44,6 +45,12 @@ def usage_of_answer(usage: Any) -> dict[str, float]:
             counts["cache_read_input_tokens"] = cached
     if "input_tokens" in counts and "output_tokens" in counts:
         counts["total_tokens"] = counts["input_tokens"] + counts["output_tokens"]
+    elif "input_tokens" in counts:
+        if not has_output:
+            counts.setdefault("total_tokens", counts["input_tokens"])
+        elif counts.get("total_tokens") == counts["input_tokens"]:
+            # Which leaves out what the answer has cost.
+            del counts["total_tokens"]
     return counts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import openai
 import pytest
+from canned import canned, chat, choice
 from mlflow.entities import Span
 from openai import _base_client
 from workload import ask, stored_trace
@@ -235,6 +236,34 @@ def test_usage_that_mlflow_leaves_out_is_recorded(
     usage = {span.span_type: span.attributes.get("mlflow.chat.tokenUsage") for span in spans}
     assert usage["EMBEDDING"] == {"input_tokens": 2, "total_tokens": 2}
     assert usage["LLM"] == {"input_tokens": 2, "output_tokens": 4, "total_tokens": 6}
+
+
+@pytest.mark.parametrize(
+    ("told", "usage"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": None}, {"input_tokens": 7}),
+        ({"prompt_tokens": 7, "completion_tokens": None, "total_tokens": 7}, {"input_tokens": 7}),
+        ({"total_tokens": 12}, {"total_tokens": 12}),
+        (
+            {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 99},
+            {"input_tokens": 7, "output_tokens": 5, "total_tokens": 12},
+        ),
+    ],
+)
+def test_usage_of_the_drivers_calls_is_that_of_workers(
+    openai_calls: OpenAIAutolog,
+    told: dict[str, int | None],
+    usage: dict[str, int],
+) -> None:
+    """MLflow takes nulls as they are, and cannot store the trace then."""
+    openai_calls.install()
+    with canned() as endpoint:
+        endpoint.sends = chat(choice("an answer"), usage=told)
+        client = openai.OpenAI(base_url=endpoint.url, api_key="k", max_retries=0)
+        with mlflow.start_span("driver") as root:
+            client.chat.completions.create(**ASKED)
+    (call,) = stored_trace(root.trace_id).calls
+    assert call.get_attribute("mlflow.chat.tokenUsage") == usage
 
 
 class DerivedCompletions(openai.resources.chat.Completions):
