@@ -87,8 +87,9 @@ def cost_of_task(task: TaskReceipt, prices: Mapping[str, Price]) -> tuple[float,
         else:
             usage = {"input_tokens": sent, "output_tokens": answered}
             found += cost_of(price, usage)["total_cost"]
-    # A budget has estimated what was not told.
-    return max(found, task.spent), unpriced
+    # What a budget has estimated is not "at least" so much.
+    is_estimated = bool(task.sums.get("unknown"))
+    return found if is_estimated else max(found, task.spent), unpriced
 
 
 def counted(count: int, name: str) -> str:

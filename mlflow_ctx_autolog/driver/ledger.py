@@ -278,15 +278,15 @@ class Ledger:
         deadline = time.monotonic() + timeout
         self._home.collect()
         flushed = self.deliveries.flush(timeout, give_up_if_down=give_up_if_down)
-        elsewhere = 0
+        is_stored = True
         for book in self.books.unsettled():
             remaining = max(0.0, deadline - time.monotonic())
             receipt = self._settle_and_warn(book, remaining, give_up_if_down=give_up_if_down)
             # What was set aside is not waited for.
-            elsewhere += receipt.waiting - receipt.set_aside
+            is_stored &= receipt.waiting <= receipt.set_aside
         # Settling stores in one piece what a server does not take in pieces.
         flushed = flushed or not any(each.waiting for each in self.deliveries.all())
-        return flushed and elsewhere <= 0
+        return flushed and is_stored
 
     def await_workers(self, timeout: float) -> None:
         """Wait until the store has what tasks have told of, before their processes may be gone.

@@ -75,6 +75,11 @@ def test_of_a_model_without_a_price_nothing_is_said() -> None:
             "at least 3,000,000 tokens, at least $1.0000 (not known of 1 call)",
         ),
         (
+            # Which a budget has estimated.
+            {"sums": {"unknown": 1}, "models": {"model": (1_000_000, 0, 1)}, "spent": 9.0},
+            "at least 3,000,000 tokens, at least $1.0000 (not known of 1 call)",
+        ),
+        (
             {"models": {"model": (1_000_000, 0, 1), "nobody-knows": (1, 1, 1)}},
             "3,000,000 tokens, at least $1.0000 (not known of 1 call)",
         ),
