@@ -34,6 +34,7 @@ _openai_calls = OpenAIAutolog(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,
     pricing=lambda: settings().pricing,
+    names_calls_by=lambda: settings().name_calls_by,
 )
 
 
@@ -110,6 +111,7 @@ def enable(
     cost_header: str | None = UNCHANGED,
     max_spans_per_trace: int | None = UNCHANGED,
     sampling: str | None = UNCHANGED,
+    name_calls_by: str | None = UNCHANGED,
     progress: bool = UNCHANGED,
     quiet: bool = UNCHANGED,
     reuse_answers: Answers | str | bool | None = UNCHANGED,
@@ -187,6 +189,9 @@ def enable(
         sampling: Which calls are stored, decided as they end: ``errors``, ``slow`` (the slowest of
             the job on their host so far) and a percentage of the others, joined by ``+``, as
             ``"errors+slow+5%"``.
+        name_calls_by: A key of :func:`~mlflow_ctx_autolog.annotate` whose value stands behind the
+            name of a call's span, as in ``Completions (doc-17)``, where MLflow lists a trace's
+            spans. None for the name alone.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
         quiet: Whether the driver shows nothing when a job is over.

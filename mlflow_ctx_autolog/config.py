@@ -207,6 +207,9 @@ class Config:
         sampling: Which calls are stored, decided as they end: ``errors``, ``slow`` (the slowest of
             the job on their host so far) and a percentage of the others, joined by ``+``, as
             ``"errors+slow+5%"``. All are counted, with their tokens and cost. None for all.
+        name_calls_by: A key of :func:`~mlflow_ctx_autolog.annotate` whose value stands behind the
+            name of a call's span, as in ``Completions (doc-17)``, where MLflow lists a trace's
+            spans. None for the name alone.
         progress: Whether the driver shows, while a job runs, how many calls its tasks have made,
             with what tokens, cost, errors and repeats.
         quiet: Whether the driver shows nothing when a job is over. Else it is one line, in a
@@ -253,6 +256,7 @@ class Config:
     cost_header: str | None = _setting(None, Name("a header's name"))
     max_spans_per_trace: int | None = _setting(2000, Number(at_least=10, whole=True, optional=True))
     sampling: str | None = _setting(None, _SamplingTerms())
+    name_calls_by: str | None = _setting(None, Name("a key of `annotate()`"))
     progress: bool = _setting(False, Flag())
     quiet: bool = _setting(False, Flag())
     reuse_answers: Answers | str | bool | None = _setting(None, AnswersSetting())  # noqa: RUF009

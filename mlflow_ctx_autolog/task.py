@@ -63,6 +63,7 @@ class Task:
         attempt_id: Spark's id of the task attempt; None outside Spark.
         stage: The number of its stage; None outside Spark.
         partition: Its number in the stage; 0 outside Spark.
+        function: The name of its function.
         relay: A Spark accumulator for the task's receipt, and for spans that cannot be stored
             from here; None where there is none.
         is_relayed: Whether the driver stores its spans, rather than this process.
@@ -101,6 +102,7 @@ class Task:
     attempt_id: int | None = None
     stage: int | None = None
     partition: int = 0
+    function: str = ""
     relay: Any = None
     is_relayed: bool = False
     span_processors: Sequence[Callable[[Any], None]] = ()

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
+from mlflow_ctx_autolog.spans.attributes import FUNCTION
 
 __all__ = ["ATTEMPT", "STAGE", "Counts", "Loss", "Receipt", "TaskReceipt"]
 
@@ -18,6 +19,7 @@ _MADE = "spans.made"
 _SAMPLED_OUT = "spans.sampled_out"
 _SILENCE = "llm.silence"
 _CALLS = "llm.calls"
+_ROWS = "spark.rows.in"
 _TOKENS = "llm.tokens."
 _COST = "llm.cost."
 # Attributes by which Spark is known to have begun a task's span.
@@ -95,6 +97,7 @@ class TaskReceipt:
         stage: The number of the stage that it is of; None where it is not told.
         models: Of its calls whose cost is not told, input and output tokens, and of how many calls
             these are known, by the model that was asked.
+        function: The name of its function; "" where it is not told.
         swept: Whether, in the attempt, all that processes which are gone had left on its host was
             found and delivered.
     """
@@ -127,6 +130,7 @@ class TaskReceipt:
     stage: int | None = None
     swept: bool = False
     models: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    function: str = ""
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
@@ -188,6 +192,8 @@ class TaskReceipt:
             calls=calls,
             silence=silence,
             sampled_out=attributes.get(_SAMPLED_OUT, 0),
+            rows=attributes.get(_ROWS, 0),
+            function=attributes.get(FUNCTION, ""),
             attempt=attributes.get(ATTEMPT),
             stage=attributes.get(STAGE),
         )

@@ -85,6 +85,7 @@ class Book:
         written: What the totals and the receipt were when they were written; None if they were
             not.
         priced: What it has cost, as it was written.
+        previews: What was written of it for MLflow's list of traces, by the field.
         is_complete: Whether the store had all spans when it was last asked.
         was_warned_of: Whether the user knows that it is not complete.
         was_silence_told: Whether the user knows that tasks left no spans of their calls.
@@ -120,6 +121,7 @@ class Book:
     was_read: tuple[int, frozenset[int]] | None = None
     written: tuple[tuple[Amounts, Amounts], dict[str, Any]] | None = None
     priced: Amounts = field(default_factory=dict)
+    previews: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
     was_warned_of: bool = False
     was_silence_told: bool = False

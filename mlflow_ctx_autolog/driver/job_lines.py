@@ -11,7 +11,7 @@ from mlflow_ctx_autolog.driver.screens import a_screen
 from mlflow_ctx_autolog.log_ins import safe_logger, without_credentials
 from mlflow_ctx_autolog.prices import Price, cost_of
 
-__all__ = ["amounts", "cost_of_task", "counted", "job_line", "show_job"]
+__all__ = ["amounts", "amounts_of_job", "cost_of_task", "counted", "job_line", "show_job"]
 
 _logger = safe_logger(__name__)
 
@@ -33,8 +33,22 @@ def job_line(book: Book, receipt: Receipt, prices: Mapping[str, Price]) -> str:
         receipt: What became of its spans.
         prices: See :class:`~mlflow_ctx_autolog.Config`.
     """
+    calls = book.sums.calls + sum(task.calls for task in book.tasks())
+    parts = [counted(calls, "call"), *amounts_of_job(book, prices)]
+    parts.append(f"{receipt.stored:,} spans stored" if receipt.complete else f"{receipt}")
+    line = f"{_name(book)}: {', '.join(parts)}"
+    link = _link(book)
+    return line if link is None else f"{line}. {link}"
+
+
+def amounts_of_job(book: Book, prices: Mapping[str, Price]) -> list[str]:
+    """Return tokens and cost of a job as texts, and of how many calls they are not known.
+
+    Args:
+        book: Its trace.
+        prices: See :class:`~mlflow_ctx_autolog.Config`.
+    """
     tasks = book.tasks()
-    calls = book.sums.calls + sum(task.calls for task in tasks)
     usage, cost = book.totals()
     costs = [cost_of_task(task, prices) for task in tasks]
     found = book.priced.get("total_cost") or cost.get("total_cost") or 0.0
@@ -42,12 +56,7 @@ def job_line(book: Book, receipt: Receipt, prices: Mapping[str, Price]) -> str:
     found = max(found, sum(dollars for dollars, _ in costs))
     untold = book.sums.unknown + sum(task.sums.get("unknown", 0) for task in tasks)
     unpriced = sum(number for _, number in costs)
-    tokens = int(usage.get("total_tokens", 0))
-    parts = [counted(calls, "call"), *amounts(tokens, found, untold, unpriced)]
-    parts.append(f"{receipt.stored:,} spans stored" if receipt.complete else f"{receipt}")
-    line = f"{_name(book)}: {', '.join(parts)}"
-    link = _link(book)
-    return line if link is None else f"{line}. {link}"
+    return amounts(int(usage.get("total_tokens", 0)), found, untold, unpriced)
 
 
 def amounts(tokens: int, cost: float, untold: int, unpriced: int) -> list[str]:

@@ -21,7 +21,11 @@ from mlflow_ctx_autolog.driver.mlflow_traces import record_usage
 from mlflow_ctx_autolog.mlflow_bridge.flavors import Autolog
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.prices import Pricing
-from mlflow_ctx_autolog.recorder.annotations import current_annotations, set_last_call
+from mlflow_ctx_autolog.recorder.annotations import (
+    current_annotations,
+    labelled,
+    set_last_call,
+)
 from mlflow_ctx_autolog.recorder.client_hooks import OpenAIClientHooks
 from mlflow_ctx_autolog.recorder.request import fingerprint
 from mlflow_ctx_autolog.spans.attributes import (
@@ -55,6 +59,7 @@ class OpenAIAutolog:
         propagates_headers: Whether calls may take a ``traceparent`` header along.
         fingerprint_key: For the fingerprints of requests.
         pricing: Returns what the user says of prices.
+        names_calls_by: Returns the annotation whose value stands behind the name of a call's span.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class OpenAIAutolog:
         propagates_headers: Callable[[], bool] = lambda: True,
         fingerprint_key: str | None = None,
         pricing: Callable[[], Pricing] = Pricing,
+        names_calls_by: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._fingerprint_key = fingerprint_key
         self._patches = [
@@ -74,6 +80,7 @@ class OpenAIAutolog:
         self._client = OpenAIClientHooks(self)
         self._propagates_headers = propagates_headers
         self._pricing = pricing
+        self._names_calls_by = names_calls_by
         # Older releases of MLflow send none.
         if hasattr(_autolog_module, "_inject_tracing_headers"):
             self._patches.append(
@@ -139,6 +146,8 @@ class OpenAIAutolog:
             **self._fingerprint(kwargs),
             **{ANNOTATION + name: value for name, value in current_annotations().items()},
         }
+        if "name" in kwargs:
+            kwargs["name"] = labelled(kwargs["name"], self._names_calls_by())
         span = original(*args, **kwargs)
         if isinstance(span, NoOpSpan):
             self._calling.set(None)

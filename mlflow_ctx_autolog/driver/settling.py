@@ -17,6 +17,7 @@ from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.books import Book, Unfinished, by_task, key_of
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
+from mlflow_ctx_autolog.driver.job_sums import sums_of
 from mlflow_ctx_autolog.driver.mlflow_traces import end_info, record_unknown_totals
 from mlflow_ctx_autolog.driver.totals import SparkFacts, linked_spans, record_sums
 from mlflow_ctx_autolog.exceptions import StoreError
@@ -274,6 +275,7 @@ class Settlement:
             task = by_id[task_id]
             receipt = TaskReceipt.from_attributes(book.trace_id, task_id, task.attributes)
             if receipt is not None:
+                receipt = _with_sums(receipt, below)
                 self._progress(receipt)
                 book.receipts[task_id] = receipt
                 book.found[task_id] = len(below)
@@ -301,6 +303,14 @@ class Settlement:
         if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
             book.written = totals, receipt.summary()
             book.priced = cost
+
+
+def _with_sums(receipt: TaskReceipt, below: Sequence[Any]) -> TaskReceipt:
+    """Return the receipt that a task's span is, with what its calls in the store come to."""
+    sums = sums_of(below)
+    # Where some are not there, as with sampling, what the others come to is not that of the task.
+    is_all = sums.calls - sums.reused >= receipt.calls
+    return replace(receipt, errors=sums.errors, sums=sums.to_dict() if is_all else {})
 
 
 def _root_record(book: Book, root: SpanRecord) -> Record:

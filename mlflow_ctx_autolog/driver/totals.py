@@ -22,6 +22,7 @@ from mlflow_ctx_autolog.driver.mlflow_traces import (
     totals_of,
     with_attributes,
 )
+from mlflow_ctx_autolog.driver.previews import write_previews
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import (
@@ -52,6 +53,7 @@ def record_sums(book: Book, usage: Amounts, cost: Amounts, spark_facts: SparkFac
         spark_facts: Returns what Spark knows since a time, in milliseconds since the epoch.
     """
     record_totals(book.info, usage, cost)
+    write_previews(book)
     facts = None if spark_facts is None else spark_facts(int(book.info.request_time))
     # A store may have no room for a longer one.
     if facts is not None and len(facts) <= _LONGEST_METADATA:

@@ -16,6 +16,7 @@ __all__ = [
     "SpanIds",
     "annotate",
     "current_annotations",
+    "labelled",
     "last_call",
     "note_annotations",
     "set_last_call",
@@ -26,6 +27,8 @@ Value = str | int | float | bool
 
 _KEY = re.compile(r"[A-Za-z_][\w.-]{0,99}")
 _LONGEST = 1000
+# Characters of a value in the name of a span.
+_LONGEST_LABEL = 80
 
 
 class SpanIds(NamedTuple):
@@ -116,6 +119,12 @@ def current_annotations() -> dict[str, Value]:
     """Return the keys that a call made here and now gets."""
     own = _annotations.get(None)
     return _of_threads.get(threading.current_thread(), {}) if own is None else own
+
+
+def labelled(name: str, key: str | None) -> str:
+    """Return the name of a call's span, with the value that the key has here and now behind it."""
+    value = None if key is None else current_annotations().get(key)
+    return name if value is None else f"{name} ({str(value)[:_LONGEST_LABEL]})"
 
 
 def note_annotations(thread: threading.Thread) -> None:

@@ -62,6 +62,10 @@ class CallOwner(Protocol):
         """Whether calls take a ``traceparent`` along."""
 
     @property
+    def names_calls_by(self) -> str | None:
+        """The annotation whose value stands behind the name of a call's span; None for none."""
+
+    @property
     def pricing(self) -> Pricing:
         """What its user says of prices."""
 

@@ -13,7 +13,11 @@ from mlflow_ctx_autolog.answers.client import ReusedAnswers
 from mlflow_ctx_autolog.imports import when_imported
 from mlflow_ctx_autolog.log_ins import remember, safe_logger
 from mlflow_ctx_autolog.patching import Patch
-from mlflow_ctx_autolog.recorder.annotations import current_annotations, set_last_call
+from mlflow_ctx_autolog.recorder.annotations import (
+    current_annotations,
+    labelled,
+    set_last_call,
+)
 from mlflow_ctx_autolog.recorder.call import Call, CallOwner, StreamedAnswer
 from mlflow_ctx_autolog.recorder.client_hooks import OpenAIClientHooks
 from mlflow_ctx_autolog.recorder.request import fingerprint, request_attributes
@@ -235,7 +239,8 @@ class OpenAIRecorder:
             attributes[FINGERPRINT] = f'"{asked}"'
         for annotation, value in current_annotations().items():
             attributes[ANNOTATION + annotation] = dump(value)
-        span = OpenSpan(name, resource.span_type, parent, attributes)
+        shown = labelled(name, owner.names_calls_by)
+        span = OpenSpan(shown, resource.span_type, parent, attributes)
         owner.started(span)
         set_last_call(span.mlflow_trace_id, span.context.span_id)
         call = Call(owner, resource.api, kwargs, asked, span)

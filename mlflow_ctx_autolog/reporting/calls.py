@@ -12,7 +12,13 @@ from typing import Any
 
 from mlflow_ctx_autolog.prices import is_unknown, least_total
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
-from mlflow_ctx_autolog.spans.attributes import ANNOTATION, FINGERPRINT, FINISH_REASONS, NOT_SENT
+from mlflow_ctx_autolog.spans.attributes import (
+    ANNOTATION,
+    FINGERPRINT,
+    FINISH_REASONS,
+    FUNCTION,
+    NOT_SENT,
+)
 from mlflow_ctx_autolog.spans.quality import (
     ANSWER_CHARS,
     ANSWER_HASH,
@@ -274,7 +280,9 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
         parents[span.span_id] = span.parent_id or span.text(LINKED_SPAN)
         if span.kind == "TASK" and "spark.task.outcome" in span.attributes:
             attempts[span.span_id] = _attempt(span, facts)
-        elif NOT_SENT not in span.attributes and (span.kind in _CALLS or span.name in _IMAGES):
+        elif NOT_SENT not in span.attributes and (
+            span.kind in _CALLS or _interface(span) in _IMAGES
+        ):
             calls.append(_call(trace, span))
     # A library's span around a call of the client is the same call.
     above: set[str] = set()
@@ -296,6 +304,12 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
     return sorted(found, key=lambda call: call.started), list(attempts.values())
 
 
+def _interface(span: StoredSpan) -> str:
+    """Return what was called, without the annotation that may stand behind it in the name."""
+    is_ours = FINGERPRINT in span.attributes
+    return span.name.partition(" (")[0] if is_ours else span.name
+
+
 def _attempt(span: StoredSpan, facts: SparkFacts) -> Attempt:
     outcome = span.text("spark.task.outcome") or "running"
     execution = span.text("spark.sql.execution.id")
@@ -305,7 +319,8 @@ def _attempt(span: StoredSpan, facts: SparkFacts) -> Attempt:
     return Attempt(
         span.span_id,
         span.trace_id,
-        span.name,
+        # Releases before this one named the span alone.
+        span.text(FUNCTION) or span.name,
         facts,
         application=span.text("spark.application.id"),
         action=span.text("spark.sql.execution.root_id") or execution,
@@ -355,7 +370,7 @@ def _call(trace: StoredTrace, span: StoredSpan) -> Call:
         span.trace_id,
         trace.experiment_id,
         span.span_id,
-        span.name,
+        _interface(span),
         next((model for name in _MODELS if (model := span.text(name)) is not None), None),
         None,
         span.started,

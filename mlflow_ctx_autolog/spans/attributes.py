@@ -40,6 +40,9 @@ REUSED_FROM = "llm.reused_from"
 REUSED_USAGE = "llm.reused.usage"
 # Of a task: how many of its calls were, which "llm.calls" does not count.
 REUSED_CALLS = "llm.calls.reused"
+# Of a task: its function's name, which that of its span begins with.
+FUNCTION = "spark.function.name"
+PARTITION = "spark.partition.id"
 
 # Log levels of spans as MLflow has them: what users see, and what went wrong.
 DEBUG, INFO, ERROR = 10, 20, 40

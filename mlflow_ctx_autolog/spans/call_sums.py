@@ -19,6 +19,8 @@ CALL_SUMS = "mlflow_ctx_autolog.call_sums"
 
 _FIRST_TOKEN = ("gen_ai.response.time_to_first_chunk", "gen_ai.server.time_to_first_token")
 _RESENDS, _REUSED_FROM = "http.request.resend_count", "llm.reused_from"
+# What was asked.
+_MODEL = "model"
 
 # Attributes of a call's span that are summed up.
 SUMMED = (
@@ -29,6 +31,7 @@ SUMMED = (
     _RESENDS,
     _REUSED_FROM,
     USAGE_UNKNOWN,
+    _MODEL,
 )
 
 # Buckets grow by the sixteenth root of two, as those of OpenTelemetry's exponential histograms of
@@ -37,6 +40,8 @@ SUMMED = (
 # here, for a dependency on each worker.
 _SCALE = 16
 _LEAST, _MOST = 1e-3, 86_400.0
+# Models that are told apart: one whose name is made for each call must not grow a receipt.
+_MODELS, _LONGEST_NAME = 20, 100
 
 
 @dataclass
@@ -104,6 +109,7 @@ class CallSums:
         answered: Calls whose answer says something about its quality.
         odd: Of these, with one signal at least.
         signals: How many answers have each signal.
+        models: How many calls asked each model, of the first twenty.
         latency: Of the calls that have ended.
         first_token: Of streams.
     """
@@ -116,6 +122,7 @@ class CallSums:
     answered: int = 0
     odd: int = 0
     signals: Counter[str] = field(default_factory=Counter)
+    models: Counter[str] = field(default_factory=Counter)
     latency: Sketch = field(default_factory=Sketch)
     first_token: Sketch = field(default_factory=Sketch)
 
@@ -136,6 +143,8 @@ class CallSums:
         else:
             self.latency.add(seconds)
         self.unknown += attributes.get(USAGE_UNKNOWN) is True
+        if isinstance(model := attributes.get(_MODEL), str):
+            self._count_models({model[:_LONGEST_NAME]: 1})
         signals = signals_of(attributes)
         self.answered += attributes.get(ANSWER_CHARS) is not None or bool(signals)
         self.odd += bool(signals)
@@ -150,13 +159,20 @@ class CallSums:
         for name in _NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.signals.update(other.signals)
+        self._count_models(other.models)
         self.latency.merge(other.latency)
         self.first_token.merge(other.first_token)
+
+    def _count_models(self, models: Mapping[str, int]) -> None:
+        for name, calls in models.items():
+            if name in self.models or len(self.models) < _MODELS:
+                self.models[name] += calls
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON: what is 0 or empty is left out."""
         found: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
-        found["signals"] = dict(self.signals)
+        for name in _COUNTERS:
+            found[name] = dict(getattr(self, name))
         for name in _SKETCHES:
             found[name] = getattr(self, name).to_list()
         return {name: value for name, value in found.items() if value}
@@ -168,9 +184,9 @@ class CallSums:
         sums = cls()
         for name in _NUMBERS:
             setattr(sums, name, _whole(given.get(name)))
-        signals = given.get("signals")
-        if isinstance(signals, Mapping):
-            sums.signals = Counter({str(name): _whole(n) for name, n in signals.items()})
+        for name in _COUNTERS:
+            if isinstance(counts := given.get(name), Mapping):
+                setattr(sums, name, Counter({str(key): _whole(n) for key, n in counts.items()}))
         for name in _SKETCHES:
             setattr(sums, name, Sketch.from_list(given.get(name)))
         return sums
@@ -181,6 +197,7 @@ class CallSums:
 
 
 _NUMBERS = ("calls", "errors", "resends", "reused", "unknown", "answered", "odd")
+_COUNTERS = ("signals", "models")
 _SKETCHES = ("latency", "first_token")
 
 

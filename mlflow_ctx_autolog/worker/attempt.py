@@ -16,7 +16,7 @@ from mlflow_ctx_autolog.delivery.relay import driver_is_here, relay_bytes
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.log_ins import safe_logger
-from mlflow_ctx_autolog.spans.attributes import DEBUG
+from mlflow_ctx_autolog.spans.attributes import DEBUG, FUNCTION, PARTITION
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
 from mlflow_ctx_autolog.stores.sending import appends, is_database, needs_mlflow
 from mlflow_ctx_autolog.task import Task, driver_span, driver_trace_id, open_tasks
@@ -59,7 +59,7 @@ def begin(
 
     Args:
         context: What came from the driver.
-        name: The name of its span.
+        name: The name of its function, which that of its span begins with.
         relay: A Spark accumulator for its receipt and spans; None where there is none.
         filters: The user's functions that spans go through, as Spark pickles them.
         function: What names the function whenever it is the same; by default its name.
@@ -73,9 +73,10 @@ def begin(
         attempt_id=attributes.get("spark.task.attempt_id"),
         # Which Spark does not tell any more when the task ends.
         stage=attributes.get("spark.stage.id"),
-        partition=int(attributes.get("spark.partition.id", 0)),
+        partition=int(attributes.get(PARTITION, 0)),
         relay=relay,
         is_relayed=_is_relayed(context, relay),
+        function=name,
         span_processors=span_processors,
         budget=budget_of(context),
         answers=answers_of(context, name, function or name, attributes),
@@ -90,6 +91,7 @@ def begin(
     if context.speculation is not None:
         attributes["spark.speculation"] = context.speculation
     attributes["spark.function.id"] = function or name
+    attributes[FUNCTION] = name
     attributes[_OUTCOME] = "running"
     worker.switch_on(task)
     if task.is_relayed:
@@ -97,7 +99,7 @@ def begin(
     task.open()
     try:
         parent = driver_span(context)
-        task.span = OpenSpan(name, _TASK, parent)
+        task.span = OpenSpan(_span_name(name, context, attributes), _TASK, parent)
         task.span.update({**attributes, **_of_own_trace(name, context)})
         is_sampled = parent.is_sampled if parent is not None else _is_sampled()
         # Below a span that sampling has dropped, its calls are dropped with it.
@@ -109,6 +111,14 @@ def begin(
         worker.switch_off()
         raise
     return task
+
+
+def _span_name(name: str, context: DriverContext, attributes: Mapping[str, Any]) -> str:
+    """Return what tells a task's span from those beside it."""
+    partition = attributes.get(PARTITION)
+    # The root of a trace is called what the trace is, by which jobs are found.
+    is_root = context.traceparent is None
+    return name if is_root or partition is None else f"{name} [{partition}]"
 
 
 def acknowledge(told: Mapping[str, int]) -> None:
@@ -296,6 +306,7 @@ def _relay(
         requests=sorted(task.requests),
         repeats=task.repeats,
         requests_untold=task.requests_untold,
+        function=task.function,
         silence=silence,
         sampled_out=task.sampled_out,
         set_aside=counts.set_aside,

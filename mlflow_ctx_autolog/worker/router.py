@@ -11,12 +11,13 @@ from mlflow_ctx_autolog.delivery.deliveries import Deliveries
 from mlflow_ctx_autolog.delivery.records import Record
 from mlflow_ctx_autolog.recorder.estimate import estimated_usage
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
-from mlflow_ctx_autolog.spans.attributes import COST, REUSED_FROM, USAGE
+from mlflow_ctx_autolog.spans.attributes import COST, INPUTS, OUTPUTS, REUSED_FROM, USAGE
 from mlflow_ctx_autolog.spans.call_sums import SUMMED
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanRecord
 from mlflow_ctx_autolog.spans.trace_info import trace_document
+from mlflow_ctx_autolog.spans.values import dump
 from mlflow_ctx_autolog.stores.otlp import is_collector
 from mlflow_ctx_autolog.stores.sending import appends
 from mlflow_ctx_autolog.task import Task
@@ -135,7 +136,7 @@ class TraceRouter:
         task.count_span(span.span_id, span.parent_id, usage, cost)
         if branch is None:
             delivery = self._deliveries.to(task.destination)
-            delivery.submit(self._record(task, sent))
+            delivery.submit(self._record(task, _with_numbers(task, sent)))
             if (info := _info_of_own_trace(task, span)) is not None:
                 delivery.submit(info)
         else:
@@ -230,6 +231,18 @@ class TraceRouter:
         else:
             payload = encode(span)
         return Record("span", span.span_id, payload, task.span_id)
+
+
+def _with_numbers(task: Task, span: SpanRecord) -> SpanRecord:
+    """Return a task's span with how much went in and out, where the user has said nothing else.
+
+    Numbers are no content, so that no setting withholds them.
+    """
+    numbers = {
+        INPUTS: dump({"rows": task.rows_in}),
+        OUTPUTS: dump({"rows": task.rows_out, "calls": task.calls, "errors": task.errors}),
+    }
+    return replace(span, attributes={**numbers, **span.attributes})
 
 
 def _count_answer(task: Task, span: SpanRecord, usage: Amounts, cost: Amounts) -> None:

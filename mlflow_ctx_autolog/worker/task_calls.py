@@ -83,6 +83,10 @@ class _CallsOfTask:
         return self._task.context.config.propagate_headers
 
     @property
+    def names_calls_by(self) -> str | None:
+        return self._task.context.config.name_calls_by
+
+    @property
     def pricing(self) -> Pricing:
         return self._task.context.config.pricing
 

@@ -168,7 +168,7 @@ def test_the_one_line_works_on_spark_connect(result: dict[str, Any]) -> None:
     trace = stored_trace(result["trace_id"])
     assert result["rows"] == 12
     assert sum(trace.is_nested(call) for call in trace.calls) == 24
-    assert {task.name for task in trace.tasks} == {"extract", "visit"}
+    assert {task.attributes["spark.function.name"] for task in trace.tasks} == {"extract", "visit"}
     assert all("spark.sql.execution.id" in task.attributes for task in trace.tasks)
     assert all("spark.stage.id" in task.attributes for task in trace.tasks)
     assert all("spark.connect.operation.id" in task.attributes for task in trace.tasks)
@@ -183,7 +183,7 @@ def test_every_way_works_on_spark_connect(result: dict[str, Any], way: str) -> N
     trace = stored_trace(result["ways"][way])
     assert len(trace.calls) == functions.ROWS
     assert all(trace.is_nested(call) for call in trace.calls)
-    assert {task.name for task in trace.tasks} == {"extract"}
+    assert {task.attributes["spark.function.name"] for task in trace.tasks} == {"extract"}
     attempts = [task.attributes["spark.task.attempt_id"] for task in trace.tasks]
     assert len(attempts) == len(set(attempts))
 
@@ -233,7 +233,7 @@ def test_a_trace_stays_small_on_spark_connect(result: dict[str, Any]) -> None:
 def test_calls_of_a_batch_function_are_traced_on_spark_connect(result: dict[str, Any]) -> None:
     """foreachBatch's function runs beside the server, in a span of its own below the driver's."""
     trace = stored_trace(result["batches"])
-    (keep,) = [task for task in trace.tasks if task.name == "keep"]
+    (keep,) = [task for task in trace.tasks if task.attributes["spark.function.name"] == "keep"]
     assert keep.parent_id == trace.root.span_id
     assert _prompts(trace.children_of(keep)) == [workload.question(each) for each in range(3)]
 
@@ -248,7 +248,7 @@ def test_calls_of_a_batch_function_are_traced_on_spark_connect(result: dict[str,
 def test_a_batch_function_hands_on_what_attaches(result: dict[str, Any]) -> None:
     """Of the functions that it hands to Spark, only the calls of one that attaches are traced."""
     trace = stored_trace(result["batches"])
-    (keep,) = [task for task in trace.tasks if task.name == "keep"]
+    (keep,) = [task for task in trace.tasks if task.attributes["spark.function.name"] == "keep"]
     others = [call for call in trace.calls if call.parent_id != keep.span_id]
     assert all(trace.is_nested(call) for call in others)
     assert _prompts(others) == [workload.question(200 + number) for number in range(3)]

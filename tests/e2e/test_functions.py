@@ -38,7 +38,7 @@ def test_calls_are_below_the_driver_and_results_unchanged(
     trace = stored_trace(span.trace_id)
     assert all(trace.is_nested(each) for each in trace.calls)
     assert len(trace.calls) == functions.ROWS
-    assert {task.name for task in trace.tasks} == {"extract"}
+    assert {task.attributes["spark.function.name"] for task in trace.tasks} == {"extract"}
     attempts = [task.attributes["spark.task.attempt_id"] for task in trace.tasks]
     assert len(attempts) == len(set(attempts))
     assert {task.attributes["spark.task.outcome"] for task in trace.tasks} == {"completed"}
@@ -136,11 +136,17 @@ def test_two_udfs_in_one_task_keep_their_calls_apart(
         spark.range(0, 4, 1, 1).select(*columns).collect()
 
     trace = stored_trace(span.trace_id)
-    assert sorted(task.name for task in trace.tasks) == ["first", "second"]
+    assert sorted(task.attributes["spark.function.name"] for task in trace.tasks) == [
+        "first",
+        "second",
+    ]
     for task in trace.tasks:
         prompts = [each.inputs["messages"][0]["content"] for each in trace.children_of(task)]
         assert len(prompts) == 4
-        assert all(("document 10" in prompt) == (task.name == "second") for prompt in prompts)
+        assert all(
+            ("document 10" in prompt) == (task.attributes["spark.function.name"] == "second")
+            for prompt in prompts
+        )
 
 
 @pytest.mark.skipif(pyspark.__version__ < "4", reason="Tables as arguments are from Spark 4.0 on")
@@ -173,7 +179,7 @@ def test_a_table_function_may_say_its_schema_and_stop_early(
     assert rows == udtf(Extract)(table).collect()
     trace = stored_trace(span.trace_id)
     (task,) = trace.tasks
-    assert (task.name, task.status.status_code) == ("Extract", "OK")
+    assert (task.name, task.status.status_code) == ("Extract [0]", "OK")
     assert (task.attributes["llm.calls"], task.attributes["spark.rows.in"]) == (3, 3)
 
 
@@ -223,7 +229,12 @@ def test_traced_suits_every_kind_of_function(
 
     trace = stored_trace(span.trace_id)
     good = [task for task in trace.tasks if task.status.status_code == "OK"]
-    assert sorted(task.name for task in good) == ["extract", "extract", "visit", "visit"]
+    assert sorted(task.attributes["spark.function.name"] for task in good) == [
+        "extract",
+        "extract",
+        "visit",
+        "visit",
+    ]
     assert [len(trace.children_of(task)) for task in good] == [3, 3, 3, 3]
     assert {task.attributes["spark.task.outcome"] for task in trace.tasks} == {
         "completed",

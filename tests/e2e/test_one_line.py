@@ -68,7 +68,7 @@ def test_the_task_span_says_which_task_it_was(
     spark.sparkContext.setLocalProperty("spark.jobGroup.id", None)  # type: ignore[arg-type]
 
     trace = stored_trace(span.trace_id)
-    assert [task.name for task in trace.tasks] == ["extract", "extract"]
+    assert sorted(task.name for task in trace.tasks) == ["extract [0]", "extract [1]"]
     assert {task.attributes["spark.partition.id"] for task in trace.tasks} == {0, 1}
     assert len({task.attributes["spark.task.attempt_id"] for task in trace.tasks}) == 2
     for task in trace.tasks:
@@ -82,6 +82,8 @@ def test_the_task_span_says_which_task_it_was(
         assert facts["process.pid"] > 0
         assert facts["spark.rows.in"] == facts["spark.rows.out"] == facts["llm.calls"] == 4
         assert facts["spark.task.outcome"] == "completed"
+        assert task.inputs == {"rows": 4}
+        assert task.outputs == {"rows": 4, "calls": 4, "errors": 0}
         children = trace.children_of(task)
         assert len(children) == 4
         assert all(task.start_time_ns <= child.start_time_ns for child in children)
@@ -147,7 +149,10 @@ def test_partitions_of_rows_are_traced(
 
     trace = stored_trace(span.trace_id)
     assert sum(trace.is_nested(call) for call in trace.calls) == 12
-    assert sorted(task.name for task in trace.tasks) == ["extract_rows"] * 2 + ["visit"] * 4
+    assert (
+        sorted(task.attributes["spark.function.name"] for task in trace.tasks)
+        == ["extract_rows"] * 2 + ["visit"] * 4
+    )
     assert {task.attributes["spark.rows.in"] for task in trace.tasks} == {2}
 
 
@@ -175,11 +180,19 @@ def test_functions_pipelined_by_spark_keep_their_calls_apart(
         numbers.mapPartitions(step("first")).mapPartitions(step("second")).collect()
 
     trace = stored_trace(span.trace_id)
-    assert sorted(task.name for task in trace.tasks) == ["first", "first", "second", "second"]
+    assert sorted(task.attributes["spark.function.name"] for task in trace.tasks) == [
+        "first",
+        "first",
+        "second",
+        "second",
+    ]
     for task in trace.tasks:
         prompts = [call.inputs["messages"][0]["content"] for call in trace.children_of(task)]
         assert len(prompts) == 3
-        assert all(("document 10" in prompt) == (task.name == "second") for prompt in prompts)
+        assert all(
+            ("document 10" in prompt) == (task.attributes["spark.function.name"] == "second")
+            for prompt in prompts
+        )
 
 
 def test_the_second_way_in_is_traced(
@@ -221,7 +234,7 @@ def test_the_third_way_in_is_broadcast_and_attach(
     assert document["experiment_id"] == experiment_id
     trace = stored_trace(span.trace_id)
     assert sum(trace.is_nested(call) for call in trace.calls) == 8
-    assert {task.name for task in trace.tasks} == {"read_contracts"}
+    assert {task.attributes["spark.function.name"] for task in trace.tasks} == {"read_contracts"}
 
 
 def test_all_three_ways_at_once_double_nothing(

@@ -60,7 +60,7 @@ def test_calls_are_below_the_span_that_they_are_made_under(
     assert len(rows) == len({row.answer for row in rows}) == len(endpoint.requests) == ROWS
     trace = stored_trace(span.trace_id)
     assert [trace.path_to(call)[:-1] for call in trace.calls] == [
-        ["job", "extract", "batch"]
+        ["job", "extract [0]", "batch"]
     ] * ROWS
     (task,) = trace.tasks
     assert task.attributes["llm.calls"] == ROWS
@@ -111,7 +111,7 @@ def test_work_that_is_collected_in_another_batch_stays_where_it_was_submitted(
     assert len(rows) == 9
     assert {row.answer.partition(" ")[0] for row in rows} == {"none"}
     paths = sorted(trace.path_to(call)[:-1] for call in trace.calls)
-    assert paths == [["job", "extract", f"batch-{n // 3}", "read"] for n in range(9)]
+    assert paths == [["job", "extract [0]", f"batch-{n // 3}", "read"] for n in range(9)]
 
 
 @pytest.mark.covers(POOLS, "a pool of processes that is kept from task to task", COLUMN)
@@ -148,7 +148,7 @@ def test_a_process_pool_that_is_kept_follows_the_tasks(
 
     assert len(set(pids)) == 1, "the worker was not reused, so the test shows nothing"
     assert paths == [
-        [name, "extract", "child", "Completions"]
+        [name, "extract [0]", "child", "Completions"]
         for name in ("monday", "monday", "tuesday", "tuesday")
     ]
     assert len(endpoint.requests) == 6

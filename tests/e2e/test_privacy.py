@@ -88,6 +88,10 @@ def test_content_is_withheld_before_it_leaves_the_worker(
     assert SECRET not in everything
     assert len(trace.calls) == len(endpoint.requests) == 12
     assert trace.total_tokens > 0
+    # Numbers are none.
+    assert {task.inputs["rows"] for task in trace.tasks} == {3}
+    assert trace.trace.info.request_preview == "extract on 6 rows; 2 tasks; gpt-test"
+    assert str(trace.trace.info.response_preview).startswith("12 calls, 0 errors, ")
     assert {call.attributes["mlflow.llm.model"] for call in trace.calls} == {"gpt-test"}
     ctx_autolog.disable()
 

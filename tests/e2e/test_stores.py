@@ -193,6 +193,9 @@ def test_every_call_is_in_every_store(
             trace.assert_nested(calls=4)
             assert trace.total_tokens == endpoint.total_tokens > 0, transport
             assert ctx_autolog.receipt(timeout=30).complete, transport
+            info = stored_trace(span.trace_id).trace.info
+            assert info.request_preview == "extract on 4 rows; 2 tasks; gpt-test", transport
+            assert str(info.response_preview).startswith("4 calls, 0 errors, "), transport
         if "direct" not in transports:
             with pytest.raises(ctx_autolog.UnsupportedStoreError, match="set to 'direct', but"):
                 ctx_autolog.enable(transport="direct")

@@ -44,7 +44,7 @@ def test_what_a_batch_function_does_is_below_the_span_of_the_query(
     trace = stored_trace(span.trace_id)
     assert len(endpoint.requests) == len(trace.calls) == 7
     assert sum(trace.is_nested(each) for each in trace.calls) == 6
-    assert {task.name for task in trace.tasks} == {"extract"}
+    assert {task.attributes["spark.function.name"] for task in trace.tasks} == {"extract"}
     (on_driver,) = [each for each in trace.calls if not trace.is_nested(each)]
     assert on_driver.parent_id == trace.root.span_id
 

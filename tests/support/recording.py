@@ -21,6 +21,7 @@ class Keeper:
         self.answers: TaskAnswers | None = None
         self.reuses: list[bool] = []
         self.pricing = Pricing()
+        self.names_calls_by: str | None = None
         self.above = SpanContext("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
 
     def parent(self) -> SpanContext | None:

@@ -13,7 +13,7 @@ from workload import ask, stored_trace
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.context import DriverContext
-from mlflow_ctx_autolog.recorder.annotations import current_annotations
+from mlflow_ctx_autolog.recorder.annotations import current_annotations, labelled
 from mlflow_ctx_autolog.testing import OpenAIEndpoint
 
 
@@ -98,3 +98,34 @@ def test_calls_carry_the_keys_and_rows_find_their_call(
     report = ctx_autolog.report(span.trace_id)
     assert len(report.filter(doc_id=1).calls) == 2
     assert [cause.key for cause in report.filter(doc_id=1).by_cause()] == ["duplicate_row"]
+
+
+def test_the_driver_and_workers_name_calls_alike(
+    endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """By the same setting, which travels; what tells equal requests heeds no name."""
+    client = openai.OpenAI(base_url=endpoint.base_url, api_key="not-a-key", max_retries=0)
+    with ctx_autolog.enable(name_calls_by="doc_id"), mlflow.start_span("driver") as span:
+        text = ctx_autolog.capture().to_json()
+        context = DriverContext.from_json(text)
+        other = DriverContext.from_json(text.replace(str(context.process_id), "another"))
+        with ctx_autolog.annotate(doc_id="doc-17"):
+            ask(client, 1)
+    with ctx_autolog.attach(other, "task"), ctx_autolog.annotate(doc_id="doc-18"):
+        ask(client, 1)
+
+    calls = stored_trace(span.trace_id).calls
+    assert {call.name for call in calls} == {"Completions (doc-17)", "Completions (doc-18)"}
+    assert len({call.attributes["llm.request.fingerprint"] for call in calls}) == 1
+    report = ctx_autolog.report(span.trace_id)
+    assert {each.call.interface for each in report.calls} == {"Completions"}
+
+
+def test_a_value_stands_behind_a_name_on_request() -> None:
+    """As a text, the beginning of a long one; where the key has no value, the name stands alone."""
+    assert labelled("Completions", "doc_id") == "Completions"
+    with ctx_autolog.annotate(doc_id="doc-17", page=3, text="x" * 500):
+        assert labelled("Completions", None) == "Completions"
+        assert labelled("Completions", "doc_id") == "Completions (doc-17)"
+        assert labelled("Completions", "page") == "Completions (3)"
+        assert labelled("Completions", "text") == f"Completions ({'x' * 80})"

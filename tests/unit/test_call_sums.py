@@ -45,6 +45,7 @@ def test_sums_travel() -> None:
         {
             "gen_ai.response.finish_reasons": ["length"],
             "llm.answer.chars": 5,
+            "model": "gpt-5",
             "http.request.resend_count": 2,
             "gen_ai.response.time_to_first_chunk": 0.2,
         },
@@ -61,11 +62,12 @@ def test_sums_travel() -> None:
     assert (other.calls, other.errors, other.resends, other.reused) == (8, 2, 4, 2)
     assert (other.answered, other.odd, other.unknown) == (4, 2, 2)
     assert other.signals == {"cut_off": 2}
+    assert other.models == {"gpt-5": 2}
     assert (other.latency.count, other.first_token.count) == (6, 2)
 
 
 @pytest.mark.parametrize(
-    "fields", [None, 7, [], {"calls": "many", "latency": [3, -5, 0], "signals": [1]}]
+    "fields", [None, 7, [], {"calls": "many", "latency": [3, -5, 0], "signals": [1], "models": 7}]
 )
 def test_nonsense_is_nothing(fields: object) -> None:
     """What arrives from outside is parsed, and what cannot be is left out."""
@@ -79,7 +81,8 @@ def test_sums_are_small() -> None:
     """Of calls as unlike as can be, they fit where a store keeps metadata: 8000 characters."""
     sums = CallSums()
     for step in range(4000):
-        sums.add({"gen_ai.response.time_to_first_chunk": 1.01**step}, 1.01**step, failed=False)
+        told = {"gen_ai.response.time_to_first_chunk": 1.01**step, "model": f"{step}" * 100}
+        sums.add(told, 1.01**step, failed=False)
 
     assert len(sums.to_json()) < 8000
 

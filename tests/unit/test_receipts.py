@@ -26,6 +26,7 @@ FULL = TaskReceipt(
     requests=("0123456789ab",),
     repeats=3,
     requests_untold=2,
+    function="extract",
 )
 BARE = TaskReceipt("tr-1", "abc", made=0)
 
@@ -108,16 +109,17 @@ def test_attributes_have_short_names() -> None:
 
 
 def test_other_attributes_are_ignored() -> None:
-    """Whatever else is on a task's span has no part in the receipt, but for its calls."""
+    """Whatever else is on a task's span has no part in the receipt, but for calls and rows."""
     attributes = {
         **TaskReceipt.attributes(3, {}, {}),
         "llm.calls": 7,
         "spark.rows.in": 8,
+        "spark.rows.out": 9,
         "llm.tokens.input": "many",
     }
 
     assert TaskReceipt.from_attributes("tr-1", "abc", attributes) == TaskReceipt(
-        "tr-1", "abc", made=3, delivered=3, calls=7
+        "tr-1", "abc", made=3, delivered=3, calls=7, rows=8
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def test_what_was_repeated_and_what_it_cost(monkeypatch: pytest.MonkeyPatch) -> 
     assert "dropDuplicates()" in cause["fix"]
     assert "2 calls made 2 requests, of which 1 was a repeat: 2.00 for each of 1" in str(found)
     assert found.notes == []
+
+
+def test_calls_are_told_by_their_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of spans also say which partition, and what the user wants to see there."""
+    named = replace(task("t", **{"spark.function.name": "extract"}), name="extract [7]")
+    asked = replace(call("a", "t", 1), name="Images (doc-17)", kind="UNKNOWN")
+    found = reported(monkeypatch, [named, asked])
+    (judged,) = found.calls
+    assert (judged.call.function, judged.call.interface) == ("extract", "Images")
 
 
 def test_users_price_goes_before_mlflows(monkeypatch: pytest.MonkeyPatch) -> None:
