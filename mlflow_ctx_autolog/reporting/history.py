@@ -250,8 +250,8 @@ def _notes(found: Sequence[FoundJob], jobs: Sequence[JobSums], days: float) -> I
     partly = sum("tasks_without_sums" in _written(each) for each in found)
     if partly:
         yield (
-            f"Of {partly:,} jobs, tasks brought no sums home, as on Spark Connect and where they "
-            "failed: times, errors and signals are those of the others, or left out."
+            f"Of {partly:,} jobs, not all calls of tasks that brought no receipt home are in the "
+            "trace: times, errors and signals are those of the others, or left out."
         )
     if unknown := sum(job.unknown for job in jobs):
         yield (
