@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -150,9 +151,8 @@ class ContentPolicy:
             return None
 
     def _attribute(self, name: str, raw: Any) -> Any:
-        if _OURS.fullmatch(name):
-            return raw
-        if _FACTS.fullmatch(name) and _is_fact(raw):
+        is_ours, is_of_facts = _kind(name)
+        if is_ours or (is_of_facts and _is_fact(raw)):
             return raw
         if not self.changes_content:
             return _without_log_ins(name, raw)
@@ -188,6 +188,13 @@ class ContentPolicy:
                 )
                 return None
         return value if self._max_chars is None else _cut(value, self._max_chars)
+
+
+# The names of most attributes are the same few in all spans.
+@functools.lru_cache(maxsize=1024)
+def _kind(name: str) -> tuple[bool, bool]:
+    """Return whether an attribute is one of this library's, and whether it says what happened."""
+    return _OURS.fullmatch(name) is not None, _FACTS.fullmatch(name) is not None
 
 
 def _shown(event: SpanEvent) -> Mapping[str, Any]:

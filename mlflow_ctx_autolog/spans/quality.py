@@ -89,9 +89,11 @@ def quality_attributes(
         :data:`FLAGS` that are true.
     """
     found: dict[str, Any] = {}
+    asked: str | None = None
     with suppress(Exception):
-        found[REQUEST_SHAPE] = request_shape(request)
-    found.update(answer_attributes(request, answer, key=key))
+        asked = _json_asked(request)
+        found[REQUEST_SHAPE] = _shape(request, asked)
+    found.update(_answer_attributes(asked is not None, answer, key))
     if rejected:
         found[REJECTED] = True
     return found
@@ -101,9 +103,16 @@ def answer_attributes(
     request: Mapping[str, Any], answer: Any, *, key: str | None = None
 ) -> dict[str, Any]:
     """Return those of :func:`quality_attributes` that are about the answer. Never raises."""
+    asked: str | None = None
+    with suppress(Exception):
+        asked = _json_asked(request)
+    return _answer_attributes(asked is not None, answer, key)
+
+
+def _answer_attributes(wants_json: bool, answer: Any, key: str | None) -> dict[str, Any]:
     try:
         read = _read(answer)
-        return {} if read is None else _attributes(request, read, key)
+        return {} if read is None else _attributes(wants_json, read, key)
     except Exception:
         # What a server sends may be anything.
         return {}
@@ -141,8 +150,12 @@ def request_shape(request: Mapping[str, Any]) -> str:
 
     Such as ``"system, user; json_schema; 2 tools; temperature"``. Turns that repeat are one.
     """
+    return _shape(request, _json_asked(request))
+
+
+def _shape(request: Mapping[str, Any], asked: str | None) -> str:
     parts = [", ".join(_roles(request))]
-    if (asked := _json_asked(request)) is not None:
+    if asked is not None:
         parts.append(asked)
     tools = request.get("tools") or request.get("functions")
     if isinstance(tools, (list, tuple)):
@@ -191,7 +204,7 @@ def _is_given(value: Any) -> bool:
 def _json_asked(request: Mapping[str, Any]) -> str | None:
     """Return in which way JSON was asked for; None where it was not."""
     extra = request.get("extra_body")
-    for asked in (request, extra if isinstance(extra, Mapping) else {}):
+    for asked in (request, extra) if isinstance(extra, Mapping) else (request,):
         text = asked.get("text")
         wanted = (
             asked.get("response_format"),
@@ -199,6 +212,8 @@ def _json_asked(request: Mapping[str, Any]) -> str | None:
             text.get("format") if isinstance(text, Mapping) else None,
         )
         for each in wanted:
+            if each is None:
+                continue
             if isinstance(each, type) or str(each).startswith("<class "):
                 return "json_schema"
             kind = each.get("type") if isinstance(each, Mapping) else None
@@ -211,7 +226,7 @@ def _json_asked(request: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _attributes(request: Mapping[str, Any], read: _Answer, key: str | None) -> dict[str, Any]:
+def _attributes(wants_json: bool, read: _Answer, key: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {ANSWER_CHARS: sum(map(len, read.texts))}
     if read.finish_reasons:
         found[FINISH_REASONS] = read.finish_reasons
@@ -223,7 +238,7 @@ def _attributes(request: Mapping[str, Any], read: _Answer, key: str | None) -> d
         found["llm.answer.empty"] = True
     says_all = bool(read.tool_calls) and says_nothing
     says_text = not (is_refused or says_all or read.has_more)
-    if says_text and _json_asked(request) and not all(map(_is_json, read.texts or [""])):
+    if says_text and wants_json and not all(map(_is_json, read.texts or [""])):
         found["llm.answer.invalid_json"] = True
     # Of a tool without parameters, some servers send nothing.
     if any(not (given in (None, "") or _is_arguments(given)) for _, given in read.tool_calls):
