@@ -12,7 +12,14 @@ from typing import Any
 
 from mlflow_ctx_autolog.prices import is_unknown, least_total
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
-from mlflow_ctx_autolog.spans.attributes import ANNOTATION, FINGERPRINT, FINISH_REASONS, NOT_SENT
+from mlflow_ctx_autolog.spans.attributes import (
+    ANNOTATION,
+    FINGERPRINT,
+    FINISH_REASONS,
+    NOT_SENT,
+    OUTCOME,
+    RUNNING,
+)
 from mlflow_ctx_autolog.spans.quality import (
     ANSWER_CHARS,
     ANSWER_HASH,
@@ -272,7 +279,7 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
     for span in trace.spans:
         # The root of a linked trace stands for the span of its task.
         parents[span.span_id] = span.parent_id or span.text(LINKED_SPAN)
-        if span.kind == "TASK" and "spark.task.outcome" in span.attributes:
+        if span.kind == "TASK" and OUTCOME in span.attributes:
             attempts[span.span_id] = _attempt(span, facts)
         elif NOT_SENT not in span.attributes and (span.kind in _CALLS or span.name in _IMAGES):
             calls.append(_call(trace, span))
@@ -297,11 +304,11 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
 
 
 def _attempt(span: StoredSpan, facts: SparkFacts) -> Attempt:
-    outcome = span.text("spark.task.outcome") or "running"
+    outcome = span.text(OUTCOME) or RUNNING
     execution = span.text("spark.sql.execution.id")
     speculation = span.text("spark.speculation")
     # A task's span is stored when it begins, as if it had ended then.
-    ended = None if outcome == "running" else span.ended
+    ended = None if outcome == RUNNING else span.ended
     return Attempt(
         span.span_id,
         span.trace_id,

@@ -41,5 +41,8 @@ REUSED_USAGE = "llm.reused.usage"
 # Of a task: how many of its calls were, which "llm.calls" does not count.
 REUSED_CALLS = "llm.calls.reused"
 
+# Of a task: what became of it, which is this until it has ended.
+OUTCOME, RUNNING = "spark.task.outcome", "running"
+
 # Log levels of spans as MLflow has them: what users see, and what went wrong.
 DEBUG, INFO, ERROR = 10, 20, 40
