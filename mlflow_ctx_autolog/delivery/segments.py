@@ -14,9 +14,10 @@ import io
 import json
 import os
 import re
+import secrets
 import stat
 import struct
-import uuid
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -84,7 +85,9 @@ class Segment:
         cls, destination: Destination, directory: Path | None, ending: str = ".spool"
     ) -> Segment:
         """Make a new file for records that belong to ``destination``, without its log-in."""
-        path, descriptor = private_file(directory, f"mlflow-ctx-autolog-{uuid.uuid4().hex}{ending}")
+        # The names of a process' files are in order: a later one may replace what is in another.
+        name = f"mlflow-ctx-autolog-{time.time_ns():016x}{secrets.token_hex(8)}{ending}"
+        path, descriptor = private_file(directory, name)
         file = io.FileIO(descriptor, "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -332,7 +335,9 @@ def _parsed(body: bytes) -> Record:
 
 
 def spool_files(directory: Path | None = None, *, refused: bool = False) -> list[Path]:
-    """Return this user's spools in a directory; those of processes that are alive are locked.
+    """Return this user's spools in a directory, the oldest first.
+
+    Those of processes that are alive are locked.
 
     Nobody else's: what they say would be sent with this user's log-in to where they say. Those of
     the release before this one are among them.

@@ -87,6 +87,7 @@ class Book:
         priced: What it has cost, as it was written.
         previews: What was written of it for MLflow's list of traces, by the field.
         is_complete: Whether the store had all spans when it was last asked.
+        ended_tasks: Span ids of tasks whose spans have come as they were when they ended.
         was_warned_of: Whether the user knows that it is not complete.
         was_silence_told: Whether the user knows that tasks left no spans of their calls.
         handed_over: Functions that were handed to Spark in it.
@@ -123,6 +124,7 @@ class Book:
     priced: Amounts = field(default_factory=dict)
     previews: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
+    ended_tasks: set[str] = field(default_factory=set)
     was_warned_of: bool = False
     was_silence_told: bool = False
     handed_over: int = 0

@@ -24,7 +24,7 @@ from mlflow_ctx_autolog.driver.exports import add_to_trace
 from mlflow_ctx_autolog.driver.mlflow_traces import info_of_json, info_of_trace
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.log_ins import without_credentials
-from mlflow_ctx_autolog.spans.attributes import SPAN_TYPE
+from mlflow_ctx_autolog.spans.attributes import OUTCOME, RUNNING, SPAN_TYPE
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.spans.values import dump
@@ -167,14 +167,15 @@ class Homecoming:
         Not what only other drivers can store.
         """
         has_all = True
-        for path in spool_files(self._directory()):
-            try:
-                has_all &= recover(path, self._deliver).left == 0
-            except BlockingIOError:
-                # Its process is alive.
-                continue
-            except OSError:
-                has_all = False
+        with self._collecting:
+            for path in spool_files(self._directory()):
+                try:
+                    has_all &= recover(path, self._deliver).left == 0
+                except BlockingIOError:
+                    # Its process is alive.
+                    continue
+                except OSError:
+                    has_all = False
         return has_all
 
     def _deliver(self, destination: Destination, records: Sequence[Record]) -> None:
@@ -302,9 +303,27 @@ class Homecoming:
             owner = default
             if record.kind == "span":
                 with suppress(Exception):
-                    owner = _decoded(record).trace_id
+                    span = _decoded(record)
+                    owner = span.trace_id
+                    if self._is_overtaken(span):
+                        continue
             owned.append(record._replace(owner=owner))
         return owned
+
+    def _is_overtaken(self, span: SpanRecord) -> bool:
+        """Whether a task's span, as it was when it began, comes after how it ended.
+
+        They may come by different ways, and the store would have the task run for ever.
+        """
+        book = self._books.of(span.mlflow_trace_id)
+        # MLflow's own messages have texts without quotes.
+        outcome = span.attributes.get(OUTCOME, "").strip('"')
+        if book is None or not outcome:
+            return False
+        if outcome == RUNNING:
+            return span.span_id in book.ended_tasks
+        book.ended_tasks.add(span.span_id)
+        return False
 
     def _add_to_whole(self, span: Any) -> bool:
         """Add a span to its trace, if that is yet to be stored as a whole."""

@@ -14,7 +14,7 @@ from mlflow.entities.span_status import SpanStatusCode
 from mlflow.tracing.utils import aggregate_usage_from_spans
 
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
-from mlflow_ctx_autolog.spans.attributes import FINGERPRINT
+from mlflow_ctx_autolog.spans.attributes import FINGERPRINT, OUTCOME
 from mlflow_ctx_autolog.spans.usage import usage_of_answer
 
 __all__ = [
@@ -47,7 +47,7 @@ _TOKENS = ("input_tokens", "output_tokens", "total_tokens")
 
 def is_task(span: Span) -> bool:
     """Whether a span is that of a task attempt."""
-    return span.span_type == TASK_TYPE and span.get_attribute("spark.task.outcome") is not None
+    return span.span_type == TASK_TYPE and span.get_attribute(OUTCOME) is not None
 
 
 def is_client_call(span: Span) -> bool:

@@ -18,6 +18,8 @@ from mlflow_ctx_autolog.spans.attributes import (
     FINISH_REASONS,
     FUNCTION,
     NOT_SENT,
+    OUTCOME,
+    RUNNING,
 )
 from mlflow_ctx_autolog.spans.quality import (
     ANSWER_CHARS,
@@ -278,7 +280,7 @@ def read_calls(trace: StoredTrace) -> tuple[list[Call], list[Attempt]]:
     for span in trace.spans:
         # The root of a linked trace stands for the span of its task.
         parents[span.span_id] = span.parent_id or span.text(LINKED_SPAN)
-        if span.kind == "TASK" and "spark.task.outcome" in span.attributes:
+        if span.kind == "TASK" and OUTCOME in span.attributes:
             attempts[span.span_id] = _attempt(span, facts)
         elif NOT_SENT not in span.attributes and (
             span.kind in _CALLS or _interface(span) in _IMAGES
@@ -311,11 +313,11 @@ def _interface(span: StoredSpan) -> str:
 
 
 def _attempt(span: StoredSpan, facts: SparkFacts) -> Attempt:
-    outcome = span.text("spark.task.outcome") or "running"
+    outcome = span.text(OUTCOME) or RUNNING
     execution = span.text("spark.sql.execution.id")
     speculation = span.text("spark.speculation")
     # A task's span is stored when it begins, as if it had ended then.
-    ended = None if outcome == "running" else span.ended
+    ended = None if outcome == RUNNING else span.ended
     return Attempt(
         span.span_id,
         span.trace_id,

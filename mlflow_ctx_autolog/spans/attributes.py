@@ -44,5 +44,8 @@ REUSED_CALLS = "llm.calls.reused"
 FUNCTION = "spark.function.name"
 PARTITION = "spark.partition.id"
 
+# Of a task: what became of it, which is this until it has ended.
+OUTCOME, RUNNING = "spark.task.outcome", "running"
+
 # Log levels of spans as MLflow has them: what users see, and what went wrong.
 DEBUG, INFO, ERROR = 10, 20, 40

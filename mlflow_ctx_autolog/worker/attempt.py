@@ -16,7 +16,13 @@ from mlflow_ctx_autolog.delivery.relay import driver_is_here, relay_bytes
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.exceptions import warn_once
 from mlflow_ctx_autolog.log_ins import safe_logger
-from mlflow_ctx_autolog.spans.attributes import DEBUG, FUNCTION, PARTITION
+from mlflow_ctx_autolog.spans.attributes import (
+    DEBUG,
+    FUNCTION,
+    OUTCOME,
+    PARTITION,
+    RUNNING,
+)
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanEvent
 from mlflow_ctx_autolog.stores.sending import appends, is_database, needs_mlflow
 from mlflow_ctx_autolog.task import Task, driver_span, driver_trace_id, open_tasks
@@ -31,7 +37,6 @@ __all__ = ["acknowledge", "begin", "finish"]
 _logger = safe_logger(__name__)
 
 _TASK = "TASK"
-_OUTCOME = "spark.task.outcome"
 
 # A trace's session and tags can be written through attributes of its root span, which spares a
 # request of their own. Older servers keep the tags as plain attributes.
@@ -92,7 +97,7 @@ def begin(
         attributes["spark.speculation"] = context.speculation
     attributes["spark.function.id"] = function or name
     attributes[FUNCTION] = name
-    attributes[_OUTCOME] = "running"
+    attributes[OUTCOME] = RUNNING
     worker.switch_on(task)
     if task.is_relayed:
         worker.deliveries.to(task.destination).is_shared = _driver_is_here(context)
@@ -178,7 +183,7 @@ def _end_span(
     worker = worker_process()
     if (said := worker.mlflow.said_of(task)) is not None:
         # By the user's function, to which it was MLflow's active span.
-        span.update_json({name: text for name, text in said.attributes.items() if name != _OUTCOME})
+        span.update_json({name: text for name, text in said.attributes.items() if name != OUTCOME})
         for event in said.events:
             span.add_event(event)
     receipt = TaskReceipt.attributes(
@@ -186,12 +191,12 @@ def _end_span(
     )
     span.update({**task.counts(), **receipt})
     if error is None:
-        span.update({_OUTCOME: "completed"})
+        span.update({OUTCOME: "completed"})
     elif isinstance(error, GeneratorExit):
         # Spark had all the rows it wanted.
-        span.update({_OUTCOME: "closed early"})
+        span.update({OUTCOME: "closed early"})
     else:
-        span.update({_OUTCOME: "failed"})
+        span.update({OUTCOME: "failed"})
         event = SpanEvent.of_exception(error)
         span.add_event(event)
         span.fail(f"{type(error).__name__}: {event.attributes['exception.message']}")

@@ -430,6 +430,32 @@ def test_tasks_that_end_after_the_root_are_added(book: Ledger) -> None:
     assert names(trace) == ["call", "call", "driver", "task", "task"]
 
 
+def test_how_a_task_began_does_not_replace_how_it_ended(book: Ledger) -> None:
+    """By another way it may come after it; with no end known, it is better than nothing."""
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        ended, killed = task_below(root, calls=0), task_below(root, calls=0)
+        for task, has_ended in ((ended, True), (killed, False)):
+            (end,) = task.spans
+            began = Span.from_otel_proto(end.to_otel_proto())
+            began._span._attributes["spark.task.outcome"] = json.dumps("running")
+            early = AtWork([Span.from_otel_proto(began.to_otel_proto())], task.receipt)
+            if has_ended:
+                book.receive([task.arrival(task.records)])
+            book.receive([early.arrival(early.records)])
+    assert ctx_autolog.flush(60)
+
+    found = {
+        span.span_id: span.attributes["spark.task.outcome"]
+        for span in stored_trace(root.trace_id).spans
+        if span.name == "task"
+    }
+    assert found == {
+        ended.receipt.task_span_id: "completed",
+        killed.receipt.task_span_id: "running",
+    }
+
+
 def test_a_task_without_a_receipt_is_found_in_the_store(
     book: Ledger, database: Destination
 ) -> None:

@@ -214,6 +214,21 @@ def test_nobody_collects_what_belongs_to_others(spools: Path) -> None:
     assert collect(spools, _is_of("driver 2"), take) == Collected(records=1)
 
 
+def test_what_came_first_is_collected_first(spools: Path) -> None:
+    """Of a process' files, the later one holds later states of what is in the earlier."""
+    for number in range(20):
+        segment = Segment.create(Destination(None, "1", "driver 1"), spools)
+        segment.add([(1, _span(str(number)))])
+        segment.close()
+    got: list[str] = []
+
+    def take(_: Destination, records: Sequence[Record]) -> None:
+        got.extend(record.key for record in records)
+
+    assert collect(spools, _is_of("driver 1"), take) == Collected(records=20)
+    assert got == [str(number) for number in range(20)]
+
+
 DRIVER = """
 import sys
 from pathlib import Path
