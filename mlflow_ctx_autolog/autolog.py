@@ -22,6 +22,7 @@ from mlflow_ctx_autolog.driver.routes import describe_transport, warn, warn_of_o
 from mlflow_ctx_autolog.exceptions import DiagnosisError, UnsupportedStoreError
 from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.prices import Price
+from mlflow_ctx_autolog.reporting.jobs import before_reading
 from mlflow_ctx_autolog.worker import process
 from mlflow_ctx_autolog.worker.spark_task import in_spark_task
 
@@ -30,6 +31,7 @@ __all__ = ["Handle", "disable", "enable", "switch_on"]
 _logger = safe_logger(__name__)
 _lock = threading.RLock()
 driver.ledger.likely_causes = likely_causes
+before_reading.append(lambda: driver.ledger.catch_up(settings().flush_timeout))
 _openai_calls = OpenAIAutolog(
     propagates_headers=lambda: settings().propagate_headers,
     fingerprint_key=driver.fingerprint_key,

@@ -288,6 +288,18 @@ class Ledger:
         flushed = flushed or not any(each.waiting for each in self.deliveries.all())
         return flushed and is_stored
 
+    def catch_up(self, timeout: float) -> None:
+        """Store what can be stored within the timeout, also of traces whose end is on its way.
+
+        Args:
+            timeout: Seconds to wait at most; where the store is known to be down, it is tried once.
+        """
+        deadline = time.monotonic() + timeout
+        if any(not book.has_ended for book in self.books.all()):
+            # MLflow may have it still to export; from it is known, too, what is down.
+            self._within(deadline, flush_exports)
+        self.flush(max(0.0, deadline - time.monotonic()), give_up_if_down=True)
+
     def await_workers(self, timeout: float) -> None:
         """Wait until the store has what tasks have told of, before their processes may be gone.
 
@@ -470,9 +482,7 @@ class Ledger:
         if time.monotonic() - ended < _LULL:
             # For the end of a trace, which MLflow's own exit handler has waited for.
             deadline -= ended - began
-        # MLflow may have the end of a trace still to export, from which it is known what is down.
-        self._within(deadline, flush_exports)
-        self.flush(max(0.0, deadline - time.monotonic()), give_up_if_down=True)
+        self.catch_up(max(0.0, deadline - time.monotonic()))
         for book in self.books.all():
             # Of tasks that have finished since, nobody has told.
             if book.has_ended and book.delivers and not book.receipts_come_home:

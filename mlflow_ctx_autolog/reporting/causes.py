@@ -40,8 +40,8 @@ PLAN_TWICE = Cause(
 )
 UDF_DUPLICATED = Cause(
     "udf_duplicated",
-    "evaluated again inside one action: Spark's optimiser has duplicated the UDF",
-    "Mark the UDF as asNondeterministic(), so that the optimiser evaluates it once a row.",
+    "evaluated again inside one action: the UDF is called twice for a row",
+    "Use its column twice, not the UDF; if Spark's optimiser has doubled it: asNondeterministic().",
 )
 LOST_CACHE = Cause(
     "lost_cache",

@@ -15,7 +15,10 @@ from mlflow_ctx_autolog.stores.stored_trace import (
     StoredTrace,
 )
 
-__all__ = ["Job", "last_jobs", "read_job"]
+__all__ = ["Job", "before_reading", "last_jobs", "read_job"]
+
+# What is done before jobs are read, since some of this process' own may be on their way.
+before_reading: list[Callable[[], object]] = []
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,27 @@ def test_a_receipt_waits_for_what_is_on_its_way(book: Ledger, database: Destinat
         assert (found.made, found.stored, found.complete) == (3, 3, True)
 
 
+def test_a_report_waits_for_the_end_of_its_trace(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which comes by MLflow's export, and goes from a thread: nobody need ask for it before."""
+    waited_for: list[str] = []
+    flush_exports, flush = ledger.flush_exports, book.flush
+    monkeypatch.setattr(
+        ledger, "flush_exports", lambda: waited_for.append("export") or flush_exports()
+    )
+    monkeypatch.setattr(
+        book, "flush", lambda *args, **how: waited_for.append("store") or flush(*args, **how)
+    )
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        ctx_autolog.report(root.trace_id)
+        assert waited_for[:2] == ["export", "store"]
+    waited_for.clear()
+    ctx_autolog.report(root.trace_id)
+    assert waited_for[-1] == "store"
+
+
 def test_flush_says_so_where_a_worker_has_kept_something(
     book: Ledger, database: Destination
 ) -> None:
