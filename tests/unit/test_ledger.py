@@ -235,6 +235,7 @@ def test_a_report_waits_for_the_end_of_its_trace(
     book: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which comes by MLflow's export, and goes from a thread: nobody need ask for it before."""
+    ctx_autolog.enable()
     waited_for: list[str] = []
     flush_exports, flush = ledger.flush_exports, book.flush
     monkeypatch.setattr(
