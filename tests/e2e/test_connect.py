@@ -61,7 +61,7 @@ with mlflow.start_span("job") as span:
 
 ways, errors = {}, {}
 for name, job in functions.ON_FRAMES.items():
-    if not functions.is_there(name):
+    if not functions.is_there(name, on_connect=True):
         continue
     with mlflow.start_span(name) as way_span:
         ways[name] = way_span.trace_id

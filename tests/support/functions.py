@@ -517,11 +517,14 @@ SINCE = {
     "stream, `transformWithStateInPandas`": (4, 0),
     "stream, `transformWithState`": (4, 1),
 }
+# The same for Spark Connect, where it was later.
+SINCE_ON_CONNECT = {"stream, `transformWithStateInPandas`": (4, 1)}
 
 
-def is_there(way: str) -> bool:
+def is_there(way: str, *, on_connect: bool = False) -> bool:
     """Whether the installed Spark has it."""
-    return tuple(map(int, pyspark.__version__.split(".")[:2])) >= SINCE.get(way, ())
+    since = {**SINCE, **SINCE_ON_CONNECT} if on_connect else SINCE
+    return tuple(map(int, pyspark.__version__.split(".")[:2])) >= since.get(way, ())
 
 
 def covered(column: str, ways: Iterable[str]) -> list[Any]:

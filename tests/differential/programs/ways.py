@@ -18,4 +18,5 @@ def _add(way: str, engines: tuple[str, ...]) -> None:
 
 for _way in (*ON_FRAMES, *ON_RDDS):
     if is_there(_way):
-        _add(_way, (CLASSIC, CONNECT) if _way in ON_FRAMES else (CLASSIC,))
+        _on_connect = _way in ON_FRAMES and is_there(_way, on_connect=True)
+        _add(_way, (CLASSIC, CONNECT) if _on_connect else (CLASSIC,))
