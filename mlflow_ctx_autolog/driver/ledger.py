@@ -19,17 +19,18 @@ from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.books import Book, Books, by_task, key_of
-from mlflow_ctx_autolog.driver.explanations import explain
+from mlflow_ctx_autolog.driver.explanations import explain, explain_words
 from mlflow_ctx_autolog.driver.exports import (
     DriverTracing,
     complete_info,
     filtered,
     flush_exports,
     open_spans,
+    said_fields,
 )
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
 from mlflow_ctx_autolog.driver.job_sums import sums_of
-from mlflow_ctx_autolog.driver.mlflow_traces import record_no_totals, totals_of
+from mlflow_ctx_autolog.driver.mlflow_traces import own_words, record_no_totals, totals_of
 from mlflow_ctx_autolog.driver.settling import Settlement
 from mlflow_ctx_autolog.driver.totals import SparkFacts, record_sums
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError
@@ -213,6 +214,11 @@ class Ledger:
         self.deliveries.to(book.destination).submit_all([span_record(span, key_of(book.trace_id))])
         return True
 
+    def note_words(self, span: Any) -> None:
+        """Note what the user has said of a trace, when its root is about to end."""
+        if span.parent_id is None and (book := self.books.of(span.trace_id)) is not None:
+            book.own_words = said_fields(book.trace_id)
+
     def take_trace(self, trace: Any) -> bool:
         """Complete a trace whose root has ended, and store it, if it is in the book."""
         book = self.books.of(trace.info.trace_id)
@@ -227,6 +233,7 @@ class Ledger:
         own = by_task(trace.data.spans).get(None, [])
         book.info = complete_info(trace)
         book.info.trace_metadata[TRACE_KEY] = book.trace_id
+        book.own_words = own_words(book.info, book.own_words)
         book.spans = len(own)
         book.usage, book.cost = totals_of(own)
         book.sums = sums_of(own)
@@ -350,6 +357,8 @@ class Ledger:
         if book.shown != tasks and not book.awaits_tasks if is_action else book.shown is None:
             book.shown = tasks
             self._show_job(book, receipt)
+        if book.has_ended and (differences := explain_words(book)) is not None:
+            self._warn("words", differences)
         if not receipt.complete:
             if not book.was_warned_of:
                 book.was_warned_of = True

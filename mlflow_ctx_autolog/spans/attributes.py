@@ -40,6 +40,8 @@ REUSED_FROM = "llm.reused_from"
 REUSED_USAGE = "llm.reused.usage"
 # Of a task: how many of its calls were, which "llm.calls" does not count.
 REUSED_CALLS = "llm.calls.reused"
+# Of a task: what it has said of its trace, as JSON.
+TRACE_UPDATE = "mlflow_ctx_autolog.trace_update"
 
 # Log levels of spans as MLflow has them: what users see, and what went wrong.
 DEBUG, INFO, ERROR = 10, 20, 40

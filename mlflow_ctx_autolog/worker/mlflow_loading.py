@@ -110,6 +110,18 @@ class MLflowInWorker:
         """Return a task's span as the user's function has changed it; None where it has not."""
         return None if self._loaded is None else self._loaded.tracer.said_of(task)
 
+    def note_call(self, task: Task) -> None:
+        """Note what the user's function has declared to MLflow where a call starts."""
+        if self._loaded is not None:
+            self._loaded.tracer.note_call(task)
+
+    def said_of_trace(self, task: Task) -> dict[str, str]:
+        """Return what was said here of a task's trace, since this was asked last."""
+        if self._loaded is None:
+            return {}
+        said: dict[str, str] = self._loaded.tracer.said_of_trace(task)
+        return said
+
     def problem(self) -> str | None:
         """Return why calls are not to be recorded here and now; None if they are."""
         if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
