@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -59,6 +60,32 @@ def outright(number: int) -> Any:
     return contextlib.nullcontext()
 
 
+def forking(url: str) -> Callable[[Iterator[pd.DataFrame]], Any]:
+    """Return a function whose calls are made, and whose words are said, in child processes."""
+
+    def in_child(number: int) -> None:
+        from openai import OpenAI
+
+        client = OpenAI(base_url=url, api_key="not-a-key", max_retries=0)
+        with mlflow.start_span("in child"), outright(number):
+            ask(client, number)
+
+    def speak(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        import multiprocessing
+
+        for batch in batches:
+            for number in batch["id"]:
+                child = multiprocessing.get_context("fork").Process(
+                    target=in_child, args=[int(number)]
+                )
+                child.start()
+                child.join()
+                assert child.exitcode == 0
+            yield batch.assign(answer="")
+
+    return speak
+
+
 @pytest.fixture
 def spoken(
     spark: SparkSession,
@@ -99,6 +126,48 @@ def test_what_is_said_outright(
             span = None
             spoken(outright)
         info = info_of_job(experiment_id, span).trace.info
+    assert_said(info)
+
+
+@pytest.mark.parametrize("has_span", [True, False])
+@pytest.mark.parametrize("kind", ["database", "files"])
+def test_where_the_driver_stores_what_workers_have_made(
+    spoken: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    has_span: bool,
+) -> None:
+    """As on a laptop."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    where = f"sqlite:///{tmp_path}/mlflow.db" if kind == "database" else tmp_path.as_uri()
+    mlflow.set_tracking_uri(where)
+    experiment_id = mlflow.set_experiment("words").experiment_id
+    with ctx_autolog.enable():
+        if has_span:
+            with mlflow.start_span("job") as span:
+                spoken(outright)
+        else:
+            span = None
+            spoken(outright)
+        info = info_of_job(experiment_id, span).trace.info
+    assert_said(info)
+
+
+def test_what_is_said_in_a_child_process(
+    spark: SparkSession, endpoint: OpenAIEndpoint, experiment_id: str
+) -> None:
+    """It is handed to the task with the child's spans."""
+    function = forking(endpoint.base_url)
+    with ctx_autolog.enable():
+        with mlflow.start_span("job") as span:
+            spark.range(0, 2, 1, 1).mapInPandas(function, SCHEMA).collect()
+        info = info_of_job(experiment_id, span).trace.info
+    assert_said(info)
+
+
+def assert_said(info: Any) -> None:
+    """Assert that what :func:`outright` says is known of a trace, and nothing more."""
     assert info.tags["fruit"] == "apple"
     assert info.tags["who"] == "row 1"
     assert info.trace_metadata["commit"] == "abc"
