@@ -50,11 +50,13 @@ class MLflowInWorker:
                 self._is_watching = True
                 when_imported("mlflow", lambda _: self._arrived())
                 # Which MLflow's OpenAI autolog traces as well.
-                when_imported("agents", lambda _: self._turn_on_autolog())
+                when_imported("agents", self._agents_arrived)
             if context.autologs:
                 self.load()
             if _is_loaded("mlflow"):
                 self._take_over()
+                if _is_loaded("agents"):
+                    self._agents_arrived(sys.modules["agents"])
 
     def _arrived(self) -> None:
         with self._lock:
@@ -74,9 +76,10 @@ class MLflowInWorker:
                     f"{type(error).__name__}: {error}. Calls of the OpenAI client are.",
                 )
 
-    def _turn_on_autolog(self) -> None:
+    def _agents_arrived(self, module: Any) -> None:
+        # A user's own module may have that name.
         with self._lock:
-            if self._context is not None:
+            if self._context is not None and hasattr(module, "set_trace_processors"):
                 self._take_over()
                 self.load().openai_autolog.turn_on()
 
