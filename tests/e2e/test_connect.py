@@ -129,10 +129,10 @@ def say(batches):
         yield batch.assign(answer="")
 
 with mlflow.start_span("words") as words_span:
-    spark.range(1).mapInPandas(say, workload.SCHEMA).collect()
+    spark.range(0, 1, 1, 1).mapInPandas(say, workload.SCHEMA).collect()
 # A trace of the action's own.
 mlflow.set_experiment("words-on-connect")
-spark.range(1).mapInPandas(say, workload.SCHEMA).collect()
+spark.range(0, 1, 1, 1).mapInPandas(say, workload.SCHEMA).collect()
 ctx_autolog.flush(30)
 
 ctx_autolog.disable()
