@@ -62,7 +62,9 @@ class OpenAIAutolog:
 
     def turn_on(self) -> None:
         """Turn it on until :meth:`uninstall`, for what it traces besides calls: the Agents SDK."""
-        self._autolog.install()
+        # Not where a function of the user's has turned it on or off.
+        if not AUTOLOGGING_INTEGRATIONS.get(_FLAVOR):
+            self._autolog.install()
 
     def _watch(self, module: Any) -> None:
         self._patches = [

@@ -51,7 +51,8 @@ class TraceWords:
         with self._lock:
             declared = self._declared.pop(trace_id, {})
         with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
-            if trace is None:
+            # One of this very process is MLflow's to write.
+            if trace is None or not trace.is_remote_trace:
                 return declared
             outright = _said_in(trace.info)
             _forget(trace.info)

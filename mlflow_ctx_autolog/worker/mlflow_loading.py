@@ -138,8 +138,12 @@ class MLflowInWorker:
         """Return what was said here of a task's trace, since this was asked last."""
         if self._loaded is None:
             return {}
-        said: dict[str, str] = self._loaded.tracer.said_of_trace(task)
-        return said
+        try:
+            return dict(self._loaded.tracer.said_of_trace(task))
+        except Exception as error:
+            # Of a value that cannot be written as a text, for one.
+            warn_once(_logger, "words", f"What a task has said of its trace is lost: {error!r}")
+            return {}
 
     def problem(self) -> str | None:
         """Return why calls are not to be recorded here and now; None if they are."""

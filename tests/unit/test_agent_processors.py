@@ -72,6 +72,7 @@ def processors(
     """Returns the processors that there are; at first, one of the user's."""
     ctx_autolog.disable()
     before = AUTOLOGGING_INTEGRATIONS.get("openai")
+    AUTOLOGGING_INTEGRATIONS["openai"] = {}
     if request.param == "stand-in":
         for name in [name for name in sys.modules if name.partition(".")[0] == "agents"]:
             monkeypatch.delitem(sys.modules, name)
@@ -146,3 +147,17 @@ def test_they_are_there_again_after_a_workers_tasks(processors: Processors) -> N
         autolog.uninstall()
         assert processors() == ["the user's"]
         assert not AUTOLOGGING_INTEGRATIONS.get("openai")
+
+
+def test_what_a_function_has_switched_off_stays_off(processors: Processors) -> None:
+    """In a worker, with the next task as well."""
+    autolog = OpenAIAutolog(lambda: True)
+    autolog.install()
+    autolog.turn_on()
+    mlflow.openai.autolog(disable=True)
+    autolog.uninstall()
+    autolog.install()
+    autolog.turn_on()
+    assert AUTOLOGGING_INTEGRATIONS["openai"]["disable"]
+    assert MLFLOWS not in kinds(processors())
+    autolog.uninstall()
