@@ -12,7 +12,7 @@ from typing import Any
 from mlflow_ctx_autolog.delivery.receipts import ATTEMPT, STAGE, Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.attempts import Attempt
-from mlflow_ctx_autolog.driver.mlflow_traces import is_task, totals_of
+from mlflow_ctx_autolog.driver.mlflow_traces import is_task, said_fields, totals_of
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.record import SpanRecord
@@ -268,6 +268,11 @@ class Books:
     def forget(self, trace_id: str) -> None:
         """Strike a trace off that nobody is to ask for."""
         self._books.pop(key_of(trace_id), None)
+
+    def note_words(self, span: Any) -> None:
+        """Note what the user has said of a trace, when its root is about to end."""
+        if span.parent_id is None and (book := self.of(span.trace_id)) is not None:
+            book.own_words = said_fields(book.trace_id)
 
     def told_stages(self, book: Book) -> tuple[dict[int, set[int]], set[int]]:
         """Return, by their stages, the attempts that have told of a trace; and stages of others."""

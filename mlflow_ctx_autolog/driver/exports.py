@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import mlflow
 import mlflow.entities.span as mlflow_span
-from mlflow.entities import LiveSpan, Span, Trace, TraceInfo, TraceState
+from mlflow.entities import LiveSpan, Span, Trace, TraceInfo
 from mlflow.entities.span import NoOpSpan
 from mlflow.tracing.config import get_config
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
@@ -40,7 +40,6 @@ __all__ = [
     "filtered",
     "flush_exports",
     "open_spans",
-    "said_fields",
     "snapshot",
     "span_processors",
 ]
@@ -54,19 +53,6 @@ def open_spans(trace_id: str) -> list[Span]:
         spans = [] if trace is None else list(trace.span_dict.values())
     found = (snapshot(span) for span in spans if isinstance(span, LiveSpan))
     return [span for span in found if span is not None]
-
-
-def said_fields(trace_id: str) -> frozenset[str]:
-    """Return which fields of an open trace of this process the user has set, by their names."""
-    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
-        if trace is None:
-            return frozenset()
-        names = ("client_request_id", "request_preview", "response_preview")
-        found = {name for name in names if getattr(trace.info, name) is not None}
-        if trace.info.state != TraceState.IN_PROGRESS:
-            # Before MLflow has written one itself, as the root ends.
-            found.add("state")
-        return frozenset(found)
 
 
 def add_to_trace(span: Span) -> bool:

@@ -26,7 +26,6 @@ from mlflow_ctx_autolog.driver.exports import (
     filtered,
     flush_exports,
     open_spans,
-    said_fields,
 )
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
 from mlflow_ctx_autolog.driver.job_sums import sums_of
@@ -213,11 +212,6 @@ class Ledger:
             return False
         self.deliveries.to(book.destination).submit_all([span_record(span, key_of(book.trace_id))])
         return True
-
-    def note_words(self, span: Any) -> None:
-        """Note what the user has said of a trace, when its root is about to end."""
-        if span.parent_id is None and (book := self.books.of(span.trace_id)) is not None:
-            book.own_words = said_fields(book.trace_id)
 
     def take_trace(self, trace: Any) -> bool:
         """Complete a trace whose root has ended, and store it, if it is in the book."""

@@ -11,6 +11,7 @@ from typing import Any
 import mlflow.tracing.utils as mlflow_utils
 from mlflow.entities import LiveSpan, Span, SpanType, TraceInfo, TraceLocation, TraceState
 from mlflow.entities.span_status import SpanStatusCode
+from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import aggregate_usage_from_spans
 
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
@@ -34,6 +35,7 @@ __all__ = [
     "record_update",
     "record_usage",
     "said",
+    "said_fields",
     "totals_of",
     "with_attributes",
 ]
@@ -126,6 +128,19 @@ def record_unknown_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> Non
         info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(dict.fromkeys(_TOKENS))
     if not cost:
         info.trace_metadata[_COST_OF_TRACE] = json.dumps({"input_cost": None})
+
+
+def said_fields(trace_id: str) -> frozenset[str]:
+    """Return which fields of an open trace of this process the user has set, by their names."""
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        if trace is None:
+            return frozenset()
+        names = ("client_request_id", "request_preview", "response_preview")
+        found = {name for name in names if getattr(trace.info, name) is not None}
+        if trace.info.state != TraceState.IN_PROGRESS:
+            # Before MLflow has written one itself, as the root ends.
+            found.add("state")
+        return frozenset(found)
 
 
 def own_words(info: TraceInfo, fields: Iterable[str] = ()) -> frozenset[str]:
