@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 from mlflow_ctx_autolog.answers.task_answers import TaskAnswers
 from mlflow_ctx_autolog.context import DriverContext
 from mlflow_ctx_autolog.delivery.spool import Destination
+from mlflow_ctx_autolog.exceptions import warn_once
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.prices import in_and_out, least_total
 from mlflow_ctx_autolog.recorder.budget import Budget
 from mlflow_ctx_autolog.spans.amounts import Amounts, Tally
@@ -22,6 +24,7 @@ from mlflow_ctx_autolog.spans.attributes import REUSED_CALLS
 from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext
+from mlflow_ctx_autolog.spans.trace_update import CONTENT, ROOM, bounded, latest
 
 __all__ = [
     "Task",
@@ -35,6 +38,8 @@ __all__ = [
     "note_starter",
     "open_tasks",
 ]
+
+_logger = safe_logger(__name__)
 
 T = TypeVar("T")
 
@@ -91,6 +96,7 @@ class Task:
         usage: Tokens of the model calls that have ended.
         cost: Cost of these, where their spans say so.
         sums: What else these come to.
+        trace_update: What was said of its trace besides spans, as far as it may be sent.
         is_open: Whether the task has begun and not ended.
         began: When it did, on the monotonic clock.
         elsewhere: The id of the task's span, where it is the parent process that runs it.
@@ -127,6 +133,7 @@ class Task:
     usage: Tally = field(default_factory=Tally)
     cost: Tally = field(default_factory=Tally)
     sums: CallSums = field(default_factory=CallSums)
+    trace_update: Mapping[str, str] = field(default_factory=dict)
     is_open: bool = False
     began: float = field(default_factory=time.monotonic)
     elsewhere: str | None = None
@@ -284,6 +291,23 @@ class Task:
         """Add the sums of a child process, from any thread."""
         with self._lock:
             self.sums.merge(sums)
+
+    def say_of_trace(self, update: Mapping[str, str]) -> None:
+        """Add what may be sent of what was said of its trace, from any thread."""
+        said = {
+            name: self.content.text(value) if name in CONTENT else value
+            for name, value in update.items()
+        }
+        known = {name: value for name, value in said.items() if value is not None}
+        with self._lock:
+            self.trace_update, rest = bounded(latest([self.trace_update, known]))
+        if rest:
+            warn_once(
+                _logger,
+                "trace update",
+                f"A task has said more of its trace than the {ROOM:,} characters that its receipt "
+                f"has room for. Left out: {', '.join(rest[:3])}. Set it as an attribute of a span.",
+            )
 
     def take_sums(self) -> CallSums:
         """Return the sums so far, for somebody else to add."""

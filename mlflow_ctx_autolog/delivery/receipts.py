@@ -11,7 +11,8 @@ from enum import Enum
 from typing import Any
 
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
-from mlflow_ctx_autolog.spans.attributes import FUNCTION
+from mlflow_ctx_autolog.spans.attributes import FUNCTION, TRACE_UPDATE
+from mlflow_ctx_autolog.spans.trace_update import parse_update
 
 __all__ = ["ATTEMPT", "STAGE", "Counts", "Loss", "Receipt", "TaskReceipt"]
 
@@ -98,6 +99,8 @@ class TaskReceipt:
         models: Of its calls whose cost is not told, input and output tokens, and of how many calls
             these are known, by the model that was asked.
         function: The name of its function; "" where it is not told.
+        trace_update: What it has said of the trace besides spans, see
+            :mod:`~mlflow_ctx_autolog.spans.trace_update`.
         swept: Whether, in the attempt, all that processes which are gone had left on its host was
             found and delivered.
     """
@@ -131,6 +134,7 @@ class TaskReceipt:
     swept: bool = False
     models: Mapping[str, Sequence[int]] = field(default_factory=dict)
     function: str = ""
+    trace_update: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Serialise to one JSON object."""
@@ -149,6 +153,7 @@ class TaskReceipt:
             fields["usage"] = parse_amounts(fields.get("usage"))
             fields["cost"] = parse_amounts(fields.get("cost"))
             fields["requests"] = tuple(fields.get("requests", ()))
+            fields["trace_update"] = parse_update(fields.get("trace_update"))
             return cls(**fields)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"not the receipt of a task: {text[:200]!r}") from error
@@ -160,12 +165,14 @@ class TaskReceipt:
         cost: Amounts,
         silence: str | None = None,
         sampled_out: int = 0,
+        trace_update: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Return the attributes by which a task's span is a receipt of its own."""
         return {
             _MADE: made,
             **({} if silence is None else {_SILENCE: silence}),
             **({_SAMPLED_OUT: sampled_out} if sampled_out else {}),
+            **({TRACE_UPDATE: dict(trace_update)} if trace_update else {}),
             **{_TOKENS + name.removesuffix("_tokens"): n for name, n in usage.items()},
             **{_COST + name.removesuffix("_cost"): amount for name, amount in cost.items()},
         }
@@ -196,6 +203,7 @@ class TaskReceipt:
             function=attributes.get(FUNCTION, ""),
             attempt=attributes.get(ATTEMPT),
             stage=attributes.get(STAGE),
+            trace_update=parse_update(attributes.get(TRACE_UPDATE)),
         )
 
 

@@ -54,6 +54,7 @@ class Facts:
         spans_found: Ids of the spans, of those that the processes wrote, that the driver finds in
             its store; None where it could not look.
         clock_difference: Seconds by which a worker's clock is off at least, and its host.
+        mlflow_wanted: What of the driver's settings has workers load MLflow.
         round_trip: Why the probe call did not arrive; None where it did.
         round_trip_skipped: Why no probe call was made; None where it was.
     """
@@ -71,6 +72,7 @@ class Facts:
     model_url_was_named: bool = False
     spans_found: list[str] | None = None
     clock_difference: tuple[str, float] | None = None
+    mlflow_wanted: Sequence[str] = ()
     round_trip: str | None = None
     round_trip_skipped: str | None = "not yet"
 

@@ -26,9 +26,12 @@ from mlflow_ctx_autolog.driver.mlflow_traces import is_task
 from mlflow_ctx_autolog.driver.routes import transport
 from mlflow_ctx_autolog.exceptions import StoreError, UnsupportedStoreError, shortened
 from mlflow_ctx_autolog.log_ins import without_credentials
+from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.access import access
 from mlflow_ctx_autolog.stores.databricks import is_table
+from mlflow_ctx_autolog.stores.otlp import is_collector
+from mlflow_ctx_autolog.stores.sending import is_database, needs_mlflow
 from mlflow_ctx_autolog.versions import SUPPORTED
 
 __all__ = ["diagnose", "doctor"]
@@ -130,10 +133,30 @@ class _Examination:
         if facts.transport in ("direct", "driver"):
             self._find_experiment()
         self._gather(worker_uri)
+        facts.mlflow_wanted = self._reasons_for_mlflow()
         facts.round_trip_skipped = self._reason_to_stay(examine(facts))
         if facts.round_trip_skipped is None:
             facts.round_trip = self._make_round_trip()
         return examine(facts)
+
+    def _reasons_for_mlflow(self) -> list[str]:
+        """Return what of the driver's settings has workers load MLflow."""
+        config, uri = self._config, self._worker_uri
+        found = []
+        if autologs := autologs_in_force():
+            found.append(f"its autologs on at the driver ({', '.join(sorted(autologs))})")
+        if exports.span_processors():
+            found.append("span processors of mlflow.tracing.configure()")
+        if config.max_cost is not None or config.sampling is not None:
+            found.append("the price of a model that prices= does not name")
+        if is_collector(uri) and _is_true("MLFLOW_ENABLE_OTEL_GENAI_SEMCONV"):
+            found.append("MLFLOW_ENABLE_OTEL_GENAI_SEMCONV")
+        if is_database(uri):
+            if config.transport == "direct":
+                found.append('a database that workers write to (transport="direct")')
+        elif needs_mlflow(uri):
+            found.append("the store, or a log-in there, that only MLflow can speak to")
+        return found
 
     def _gather(self, worker_uri: str | None) -> None:
         """Ask the driver's process and those of workers, and look at what they have stored."""
@@ -264,6 +287,10 @@ class _Examination:
         # Where neither deleting nor tagging is allowed, the trace's name says what it is.
         with suppress(StoreError):
             store.delete_trace(self._destination(), trace_id)
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def _excerpt(error: BaseException) -> str:

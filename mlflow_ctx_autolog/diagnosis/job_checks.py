@@ -91,12 +91,37 @@ def executors_say_goodbye(subject: Subject) -> Verdict | None:
     advice="Leave spark.python.worker.reuse at its default, true.",
 )
 def workers_are_reused(subject: Subject) -> Verdict | None:
-    """Otherwise each task starts a process of its own, which takes seconds to import MLflow."""
+    """Otherwise each task starts a process of its own, which takes a while to be ready."""
     value = setting(subject.facts, "spark.python.worker.reuse", "true")
     if value is None:
         return None
     found = f"spark.python.worker.reuse={value}"
     return passed(found) if value == "true" else warned(found)
+
+
+@check(
+    "Workers load MLflow only where it is wanted",
+    where="job",
+    advice="Look at docs/mlflow-in-workers.md for what has a worker load it.",
+)
+def mlflow_is_wanted(subject: Subject) -> Verdict | None:
+    """Calls are recorded and stored without it, and it costs each Python process 1.5 s and 200 MB.
+
+    It is needed by functions that import it, by other autologs and span processors of the driver,
+    for prices, and by some stores and log-ins. Nothing is wrong with that; it is said what it is.
+    """
+    facts = subject.facts
+    wanted = list(facts.mlflow_wanted)
+    had = [worker for worker in facts.workers or () if worker.get("had_mlflow")]
+    told = sorted({why for worker in had if (why := worker.get("why_mlflow"))} - set(wanted))
+    if wanted:
+        return passed(f"they do, for {'; '.join([*wanted, *told])}")
+    if facts.workers is None:
+        return None
+    if not had:
+        return passed("they do not, but for functions that import it")
+    known = "; ".join(told) or "a function, or a doctor(), that has run there"
+    return passed(f"{len(had)} of {len(facts.workers)} that were asked have it, for {known}")
 
 
 @check(

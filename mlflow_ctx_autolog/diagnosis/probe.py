@@ -57,12 +57,14 @@ def facts_of_process(
         **asked: What :func:`_facts_by_the_library` takes.
 
     Returns:
-        ``host``, ``executable``, ``python``; ``packages``: for each the ``version`` or the
+        ``had_mlflow``: whether it was loaded here before; ``host``, ``executable``, ``python``;
+        ``packages``: for each the ``version`` or the
         ``error``; ``variables``: those that are set; ``credentials``: names of variables that are
         set and log in; ``model``: what prevents a connection, None if nothing does; and the facts
         of :func:`_facts_by_the_library`, or ``library_error``.
     """
     facts: dict[str, Any] = {
+        "had_mlflow": "mlflow" in sys.modules,
         "host": socket.gethostname(),
         "executable": sys.executable,
         "python": ".".join(str(number) for number in sys.version_info[:3]),
@@ -102,7 +104,7 @@ def _facts_by_the_library(
     Returns:
         ``tracing``, ``no_store`` and, if there is one, ``spool``: what is wrong with them, None
         if nothing is;
-        ``sampling_ratio``;
+        ``sampling_ratio``; ``why_mlflow``: who had a task here load MLflow first, if it is known;
         ``layers``: modules of others on the OpenAI client's calls; in a task, ``sees_action``:
         whether it sees what the driver says of its action; ``store``: see
         :func:`mlflow_ctx_autolog.stores.access.access`; ``span_id``: of the span that was
@@ -113,12 +115,14 @@ def _facts_by_the_library(
     from mlflow_ctx_autolog.stores.access import access
     from mlflow_ctx_autolog.stores.tracking_store import span_record
     from mlflow_ctx_autolog.tracing import lone_span, sampling_ratio, tracing_problem
+    from mlflow_ctx_autolog.worker.process import worker_process
     from mlflow_ctx_autolog.worker.spark_task import action_text, in_spark_task
 
     facts: dict[str, Any] = {
         "tracing": tracing_problem(),
         "no_store": _missing_store(),
         "sampling_ratio": sampling_ratio(),
+        "why_mlflow": worker_process().mlflow.why,
         "layers": layers_on_calls(),
     }
     if in_spark_task():

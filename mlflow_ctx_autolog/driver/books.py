@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow_ctx_autolog.delivery.receipts import ATTEMPT, STAGE, Receipt, TaskReceipt
 from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.attempts import Attempt
-from mlflow_ctx_autolog.driver.mlflow_traces import is_task, totals_of
+from mlflow_ctx_autolog.driver.mlflow_traces import is_task, said_fields, totals_of
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.record import SpanRecord
+from mlflow_ctx_autolog.spans.trace_update import latest
 
 __all__ = ["Book", "Books", "Unfinished", "by_task", "key_of"]
 
@@ -82,7 +83,7 @@ class Book:
         ended: When that was known, in milliseconds since the epoch; None before.
         was_read: How many spans the store had when they were read last, and which attempts had
             told nothing then.
-        written: What the totals and the receipt were when they were written; None if they were
+        written: What :meth:`known` and the receipt were when they were written; None if they were
             not.
         priced: What it has cost, as it was written.
         previews: What was written of it for MLflow's list of traces, by the field.
@@ -100,6 +101,7 @@ class Book:
         whole: Its spans by their ids, where the store takes whole traces only and it is we who
             store it.
         in_whole: Ids of the spans with which MLflow stores it.
+        own_words: What was said of it on the driver, by the names of an update.
     """
 
     destination: Destination
@@ -120,7 +122,7 @@ class Book:
     has_ended: bool = False
     ended: int | None = None
     was_read: tuple[int, frozenset[int]] | None = None
-    written: tuple[tuple[Amounts, Amounts], dict[str, Any]] | None = None
+    written: tuple[tuple[tuple[Amounts, Amounts], dict[str, str]], dict[str, Any]] | None = None
     priced: Amounts = field(default_factory=dict)
     previews: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
@@ -136,6 +138,7 @@ class Book:
     root: SpanRecord | None = None
     whole: dict[str, Any] = field(default_factory=dict)
     in_whole: set[str] = field(default_factory=set)
+    own_words: frozenset[str] = frozenset()
 
     @property
     def trace_id(self) -> str:
@@ -148,12 +151,16 @@ class Book:
 
     @property
     def has_totals(self) -> bool:
-        """Whether what the trace comes to was written as it is now."""
-        return self.written is not None and self.written[0] == self.totals()
+        """Whether what the trace comes to, and tasks say of it, was written as it is now."""
+        return self.written is not None and self.written[0] == self.known()
 
     def has_written(self, receipt: Receipt) -> bool:
         """Whether that, and what became of its spans, was written as it is now."""
-        return self.written == (self.totals(), receipt.summary())
+        return self.written == (self.known(), receipt.summary())
+
+    def known(self) -> tuple[tuple[Amounts, Amounts], dict[str, str]]:
+        """Return what the trace comes to, and what tasks say of it."""
+        return self.totals(), self.trace_update()
 
     @property
     def made(self) -> int:
@@ -213,6 +220,15 @@ class Book:
     def tasks(self) -> list[TaskReceipt]:
         return [*self.receipts.values(), *(each.receipt for each in self._unfinished())]
 
+    def updates(self) -> list[Mapping[str, str]]:
+        """Return what tasks have said of the trace, that of the latest attempt last."""
+        tasks = [task for task in list(self.receipts.values()) if task.trace_update]
+        return [task.trace_update for task in sorted(tasks, key=lambda task: task.attempt or 0)]
+
+    def trace_update(self) -> dict[str, str]:
+        """Return what holds of it."""
+        return latest(self.updates())
+
     def totals(self) -> tuple[Amounts, Amounts]:
         usage, cost = dict(self.usage), dict(self.cost)
         for receipt in self.tasks():
@@ -256,6 +272,11 @@ class Books:
     def forget(self, trace_id: str) -> None:
         """Strike a trace off that nobody is to ask for."""
         self._books.pop(key_of(trace_id), None)
+
+    def note_words(self, span: Any) -> None:
+        """Note what the user has said of a trace, when its root is about to end."""
+        if span.parent_id is None and (book := self.of(span.trace_id)) is not None:
+            book.own_words = said_fields(book.trace_id)
 
     def told_stages(self, book: Book) -> tuple[dict[int, set[int]], set[int]]:
         """Return, by their stages, the attempts that have told of a trace; and stages of others."""

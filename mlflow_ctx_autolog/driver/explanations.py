@@ -1,11 +1,14 @@
-"""What a receipt that is not complete means, and what to do about it."""
+"""What a receipt that is not complete means, what words that differ do, and what to do about it."""
 
 from __future__ import annotations
 
 from mlflow_ctx_autolog.delivery.directory import default_directory
 from mlflow_ctx_autolog.delivery.receipts import Loss, Receipt
+from mlflow_ctx_autolog.driver.books import Book
+from mlflow_ctx_autolog.driver.mlflow_traces import said
+from mlflow_ctx_autolog.spans.trace_update import CONTENT, LINKED_PROMPTS, differing
 
-__all__ = ["explain"]
+__all__ = ["explain", "explain_words"]
 
 # What to do about spans that are dropped, by the way in which they are.
 _REMEDIES = {
@@ -14,6 +17,39 @@ _REMEDIES = {
     Loss.REFUSED_UNNAMED: "the log of the collector says why",
     Loss.TOO_LATE: "run the action inside the span, or use a store that takes single spans",
 }
+
+
+# What tasks say differently is named so often.
+_NAMED = 3
+
+
+def explain_words(book: Book) -> str | None:
+    """Return a text on what is said of a trace in more ways than one; None where nothing is."""
+    updates = book.updates()
+    found = [
+        f"{name} is {_quoted(name, last)} for one task and {_quoted(name, other)} for another"
+        for name, (other, last) in differing(updates).items()
+        if name not in book.own_words
+    ]
+    for name, value in book.trace_update().items():
+        here = said(book.info, name) if name in book.own_words else value
+        if here != value and name != LINKED_PROMPTS:
+            found.append(
+                f"{name} is {_quoted(name, here)} on the driver, {_quoted(name, value)} for a task"
+            )
+    if not found:
+        return None
+    more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return (
+        f"What is said of trace {book.trace_id} differs: {'; '.join(found[:_NAMED])}{more}. The "
+        "driver's word holds; of tasks, that of the latest attempt. What differs from row to row "
+        "belongs on a span: mlflow.get_current_active_span().set_attribute()."
+    )
+
+
+def _quoted(name: str, value: str) -> str:
+    # Neither prompts nor pages of them in a log.
+    return "one text" if name in CONTENT else repr(value[:80])
 
 
 def explain(receipt: Receipt, spool_directory: str | None) -> str:

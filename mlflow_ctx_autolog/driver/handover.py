@@ -159,6 +159,7 @@ class Driver:
 
     def _filter(self, span: Any) -> None:
         exports.filter_open_span(span, ContentPolicy(settings()))
+        self.ledger.books.note_words(span)
         # That which ends the span, where it is left by one.
         note_budget(sys.exc_info()[1])
 

@@ -21,7 +21,7 @@ from mlflow_ctx_autolog.delivery.repeated import Repeated
 from mlflow_ctx_autolog.delivery.segments import spool_files
 from mlflow_ctx_autolog.driver.books import Book, Books, key_of
 from mlflow_ctx_autolog.driver.exports import add_to_trace
-from mlflow_ctx_autolog.driver.mlflow_traces import info_of_json, info_of_trace
+from mlflow_ctx_autolog.driver.mlflow_traces import info_of_json, info_of_trace, own_words
 from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.spans.attributes import OUTCOME, RUNNING, SPAN_TYPE
@@ -247,6 +247,7 @@ class Homecoming:
         book = Book(destination, info, store_takes_spans(), table)
         book.name = root.name.partition(".")[2] or root.name
         book.root, book.spans, book.has_ended = replace(root, status="OK"), 1, True
+        book.own_words = own_words(info)
         with self._books.lock:
             self._books.keep(book)
 

@@ -19,7 +19,7 @@ from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.books import Book, Books, by_task, key_of
-from mlflow_ctx_autolog.driver.explanations import explain
+from mlflow_ctx_autolog.driver.explanations import explain, explain_words
 from mlflow_ctx_autolog.driver.exports import (
     DriverTracing,
     complete_info,
@@ -29,7 +29,7 @@ from mlflow_ctx_autolog.driver.exports import (
 )
 from mlflow_ctx_autolog.driver.homecoming import Homecoming
 from mlflow_ctx_autolog.driver.job_sums import sums_of
-from mlflow_ctx_autolog.driver.mlflow_traces import record_no_totals, totals_of
+from mlflow_ctx_autolog.driver.mlflow_traces import own_words, record_no_totals, totals_of
 from mlflow_ctx_autolog.driver.settling import Settlement
 from mlflow_ctx_autolog.driver.totals import SparkFacts, record_sums
 from mlflow_ctx_autolog.exceptions import IncompleteTraceError
@@ -227,6 +227,7 @@ class Ledger:
         own = by_task(trace.data.spans).get(None, [])
         book.info = complete_info(trace)
         book.info.trace_metadata[TRACE_KEY] = book.trace_id
+        book.own_words = own_words(book.info, book.own_words)
         book.spans = len(own)
         book.usage, book.cost = totals_of(own)
         book.sums = sums_of(own)
@@ -362,6 +363,8 @@ class Ledger:
         if book.shown != tasks and not book.awaits_tasks if is_action else book.shown is None:
             book.shown = tasks
             self._show_job(book, receipt)
+        if book.has_ended and (differences := explain_words(book)) is not None:
+            self._warn("words", differences)
         if not receipt.complete:
             if not book.was_warned_of:
                 book.was_warned_of = True

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlflow.tracing.utils as mlflow_utils
 from mlflow.entities import LiveSpan, Span, SpanType, TraceInfo, TraceLocation, TraceState
 from mlflow.entities.span_status import SpanStatusCode
+from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import aggregate_usage_from_spans
 
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.attributes import FINGERPRINT, OUTCOME
+from mlflow_ctx_autolog.spans.trace_update import LINKED_PROMPTS, joined_prompts
 from mlflow_ctx_autolog.spans.usage import usage_of_answer
 
 __all__ = [
@@ -26,10 +28,14 @@ __all__ = [
     "is_in_progress",
     "is_task",
     "list_price",
+    "own_words",
     "record_no_totals",
     "record_totals",
     "record_unknown_totals",
+    "record_update",
     "record_usage",
+    "said",
+    "said_fields",
     "totals_of",
     "with_attributes",
 ]
@@ -122,6 +128,60 @@ def record_unknown_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> Non
         info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(dict.fromkeys(_TOKENS))
     if not cost:
         info.trace_metadata[_COST_OF_TRACE] = json.dumps({"input_cost": None})
+
+
+def said_fields(trace_id: str) -> frozenset[str]:
+    """Return which fields of an open trace of this process the user has set, by their names."""
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        if trace is None:
+            return frozenset()
+        names = ("client_request_id", "request_preview", "response_preview")
+        found = {name for name in names if getattr(trace.info, name) is not None}
+        if trace.info.state != TraceState.IN_PROGRESS:
+            # Before MLflow has written one itself, as the root ends.
+            found.add("state")
+        return frozenset(found)
+
+
+def own_words(info: TraceInfo, fields: Iterable[str] = ()) -> frozenset[str]:
+    """Return what was said of a trace on the driver, by the names of an update.
+
+    Args:
+        info: What is known of it there, without what tasks say.
+        fields: Those of its fields that the user has set; MLflow fills in the others.
+    """
+    tags = (f"tags.{name}" for name in info.tags)
+    metadata = (f"trace_metadata.{name}" for name in info.trace_metadata)
+    failed = ["state"] if info.state == TraceState.ERROR else []
+    return frozenset([*tags, *metadata, *fields, *failed])
+
+
+def said(info: TraceInfo, name: str) -> str:
+    """Return what is known of a trace by the name of an update."""
+    kind, _, key = name.partition(".")
+    found = getattr(info, kind)
+    found = found.get(key) if key else found
+    return str(getattr(found, "value", found))
+
+
+def record_update(info: TraceInfo, update: Mapping[str, str], own: Collection[str]) -> None:
+    """Write what tasks say of a trace, where nothing else was said of it on the driver.
+
+    Args:
+        info: What is known of it.
+        update: What they say, see :mod:`~mlflow_ctx_autolog.spans.trace_update`.
+        own: What was said on the driver, by the names of an update.
+    """
+    for name, value in update.items():
+        kind, _, key = name.partition(".")
+        if name == LINKED_PROMPTS:
+            info.tags[key] = joined_prompts(info.tags.get(key), value)
+        elif name in own:
+            continue
+        elif key:
+            getattr(info, kind)[key] = value
+        else:
+            setattr(info, kind, TraceState(value) if kind == "state" else value)
 
 
 def info_of_trace(

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +24,11 @@ from mlflow_ctx_autolog.exceptions import StoreError
 from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.spans.otlp import encode
 from mlflow_ctx_autolog.spans.record import SpanRecord
+from mlflow_ctx_autolog.spans.trace_update import LINKED_PROMPTS, prompts_of
 from mlflow_ctx_autolog.stores.stored_trace import RECEIPT
 from mlflow_ctx_autolog.stores.tracking_store import (
     count_spans,
+    link_prompts,
     read_trace,
     spans_of,
     store_whole_trace,
@@ -170,14 +172,14 @@ class Settlement:
         """Store a trace in one piece, unless the store has it as it is known now."""
         if book.has_totals:
             return
-        totals = book.totals()
-        record_sums(book, *totals, self._spark_facts)
+        known = book.known()
+        record_sums(book, *known[0], self._spark_facts)
         spans = dict(book.whole)
         if book.root is not None:
             (root,) = spans_of([_root_record(book, book.root)])
             spans[root.span_id] = root
         if self._within(deadline, store_whole_trace, book.destination, book.info, spans.values()):
-            book.written = totals, {}
+            book.written = known, {}
 
     def _ask(self, book: Book, asked: _Asked) -> None:
         """Ask the store how many spans it has; where that is another number, learn why."""
@@ -286,8 +288,8 @@ class Settlement:
     def _write_totals(
         self, book: Book, delivery: Outbox, deadline: float, receipt: Receipt, *, ask: bool
     ) -> None:
-        totals = book.totals()
-        usage, cost = totals
+        known = book.known()
+        usage, cost = known[0]
         unpriced = any(task.usage and not task.cost for task in book.tasks())
         is_sampled = any(task.sampled_out for task in book.tasks())
         if ask and (unpriced or not cost) and not is_sampled:
@@ -301,8 +303,16 @@ class Settlement:
         delivery.submit_all([trace_record(book.info)._replace(owner=key_of(book.trace_id))])
         # Where nothing was stored a moment ago, there is no point in waiting again.
         if delivery.flush(max(0.0, deadline - time.monotonic()), give_up=not ask):
-            book.written = totals, receipt.summary()
+            book.written = known, receipt.summary()
             book.priced = cost
+            if prompts := prompts_of(known[1].get(LINKED_PROMPTS)):
+                self._within(deadline, _link_prompts, book, prompts)
+
+
+def _link_prompts(book: Book, prompts: Sequence[Any]) -> None:
+    # Where that cannot be, the trace's tag says it.
+    with suppress(StoreError):
+        link_prompts(book.destination, book.trace_id, prompts)
 
 
 def _with_sums(receipt: TaskReceipt, below: Sequence[Any]) -> TaskReceipt:

@@ -17,13 +17,16 @@ from mlflow_ctx_autolog.driver.job_sums import job_sums
 from mlflow_ctx_autolog.driver.mlflow_traces import (
     end_info,
     is_in_progress,
+    own_words,
     record_totals,
     record_unknown_totals,
+    record_update,
     totals_of,
     with_attributes,
 )
 from mlflow_ctx_autolog.driver.previews import write_previews
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
+from mlflow_ctx_autolog.spans.trace_update import latest
 from mlflow_ctx_autolog.stores.sending import send
 from mlflow_ctx_autolog.stores.stored_trace import (
     DRIVER,
@@ -44,7 +47,7 @@ SparkFacts = Callable[[int], "str | None"]
 
 
 def record_sums(book: Book, usage: Amounts, cost: Amounts, spark_facts: SparkFacts | None) -> None:
-    """Write into what is known of a trace what it comes to, and what Spark knows of its jobs.
+    """Write into what is known of a trace what it comes to, and what tasks and Spark say of it.
 
     Args:
         book: The trace's.
@@ -53,6 +56,7 @@ def record_sums(book: Book, usage: Amounts, cost: Amounts, spark_facts: SparkFac
         spark_facts: Returns what Spark knows since a time, in milliseconds since the epoch.
     """
     record_totals(book.info, usage, cost)
+    record_update(book.info, book.trace_update(), book.own_words)
     write_previews(book)
     facts = None if spark_facts is None else spark_facts(int(book.info.request_time))
     # A store may have no room for a longer one.
@@ -79,6 +83,7 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
         return
     by_id = {span.span_id: span for span in spans}
     records = []
+    updates = []
     unknown: Counter[str] = Counter()
     for task_id, below in by_task(spans).items():
         task = None if task_id is None else by_id[task_id]
@@ -86,6 +91,7 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
         if task is not None:
             receipt = TaskReceipt.from_attributes(trace_id, task.span_id, task.attributes)
             below += linked_spans(destination, task) if receipt is None else []
+        updates += [] if receipt is None else [receipt.trace_update]
         found = totals_of(below) if receipt is None else (receipt.usage, receipt.cost)
         if task is not None and receipt is None:
             if is_gone(task.get_attribute("host.name"), task.get_attribute("process.pid")):
@@ -96,6 +102,7 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
         for total, amounts in zip((usage, cost), found, strict=True):
             add(total, amounts)
     record_totals(info, usage, cost)
+    record_update(info, latest(updates), own_words(info))
     _correct_receipt(info, len(spans), unknown)
     if is_in_progress(info) and not _is_drivers(info):
         record_unknown_totals(info, usage, cost)

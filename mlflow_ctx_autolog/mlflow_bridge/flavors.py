@@ -9,6 +9,7 @@ from typing import Any
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging_is_disabled
 
 from mlflow_ctx_autolog.log_ins import safe_logger
+from mlflow_ctx_autolog.mlflow_bridge.agent_processors import AgentProcessors
 
 __all__ = ["FLAVORS", "Autolog", "Autologs", "autologs_in_force", "traces_no_openai"]
 
@@ -76,6 +77,7 @@ class Autolog:
         self._settings = dict(settings or {})
         self._entry: object = None
         self._before: Any = None
+        self._agents = AgentProcessors() if flavor == "openai" else None
 
     @property
     def is_on(self) -> bool:
@@ -95,6 +97,9 @@ class Autolog:
         Raises:
             ImportError: What it traces is not installed here.
         """
+        if not self.is_on and self._agents is not None:
+            self._agents.remember()
+        # Who is told of what was imported for that may have turned it on.
         if not self.is_on:
             self._before = AUTOLOGGING_INTEGRATIONS.get(self.flavor)
             self._call(**self._settings)
@@ -103,6 +108,8 @@ class Autolog:
     def uninstall(self) -> None:
         """Turn it off, unless the user has turned it on. Idempotent."""
         if self.is_ours:
+            if self._agents is not None:
+                self._agents.put_back()
             self._call(disable=True)
             # Nor does it look as if the user had done so.
             AUTOLOGGING_INTEGRATIONS[self.flavor] = self._before or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from mlflow.entities.span import NoOpSpan
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 
 from mlflow_ctx_autolog.imports import when_imported
+from mlflow_ctx_autolog.mlflow_bridge.flavors import Autolog
 from mlflow_ctx_autolog.patching import Patch
 
 __all__ = ["OpenAIAutolog"]
@@ -31,6 +31,7 @@ class OpenAIAutolog:
         self._is_installed = False
         self._is_waiting = False
         self._before: object = None
+        self._autolog = Autolog(_FLAVOR, {"silent": True})
 
     def install(self) -> None:
         """Idempotent."""
@@ -47,6 +48,7 @@ class OpenAIAutolog:
     def uninstall(self) -> None:
         """Idempotent."""
         self._is_installed = False
+        self._autolog.uninstall()
         for patch in self._patches:
             patch.revert()
 
@@ -54,14 +56,15 @@ class OpenAIAutolog:
     def is_switched_off(self) -> bool:
         """Whether the user's function has turned it off, or told it to make no traces."""
         settings = AUTOLOGGING_INTEGRATIONS.get(_FLAVOR)
-        if settings is None or settings is self._before:
+        if settings is None or settings is self._before or self._autolog.is_ours:
             return False
         return bool(settings.get("disable")) or settings.get("log_traces") is False
 
     def turn_on(self) -> None:
-        """Turn it on, for what it traces besides calls: the Agents SDK."""
+        """Turn it on until :meth:`uninstall`, for what it traces besides calls: the Agents SDK."""
+        # Not where a function of the user's has turned it on or off.
         if not AUTOLOGGING_INTEGRATIONS.get(_FLAVOR):
-            importlib.import_module("mlflow.openai").autolog(silent=True)
+            self._autolog.install()
 
     def _watch(self, module: Any) -> None:
         self._patches = [

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import mlflow.tracing.fluent as mlflow_fluent
@@ -28,6 +26,7 @@ from mlflow_ctx_autolog.mlflow_bridge.conversion import (
     otel_context,
     record_of,
 )
+from mlflow_ctx_autolog.mlflow_bridge.trace_words import TraceWords, declared_context
 from mlflow_ctx_autolog.patching import Patch
 from mlflow_ctx_autolog.spans.record import SpanContext, SpanRecord
 from mlflow_ctx_autolog.task import Task, Work
@@ -52,7 +51,8 @@ class WorkerTracer:
         ended: Callable[[SpanRecord], None],
     ) -> None:
         self._work = work
-        self._processor = _Processor(work, started, ended)
+        self._words = TraceWords()
+        self._processor = _Processor(work, started, ended, self._words.note)
         self._task_spans: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._patches = [
@@ -113,6 +113,14 @@ class WorkerTracer:
         self._processor.forget(span)
         return record_of(span._readable_span())
 
+    def note_call(self, task: Task) -> None:
+        """Note what the user's function has declared where a call of a task's starts."""
+        self._words.note(task.trace_id)
+
+    def said_of_trace(self, task: Task) -> dict[str, str]:
+        """Return what was said here of a task's trace since this was asked last."""
+        return self._words.take(task.trace_id)
+
     def _span_processors(
         self, original: Callable[..., list[SpanProcessor]], disabled: bool = False
     ) -> list[SpanProcessor]:
@@ -147,6 +155,7 @@ class WorkerTracer:
     def _forget_parents_spans(self) -> None:
         self._lock = threading.Lock()
         self._task_spans.clear()
+        self._words.forget_parents()
 
 
 def _rebuild_provider() -> None:
@@ -167,10 +176,12 @@ class _Processor(SpanProcessor):
         work: Callable[[], Work | None],
         started: Callable[[Task, str, str | None, Callable[[], SpanRecord | None]], None],
         ended: Callable[[SpanRecord], None],
+        note: Callable[[str], None],
     ) -> None:
         self._work = work
         self._started = started
         self._ended = ended
+        self._note = note
         self._lock = threading.Lock()
         self._open: dict[str, Any] = {}
         self._otel_trace_ids: set[int] = set()
@@ -204,6 +215,7 @@ class _Processor(SpanProcessor):
         trace_id = generate_mlflow_trace_id_from_otel_trace_id(span.context.trace_id)
         self._register(span, create_mlflow_span(span, trace_id))
         if not getattr(self._merging, "is_copying", False):
+            self._note(work.task.trace_id)
             self._enter(span, work.task)
 
     def merge(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -288,10 +300,4 @@ def is_switched_off() -> bool:
     """Whether the user's code has switched tracing off for what runs here."""
     if not mlflow_provider.is_tracing_enabled():
         return True
-    # A function of the same name hides the module, which older releases of MLflow do not have.
-    module = sys.modules.get("mlflow.tracing.context")
-    variable = getattr(module, "_USER_TRACE_CONTEXT", None)
-    declared = None
-    with suppress(LookupError):
-        declared = None if variable is None else variable.get()
-    return getattr(declared, "enabled", None) is False
+    return getattr(declared_context(), "enabled", None) is False

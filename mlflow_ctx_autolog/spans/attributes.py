@@ -46,6 +46,8 @@ PARTITION = "spark.partition.id"
 
 # Of a task: what became of it, which is this until it has ended.
 OUTCOME, RUNNING = "spark.task.outcome", "running"
+# Of a task: what it has said of its trace, as JSON.
+TRACE_UPDATE = "mlflow_ctx_autolog.trace_update"
 
 # Log levels of spans as MLflow has them: what users see, and what went wrong.
 DEBUG, INFO, ERROR = 10, 20, 40

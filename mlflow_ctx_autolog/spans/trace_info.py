@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mlflow_ctx_autolog.spans.trace_update import fields_of
 from mlflow_ctx_autolog.spans.values import storable
 
 __all__ = ["trace_document", "without_totals"]
@@ -22,6 +23,7 @@ def trace_document(
     metadata: Mapping[str, str],
     tags: Mapping[str, str] | None = None,
     preview: str | None = None,
+    update: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return what ``json.dumps(TraceInfo.to_dict())`` of MLflow is for a trace.
 
@@ -34,18 +36,22 @@ def trace_document(
         metadata: What is fixed of it.
         tags: What may be changed.
         preview: What is shown of its request.
+        update: What a task has said of it, which holds where nothing else here says otherwise; see
+            :mod:`~mlflow_ctx_autolog.spans.trace_update`.
     """
+    said = fields_of(update or {})
     moment = datetime.datetime.fromtimestamp(began // 1_000_000 / 1000, datetime.timezone.utc)
     document: dict[str, Any] = {
+        **said,
         "trace_id": trace_id,
         "trace_location": {
             "type": "MLFLOW_EXPERIMENT",
             "mlflow_experiment": {"experiment_id": experiment_id},
         },
         "request_time": f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z",
-        "state": state,
-        "trace_metadata": dict(metadata),
-        "tags": dict(tags or {}),
+        "state": said.get("state", state) if state == "OK" else state,
+        "trace_metadata": {**said["trace_metadata"], **metadata},
+        "tags": {**said["tags"], **(tags or {})},
     }
     if preview is not None:
         document["request_preview"] = preview

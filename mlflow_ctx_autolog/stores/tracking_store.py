@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import mlflow
 import mlflow.tracing.provider as mlflow_provider
 from mlflow.entities import Span, Trace, TraceData, TraceInfo
+from mlflow.entities.model_registry import PromptVersion
 from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, MetricViewType
 from mlflow.environment_variables import MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT
 from mlflow.protos.service_pb2 import GetTrace, QueryTraceMetrics, StartTraceV3
@@ -54,6 +55,7 @@ __all__ = [
     "delete_trace",
     "exports_to_collector",
     "is_of_this_host",
+    "link_prompts",
     "log_text",
     "read_trace",
     "send_by_mlflow",
@@ -390,6 +392,25 @@ def store_whole_trace(destination: Destination, info: TraceInfo, spans: Sequence
             stored = client.start_trace(info)
         client._upload_trace_data(stored, TraceData(spans=list(spans)))
     return True
+
+
+@in_its_workspace
+def link_prompts(
+    destination: Destination, trace_id: str, prompts: Iterable[Mapping[str, Any]]
+) -> None:
+    """Have the store find a trace by the prompts that it was made with.
+
+    Args:
+        destination: Where the trace is.
+        trace_id: Its id.
+        prompts: The ``name`` and ``version`` of each.
+
+    Raises:
+        StoreError: The store does not answer, or knows of no prompts.
+    """
+    with own_errors():
+        versions = [PromptVersion(each["name"], int(each["version"]), "") for each in prompts]
+        client_of(str(destination.tracking_uri)).link_prompt_versions_to_trace(trace_id, versions)
 
 
 @in_its_workspace

@@ -63,13 +63,26 @@ class ActionTraces:
         self._began[root.trace_id] = time.time_ns()
         return self._records(context)
 
-    def close(self, context: DriverContext, *, failed: bool) -> list[Record]:
-        """Return what the store is to know as a task ends of which the driver is not told."""
+    def close(
+        self, context: DriverContext, update: Mapping[str, str], *, failed: bool
+    ) -> list[Record]:
+        """Return what the store is to know as a task ends of which the driver is not told.
+
+        Args:
+            context: The task's.
+            update: What the task has said of the trace.
+            failed: Whether it has failed.
+        """
         if context.action is None or driver_span(context) is None:
             return []
-        return self._records(context, outcome="ERROR" if failed else "OK")
+        return self._records(context, outcome="ERROR" if failed else "OK", update=update)
 
-    def _records(self, context: DriverContext, outcome: str | None = None) -> list[Record]:
+    def _records(
+        self,
+        context: DriverContext,
+        outcome: str | None = None,
+        update: Mapping[str, str] | None = None,
+    ) -> list[Record]:
         root = driver_span(context)
         assert root is not None
         now = time.time_ns()
@@ -95,6 +108,7 @@ class ActionTraces:
             state=outcome or "IN_PROGRESS",
             metadata={TRACE_KEY: root.mlflow_trace_id, **said["metadata"], **totals},
             tags=said["tags"],
+            update=update,
         )
         return [
             Record("span", root.span_id, encode(span)),

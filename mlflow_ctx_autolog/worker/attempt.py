@@ -186,8 +186,9 @@ def _end_span(
         span.update_json({name: text for name, text in said.attributes.items() if name != OUTCOME})
         for event in said.events:
             span.add_event(event)
+    task.say_of_trace(worker.mlflow.said_of_trace(task))
     receipt = TaskReceipt.attributes(
-        made, task.usage.total, task.cost.total, silence, task.sampled_out
+        made, task.usage.total, task.cost.total, silence, task.sampled_out, task.trace_update
     )
     span.update({**task.counts(), **receipt})
     if error is None:
@@ -322,6 +323,7 @@ def _relay(
         attempt=task.attempt_id,
         models=task.models,
         stage=task.stage,
+        trace_update=task.trace_update,
         swept=worker_process().recovery.has_swept_since(task.began),
     )
     share = relay_bytes(task.context.max_result_bytes, task.partition)

@@ -23,6 +23,12 @@ _logger = safe_logger(__name__)
 
 _BRIDGE = "mlflow_ctx_autolog.mlflow_bridge"
 
+# Why it is loaded.
+_IMPORTED = "a function that imports it"
+_PRICES = "the price of a model"
+_PROCESSORS = "span processors of mlflow.tracing.configure()"
+_CONVENTIONS = "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV"
+
 Started = Callable[[Task, str, "str | None", Callable[[], "SpanRecord | None"]], None]
 
 
@@ -41,6 +47,8 @@ class MLflowInWorker:
         self._loaded: _Loaded | None = None
         self._context: DriverContext | None = None
         self._is_watching = False
+        # Why it was loaded first, for whoever diagnoses.
+        self.why: str | None = None
 
     def install(self, context: DriverContext) -> None:
         """Have MLflow's spans of tasks come here, as soon as MLflow is there. Idempotent."""
@@ -50,11 +58,13 @@ class MLflowInWorker:
                 self._is_watching = True
                 when_imported("mlflow", lambda _: self._arrived())
                 # Which MLflow's OpenAI autolog traces as well.
-                when_imported("agents", lambda _: self._turn_on_autolog())
+                when_imported("agents", self._agents_arrived)
             if context.autologs:
-                self.load()
+                self.load(f"its autologs on at the driver ({', '.join(sorted(context.autologs))})")
             if _is_loaded("mlflow"):
                 self._take_over()
+                if _is_loaded("agents"):
+                    self._agents_arrived(sys.modules["agents"])
 
     def _arrived(self) -> None:
         with self._lock:
@@ -65,7 +75,7 @@ class MLflowInWorker:
         context = self._context
         if context is not None:
             try:
-                self.load().install(context)
+                self.load(_IMPORTED).install(context)
             except Exception as error:
                 warn_once(
                     _logger,
@@ -74,11 +84,15 @@ class MLflowInWorker:
                     f"{type(error).__name__}: {error}. Calls of the OpenAI client are.",
                 )
 
-    def _turn_on_autolog(self) -> None:
+    def _agents_arrived(self, module: Any) -> None:
+        # A user's own module may have that name.
         with self._lock:
-            if self._context is not None:
+            context = self._context
+            is_sdk = hasattr(module, "set_trace_processors")
+            if context is not None and is_sdk and not context.records_no_calls:
+                self.load("a function that uses the OpenAI Agents SDK")
                 self._take_over()
-                self.load().openai_autolog.turn_on()
+                self.load(_IMPORTED).openai_autolog.turn_on()
 
     def uninstall(self) -> None:
         """Idempotent."""
@@ -87,9 +101,14 @@ class MLflowInWorker:
             if self._loaded is not None:
                 self._loaded.uninstall()
 
-    def load(self) -> _Loaded:
-        """Load MLflow, if it is not there."""
+    def load(self, why: str) -> _Loaded:
+        """Load MLflow, if it is not there.
+
+        Args:
+            why: Who wants it.
+        """
         with self._lock:
+            self.why = self.why or why
             if self._loaded is None:
                 # With MLflow, whose arrival calls this again: not while a module is half imported.
                 importlib.import_module(_BRIDGE)
@@ -110,6 +129,22 @@ class MLflowInWorker:
         """Return a task's span as the user's function has changed it; None where it has not."""
         return None if self._loaded is None else self._loaded.tracer.said_of(task)
 
+    def note_call(self, task: Task) -> None:
+        """Note what the user's function has declared to MLflow where a call starts."""
+        if self._loaded is not None:
+            self._loaded.tracer.note_call(task)
+
+    def said_of_trace(self, task: Task) -> dict[str, str]:
+        """Return what was said here of a task's trace, since this was asked last."""
+        if self._loaded is None:
+            return {}
+        try:
+            return dict(self._loaded.tracer.said_of_trace(task))
+        except Exception as error:
+            # Of a value that cannot be written as a text, for one.
+            warn_once(_logger, "words", f"What a task has said of its trace is lost: {error!r}")
+            return {}
+
     def problem(self) -> str | None:
         """Return why calls are not to be recorded here and now; None if they are."""
         if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
@@ -128,19 +163,19 @@ class MLflowInWorker:
 
     def priced(self, span: SpanRecord) -> Amounts:
         """Return what a call cost, as the store would find it."""
-        amounts: Amounts = self.load().conversion.priced(span)
+        amounts: Amounts = self.load(_PRICES).conversion.priced(span)
         return amounts
 
     def price_of(self, model: str) -> tuple[float, float] | None:
         """Return US dollars for a million input and output tokens of a model, if MLflow knows."""
-        price: tuple[float, float] | None = self.load().conversion.price_of(model)
+        price: tuple[float, float] | None = self.load(_PRICES).conversion.price_of(model)
         return price
 
     def processed(
         self, span: SpanRecord, processors: Iterable[Callable[[Any], None]]
     ) -> SpanRecord:
         """Return a span as MLflow's span processors leave it. What they raise, it raises."""
-        record: SpanRecord = self.load().conversion.processed(span, processors)
+        record: SpanRecord = self.load(_PROCESSORS).conversion.processed(span, processors)
         return record
 
     def for_collector(self, span: SpanRecord) -> SpanRecord:
@@ -148,7 +183,7 @@ class MLflowInWorker:
         asked = os.environ.get("MLFLOW_ENABLE_OTEL_GENAI_SEMCONV", "").lower()
         if asked not in ("true", "1"):
             return span
-        record: SpanRecord = self.load().conversion.by_genai_conventions(span)
+        record: SpanRecord = self.load(_CONVENTIONS).conversion.by_genai_conventions(span)
         return record
 
 

@@ -28,6 +28,7 @@ from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.content import ContentPolicy
 from mlflow_ctx_autolog.spans.otlp import decode
 from mlflow_ctx_autolog.spans.record import OpenSpan, SpanContext, SpanRecord
+from mlflow_ctx_autolog.spans.trace_update import parse_update
 from mlflow_ctx_autolog.stores.databricks import provide_token
 from mlflow_ctx_autolog.stores.sending import appends, needs_mlflow, send
 from mlflow_ctx_autolog.task import (
@@ -146,6 +147,7 @@ class WorkerProcess:
         self.router.take(span)
 
     def _call_started(self, task: Task, span: OpenSpan) -> None:
+        self.mlflow.note_call(task)
         self.open_spans.started(task, span.context.span_id, span.parent_id, span.snapshot)
 
     def _call_ended(self, span: SpanRecord) -> None:
@@ -185,6 +187,7 @@ class WorkerProcess:
             "failed": span.has_failed,
             "seconds": span.seconds,
             "sums": task.take_sums().to_dict(),
+            "trace_update": self.mlflow.said_of_trace(task),
             "payload": base64.b64encode(record.payload).decode(),
         }
         if self._parent is None or not self._parent.ask(message):
@@ -225,6 +228,7 @@ class WorkerProcess:
                 task.count_reused(int(message["reused"]))
                 task.count_span(span_id, parent_id, parse_amounts(usage), parse_amounts(cost))
                 task.merge_sums(CallSums.from_dict(message.get("sums")))
+                task.say_of_trace(parse_update(message.get("trace_update")))
                 if message["calls"] and usage and not cost:
                     model = str(_span_of(payload).get("model"))
                     task.count_tokens(model, parse_amounts(usage))

@@ -75,7 +75,8 @@ class TraceRouter:
     def close_action(self, task: Task, *, failed: bool) -> None:
         """Close the trace of a task's action, where the driver is not told of the task."""
         if task.is_recorded:
-            self._submit_all(task, self._actions.close(task.context, failed=failed))
+            closing = self._actions.close(task.context, task.trace_update, failed=failed)
+            self._submit_all(task, closing)
 
     def _submit_all(self, task: Task, records: Sequence[Record]) -> None:
         for record in records:
@@ -271,7 +272,7 @@ def _unprocessed_content(task: Task) -> ContentPolicy:
 def _info_of_own_trace(task: Task, span: SpanRecord) -> Record | None:
     """Return what is known of a task's own trace, with metadata, which its root cannot carry."""
     context = task.context
-    if context.traceparent is not None or not context.metadata:
+    if context.traceparent is not None or not (context.metadata or task.trace_update):
         return None
     if appends(context.tracking_uri):
         return None
@@ -282,5 +283,7 @@ def _info_of_own_trace(task: Task, span: SpanRecord) -> Record | None:
         ended=span.end,
         state="ERROR" if span.has_failed else "OK",
         metadata=context.metadata,
+        tags=context.tags,
+        update=task.trace_update,
     )
     return Record("trace", span.mlflow_trace_id, info)

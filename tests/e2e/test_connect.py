@@ -17,7 +17,7 @@ import pytest
 import repeats
 import workload
 from coverage_table import SPARK, cases
-from workload import stored_trace
+from workload import stored_trace, stored_traces
 
 import mlflow_ctx_autolog as ctx_autolog
 from mlflow_ctx_autolog.testing import OpenAIEndpoint, TrackingServer
@@ -121,6 +121,20 @@ with ctx_autolog.enable(max_spans_per_trace=10), mlflow.start_span("large") as l
     spark.range(0, 40, 1, 2).mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
     ctx_autolog.flush(30)
 
+def say(batches):
+    import mlflow
+
+    for batch in batches:
+        mlflow.update_current_trace(tags={"fruit": "apple"}, client_request_id="req-1")
+        yield batch.assign(answer="")
+
+with mlflow.start_span("words") as words_span:
+    spark.range(0, 1, 1, 1).mapInPandas(say, workload.SCHEMA).collect()
+# A trace of the action's own.
+mlflow.set_experiment("words-on-connect")
+spark.range(0, 1, 1, 1).mapInPandas(say, workload.SCHEMA).collect()
+ctx_autolog.flush(30)
+
 ctx_autolog.disable()
 untraced = frame.mapInPandas(workload.extractor(url), workload.SCHEMA).collect()
 assert sorted(rows) == sorted(untraced)
@@ -139,6 +153,7 @@ print(json.dumps({
     "budget": budget_span.trace_id,
     "refusal": refusal,
     "large": large_span.trace_id,
+    "words": words_span.trace_id,
 }))
 """
 
@@ -227,6 +242,18 @@ def test_a_trace_stays_small_on_spark_connect(result: dict[str, Any]) -> None:
     report = ctx_autolog.report(result["large"])
     assert report.made.calls == 40
     assert all(each.call.attempt is not None for each in report.calls)
+
+
+def test_what_a_task_says_of_its_trace_on_spark_connect(result: dict[str, Any]) -> None:
+    """No receipt comes home: the driver reads it from the task's span, or the task writes it."""
+    experiment = mlflow.get_experiment_by_name("words-on-connect")
+    assert experiment is not None
+    (of_action,) = stored_traces(experiment.experiment_id)
+    for trace in (stored_trace(result["words"]), of_action):
+        assert len(trace.tasks) == 1
+        info = trace.trace.info
+        assert (info.tags["fruit"], info.client_request_id) == ("apple", "req-1")
+        assert info.state == "OK"
 
 
 @pytest.mark.covers(SPARK, "stream, `foreachBatch`", "Spark Connect")

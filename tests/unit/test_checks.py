@@ -20,6 +20,8 @@ def process(**changed: Any) -> dict[str, Any]:
     """What a process says of itself where all is well."""
     return {
         "host": "a",
+        "had_mlflow": False,
+        "why_mlflow": None,
         "executable": "python",
         "packages": {name: {"version": version} for name, version in VERSIONS.items()},
         "variables": {},
@@ -70,6 +72,31 @@ def test_nothing_is_found_where_all_is_well() -> None:
     unknown = {finding.check for finding in findings if finding.level == "unknown"}
     assert unknown == {"executors_say_goodbye", "workers_are_reused"}
     assert not any(finding.advice for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "they do not, but for functions that import it"),
+        ({"mlflow_wanted": ["a", "b"]}, "they do, for a; b"),
+        (
+            {"workers": [process(had_mlflow=True, why_mlflow="c"), process(why_mlflow="d")]},
+            "1 of 2 that were asked have it, for c",
+        ),
+        (
+            {"workers": [process(had_mlflow=True)]},
+            "1 of 1 that were asked have it, for a function, or a doctor(), that has run there",
+        ),
+        (
+            {"workers": [process(had_mlflow=True, why_mlflow="a")], "mlflow_wanted": ["a"]},
+            "they do, for a",
+        ),
+    ],
+)
+def test_whether_workers_load_mlflow(changed: dict[str, Any], said: str) -> None:
+    """And who wants it; nothing is wrong with it."""
+    (finding,) = [each for each in examine(facts(**changed)) if each.check == "mlflow_is_wanted"]
+    assert (finding.level, finding.found) == ("pass", said)
 
 
 def test_an_sqlite_file_on_two_hosts() -> None:

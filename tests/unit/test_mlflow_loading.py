@@ -17,7 +17,7 @@ loading = MLflowInWorker(lambda *_: None, lambda _: None)
 loading.install(DriverContext("1", autologs={autologs}))
 assert ("mlflow" in sys.modules) is bool({autologs})
 {wish}
-print(loading.load().tracer.is_installed)
+print(loading.load("a test").tracer.is_installed)
 """
 
 

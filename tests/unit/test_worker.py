@@ -238,6 +238,52 @@ def test_without_a_drivers_span_the_task_is_a_trace(experiment_id: str) -> None:
     assert [StoredTrace(found).root.name for found in filtered] == ["lonely"]
 
 
+@pytest.mark.parametrize("of_driver", [{}, {"build": "driver"}])
+def test_what_a_task_says_is_known_of_its_own_trace(
+    experiment_id: str, of_driver: dict[str, str]
+) -> None:
+    """Beside what the driver has declared, whose word holds."""
+    context = ctx_autolog.DriverContext(
+        tracking_uri=mlflow.get_tracking_uri(),
+        experiment_id=experiment_id,
+        metadata=of_driver,
+        tags={"fruit": "pear"},
+    )
+    with ctx_autolog.attach(context, "lonely"), mlflow.start_span("inside"):
+        mlflow.update_current_trace(
+            tags={"fruit": "apple", "who": "task"},
+            metadata={"build": "task"},
+            client_request_id="req-1",
+            response_preview="short",
+            state="ERROR",
+        )
+
+    (trace,) = stored_traces(experiment_id)
+    info = trace.trace.info
+    # Older servers keep it as JSON.
+    assert info.tags["fruit"].strip('"') == "pear"
+    assert info.tags["who"] == "task"
+    assert trace.metadata["build"] == (of_driver or {"build": "task"})["build"]
+    assert (info.client_request_id, info.response_preview) == ("req-1", "short")
+    assert info.state == "ERROR"
+    assert trace.root.name == "lonely"
+    assert info.tags["mlflow.traceName"] == "lonely"
+
+
+def test_what_this_process_knows_of_a_trace_of_its_own_stays(experiment_id: str) -> None:
+    """A task that runs beside its driver takes nothing away from it."""
+    with mlflow.start_span("driver") as span:
+        mlflow.update_current_trace(tags={"fruit": "pear"}, metadata={"build": "driver"})
+        carrier = ctx_autolog.capture()
+        with ctx_autolog.attach(carrier, "beside"), mlflow.start_span("inside"):
+            mlflow.update_current_trace(tags={"who": "task"})
+    mlflow.flush_trace_async_logging()
+    info = stored_trace(span.trace_id).trace.info
+    assert info.tags["fruit"] == "pear"
+    assert info.tags["who"] == "task"
+    assert info.trace_metadata["build"] == "driver"
+
+
 class Home(list[Any]):
     """What tasks add to a Spark accumulator."""
 
