@@ -21,7 +21,6 @@ from mlflow_ctx_autolog.driver.actions import Actions
 from mlflow_ctx_autolog.driver.attempts import Attempt, silent_attempts
 from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.carriers import Carriers
-from mlflow_ctx_autolog.driver.data_sources import DataSources
 from mlflow_ctx_autolog.driver.earlier import EarlierFunctions
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.instrumentor import FunctionUse, SparkInstrumentor, name_of
@@ -85,7 +84,6 @@ class Driver:
         self.actions = Actions(self.earlier.look_at)
         self.threads = SpanThreads()
         self.stops = SparkStops(self.await_workers)
-        self.data_sources = DataSources()
         self._carriers = Carriers()
         self.last_shared: tuple[Any, DriverContext] | None = None
         self._session: Any = None
@@ -102,7 +100,6 @@ class Driver:
         self.actions.install()
         self.threads.install()
         self.stops.install()
-        self.data_sources.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
@@ -114,7 +111,6 @@ class Driver:
             self.actions.uninstall()
             self.threads.uninstall()
             self.stops.uninstall()
-            self.data_sources.uninstall()
 
     def await_workers(self) -> None:
         """Wait until the store has what workers have not sent yet, but may any moment."""
@@ -177,6 +173,7 @@ class Driver:
                 repeated=use.repeated,
                 on_driver=use.on_driver,
                 has_broadcasts=not (use.asked_first or use.on_driver),
+                data_source=use.data_source,
             )
         except UnsupportedStoreError as error:
             warn(f"The model calls of {name} will not be traced. {error}")
@@ -200,6 +197,7 @@ class Driver:
         repeated: bool,
         on_driver: bool = False,
         has_broadcasts: bool = True,
+        data_source: bool = False,
     ) -> SubmittedFunction:
         """Return ``function`` as Spark gets it.
 
@@ -211,6 +209,7 @@ class Driver:
             repeated: Whether Spark calls it many times in a task attempt.
             on_driver: Whether Spark calls it on the driver, or beside the server.
             has_broadcasts: Whether Spark has its broadcasts wherever it loads the function.
+            data_source: Whether it is a data source's class.
 
         Raises:
             UnsupportedStoreError: The spans can reach the store neither directly nor by way of
@@ -233,6 +232,7 @@ class Driver:
             "repeated": repeated,
             "on_driver": on_driver,
             "version": __version__,
+            "data_source": data_source,
         }
         if settings().reuse_answers is not None:
             options["function"] = _identity(function) or name
