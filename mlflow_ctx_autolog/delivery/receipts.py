@@ -12,7 +12,16 @@ from typing import Any
 
 from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 
-__all__ = ["ATTEMPT", "STAGE", "Counts", "Loss", "Receipt", "TaskReceipt"]
+__all__ = [
+    "ATTEMPT",
+    "NUMBER",
+    "PARTITION",
+    "STAGE",
+    "Counts",
+    "Loss",
+    "Receipt",
+    "TaskReceipt",
+]
 
 _MADE = "spans.made"
 _SAMPLED_OUT = "spans.sampled_out"
@@ -22,6 +31,7 @@ _TOKENS = "llm.tokens."
 _COST = "llm.cost."
 # Attributes by which Spark is known to have begun a task's span.
 ATTEMPT, STAGE = "spark.task.attempt_id", "spark.stage.id"
+PARTITION, NUMBER = "spark.partition.id", "spark.task.attempt_number"
 
 
 class Loss(str, Enum):

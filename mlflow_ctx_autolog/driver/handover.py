@@ -28,6 +28,7 @@ from mlflow_ctx_autolog.driver.job_facts import job_facts
 from mlflow_ctx_autolog.driver.job_lines import cost_of_task, job_line, show_job
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.marked import MarkedFunctions
+from mlflow_ctx_autolog.driver.operations import book_of_operation
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
 from mlflow_ctx_autolog.driver.routes import (
@@ -40,10 +41,7 @@ from mlflow_ctx_autolog.driver.routes import (
 from mlflow_ctx_autolog.driver.stops import SparkStops
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.driver.threads import SpanThreads
-from mlflow_ctx_autolog.exceptions import (
-    UnsupportedStoreError,
-    note_budget,
-)
+from mlflow_ctx_autolog.exceptions import UnsupportedStoreError, note_budget
 from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force, traces_no_openai
 from mlflow_ctx_autolog.recorder.request import new_key
@@ -74,7 +72,7 @@ class Driver:
         )
         self.instrumentor = SparkInstrumentor(self.submit, lambda rdd: self.earlier.say_of_rdd(rdd))
         self.earlier = EarlierFunctions(self.instrumentor.names, self._traces, warn)
-        self.executed_plans = ExecutedPlans(self._functions_ran, self.earlier.look_at_request)
+        self.executed_plans = ExecutedPlans(self._functions_ran, self._request_ran)
         self.endings = exports.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.propagator = ActionPropagator(
@@ -82,8 +80,15 @@ class Driver:
         )
         self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
         self.actions = Actions(self.earlier.look_at)
-        self.threads = SpanThreads()
-        self.stops = SparkStops(self.await_workers)
+        self._installed = (
+            self.instrumentor,
+            self.earlier,
+            self.propagator,
+            self.batches,
+            self.actions,
+            SpanThreads(),
+            SparkStops(self.await_workers),
+        )
         self._carriers = Carriers()
         self.last_shared: tuple[Any, DriverContext] | None = None
         self._session: Any = None
@@ -92,25 +97,15 @@ class Driver:
 
     def install(self) -> None:
         """Have the functions that Spark gets carry the context from now on. Idempotent."""
-        self.instrumentor.install()
-        self.earlier.install()
         self.executed_plans.watch(spark_api.active_session())
-        self.propagator.install()
-        self.batches.install()
-        self.actions.install()
-        self.threads.install()
-        self.stops.install()
+        for each in self._installed:
+            each.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
         if not self._marked:
-            self.instrumentor.uninstall()
-            self.earlier.uninstall()
-            self.propagator.uninstall()
-            self.batches.uninstall()
-            self.actions.uninstall()
-            self.threads.uninstall()
-            self.stops.uninstall()
+            for each in self._installed:
+                each.uninstall()
 
     def await_workers(self) -> None:
         """Wait until the store has what workers have not sent yet, but may any moment."""
@@ -282,6 +277,11 @@ class Driver:
         # On Spark Connect, where no receipt tells of their tasks.
         if not store.exports_to_collector():
             self.ledger.open(receipts_come_home=False, functions=functions)
+
+    def _request_ran(self, request: Any) -> None:
+        self.earlier.look_at_request(request)
+        if self.last_shared and self.uses_properties and not tracing.active_span_headers():
+            self.ledger.enter(book_of_operation(self.last_shared[1], str(request.operation_id)))
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""

@@ -145,6 +145,12 @@ class Ledger:
         if book.delivers:
             self._announce(book, info if is_new else None)
 
+    def enter(self, book: Book | None) -> None:
+        """Enter a trace that tasks have announced, if it is one."""
+        if book is not None:
+            with self.books.lock:
+                self.books.keep(book)
+
     def _open_again(self, receipts_come_home: bool, functions: int) -> bool:
         """Enter further functions, where all of the active span is announced; else return False."""
         if (ids := active_span_ids()) is None:
