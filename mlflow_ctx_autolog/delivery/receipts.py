@@ -14,7 +14,15 @@ from mlflow_ctx_autolog.spans.amounts import Amounts, parse_amounts
 from mlflow_ctx_autolog.spans.attributes import FUNCTION, TRACE_UPDATE
 from mlflow_ctx_autolog.spans.trace_update import parse_update
 
-__all__ = ["ATTEMPT", "STAGE", "Counts", "Loss", "Receipt", "TaskReceipt"]
+__all__ = [
+    "ATTEMPT",
+    "NUMBER",
+    "STAGE",
+    "Counts",
+    "Loss",
+    "Receipt",
+    "TaskReceipt",
+]
 
 _MADE = "spans.made"
 _SAMPLED_OUT = "spans.sampled_out"
@@ -25,6 +33,7 @@ _TOKENS = "llm.tokens."
 _COST = "llm.cost."
 # Attributes by which Spark is known to have begun a task's span.
 ATTEMPT, STAGE = "spark.task.attempt_id", "spark.stage.id"
+NUMBER = "spark.task.attempt_number"
 
 
 class Loss(str, Enum):

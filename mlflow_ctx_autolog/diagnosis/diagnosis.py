@@ -26,10 +26,12 @@ class Diagnosis:
     Args:
         findings: One for each check and place.
         seconds: How long it took.
+        untraced: What of users' code the installed PySpark runs untraced, as it is no task.
     """
 
     findings: tuple[Finding, ...]
     seconds: float
+    untraced: tuple[str, ...] = ()
 
     @property
     def failures(self) -> list[Finding]:
@@ -44,12 +46,13 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold.
 
-        ``verdict``, a sentence; ``findings``, each with its fields; and ``seconds``.
+        ``verdict``, a sentence; ``findings``, each with its fields; ``seconds``; ``untraced``.
         """
         return {
             "verdict": self.verdict(),
             "findings": [asdict(finding) for finding in self.findings],
             "seconds": round(self.seconds, 3),
+            "untraced": list(self.untraced),
         }
 
     def verdict(self) -> str:
@@ -77,6 +80,12 @@ class Diagnosis:
             parts.append(f"{counts['unknown']} could not be made ({'; '.join(unknown)})")
         return f"{', '.join(parts)}, in {self.seconds:.1f} s."
 
+    def exceptions(self) -> str:
+        """Return what is not traced whatever the checks say, in one line; "" for nothing."""
+        # They would be found nowhere else: it is no fault, and there is nothing to set right.
+        ways = "; ".join(self.untraced)
+        return f"Not traced, whatever it calls: {ways}." if ways else ""
+
     def to_text(self, *, colour: bool = False) -> str:
         """Return it as lines for a terminal.
 
@@ -94,7 +103,8 @@ class Diagnosis:
             lines.append(painted(head, each.level) + f"{each.title}: {each.found}")
             if each.advice:
                 lines += _filled(f"-> {each.advice}", " " * len(head), " " * (len(head) + 3))
-        return "\n".join([*lines, *_filled(self.summary(), "", "  ")])
+        lines += _filled(self.summary(), "", "  ")
+        return "\n".join([*lines, *_filled(self.exceptions(), "", "  ")])
 
     def __str__(self) -> str:
         return self.to_text()
@@ -107,6 +117,7 @@ class Diagnosis:
         return (
             f"<p><b>{html.escape(self.verdict())}</b></p>{first}"
             f"<details><summary>{html.escape(self.summary())}</summary>{rest}</details>"
+            f"<p>{html.escape(self.exceptions())}</p>"
         )
 
     def _with(self, level: Level) -> list[Finding]:

@@ -19,6 +19,7 @@ from mlflow_ctx_autolog.diagnosis import probe
 from mlflow_ctx_autolog.diagnosis.check import SPARK_SETTINGS, VARIABLES, Facts, Finding
 from mlflow_ctx_autolog.diagnosis.checks import examine
 from mlflow_ctx_autolog.diagnosis.diagnosis import Diagnosis
+from mlflow_ctx_autolog.diagnosis.ways import untraced_ways
 from mlflow_ctx_autolog.driver import exports
 from mlflow_ctx_autolog.driver import spark as spark_api
 from mlflow_ctx_autolog.driver.handover import driver, settings
@@ -83,7 +84,7 @@ def diagnose(
     examination = _Examination(session, model_url, session_error)
     findings = examination.run()
     shown = (replace(each, found=probe.without_secrets(each.found)) for each in findings)
-    return Diagnosis(tuple(shown), time.monotonic() - started)
+    return Diagnosis(tuple(shown), time.monotonic() - started, tuple(untraced_ways()))
 
 
 class _Examination:

@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow_ctx_autolog.delivery.receipts import ATTEMPT, STAGE, Receipt, TaskReceipt
+from mlflow_ctx_autolog.delivery.receipts import (
+    ATTEMPT,
+    NUMBER,
+    STAGE,
+    Receipt,
+    TaskReceipt,
+)
 from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.mlflow_traces import is_task, said_fields, totals_of
@@ -102,6 +108,10 @@ class Book:
             store it.
         in_whole: Ids of the spans with which MLflow stores it.
         own_words: What was said of it on the driver, by the names of an update.
+        closed_by_tasks: Whether it is that of an action which its tasks have opened, and close, as
+            on Spark Connect: the driver writes nothing of it.
+        numbers: The numbers of task attempts that are known, by stage and partition, where none
+            brings a receipt.
     """
 
     destination: Destination
@@ -139,6 +149,8 @@ class Book:
     whole: dict[str, Any] = field(default_factory=dict)
     in_whole: set[str] = field(default_factory=set)
     own_words: frozenset[str] = frozenset()
+    closed_by_tasks: bool = False
+    numbers: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
     @property
     def trace_id(self) -> str:
@@ -152,11 +164,12 @@ class Book:
     @property
     def has_totals(self) -> bool:
         """Whether what the trace comes to, and tasks say of it, was written as it is now."""
-        return self.written is not None and self.written[0] == self.known()
+        written = self.written
+        return self.closed_by_tasks or (written is not None and written[0] == self.known())
 
     def has_written(self, receipt: Receipt) -> bool:
         """Whether that, and what became of its spans, was written as it is now."""
-        return self.written == (self.known(), receipt.summary())
+        return self.closed_by_tasks or self.written == (self.known(), receipt.summary())
 
     def known(self) -> tuple[tuple[Amounts, Amounts], dict[str, str]]:
         """Return what the trace comes to, and what tasks say of it."""
@@ -168,14 +181,18 @@ class Book:
             max(receipt.made, self.found.get(span_id, 0) + receipt.lost)
             for span_id, receipt in self.receipts.items()
         )
-        return self.spans + told + sum(each.receipt.made for each in self._unfinished())
+        # The root of an action that its tasks have opened is there with the first of them.
+        own = min(1, len(self.tasks())) if self.closed_by_tasks else self.spans
+        return own + told + sum(each.receipt.made for each in self._unfinished())
 
     @property
     def unknown(self) -> dict[str, int]:
         """How many attempts have not told what they made, by the host that they ran on."""
         hosts = Counter(each.host for each in self._unfinished() if not each.is_known)
         hosts.update(each.host for each in self.silent)
-        return dict(hosts)
+        # Spark numbers the attempts of a task from 0 on, and begins another where one has failed.
+        failed = sum(max(numbers) + 1 - len(numbers) for numbers in self.numbers.values())
+        return dict(hosts) | ({"": hosts[""] + failed} if failed else {})
 
     @property
     def awaits_tasks(self) -> bool:
@@ -201,6 +218,12 @@ class Book:
         self.silent = [
             each for each in attempts if not each.is_swept and each.attempt not in told | found
         ]
+
+    def note_number(self, task: Any) -> None:
+        """Take from the span of a task attempt which attempt of its task it was."""
+        stage, partition, number = (task.get_attribute(name) for name in (STAGE, PARTITION, NUMBER))
+        if None not in (stage, partition, number):
+            self.numbers.setdefault((stage, partition), set()).add(number)
 
     def must_read(self, stored: int, attempts: Sequence[Attempt]) -> bool:
         """Whether the store's spans may tell more than is known.

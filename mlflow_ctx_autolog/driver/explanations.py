@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mlflow_ctx_autolog.delivery.directory import default_directory
 from mlflow_ctx_autolog.delivery.receipts import Loss, Receipt
 from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.mlflow_traces import said
 from mlflow_ctx_autolog.spans.trace_update import CONTENT, LINKED_PROMPTS, differing
 
-__all__ = ["explain", "explain_words"]
+__all__ = ["explain", "explain_silence", "explain_words", "silence_of"]
 
 # What to do about spans that are dropped, by the way in which they are.
 _REMEDIES = {
@@ -50,6 +52,33 @@ def explain_words(book: Book) -> str | None:
 def _quoted(name: str, value: str) -> str:
     # Neither prompts nor pages of them in a log.
     return "one text" if name in CONTENT else repr(value[:80])
+
+
+def explain_silence(book: Book, likely_causes: Callable[[str], str]) -> str | None:
+    """Return a text on functions that have left no spans of their calls; None where none has.
+
+    Args:
+        book: Their trace.
+        likely_causes: Returns what keeps spans of ``calls``, or of ``tasks``, from the store.
+    """
+    tasks = book.tasks()
+    reasons = [task.silence for task in tasks if task.silence is not None]
+    if reasons:
+        subject = f"{len(reasons)} of {len(tasks)} tasks of trace {book.trace_id}"
+        return silence_of(subject, reasons[0], likely_causes)
+    if book.handed_over and not tasks and not book.receipts_come_home and book.is_complete:
+        return (
+            f"{book.handed_over} functions have run in trace {book.trace_id}, and there is "
+            "not a span of their tasks: something has kept all of them from the store. "
+            f"{likely_causes('tasks')}"
+        )
+    return None
+
+
+def silence_of(subject: str, reason: str, likely_causes: Callable[[str], str]) -> str:
+    """Return a text on tasks that told of calls which have left no spans, and why."""
+    said = f"{subject} ran on workers, and their model calls left no span: {reason}."
+    return f"{said} {likely_causes('calls')}"
 
 
 def explain(receipt: Receipt, spool_directory: str | None) -> str:

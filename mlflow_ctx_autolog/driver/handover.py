@@ -21,7 +21,6 @@ from mlflow_ctx_autolog.driver.actions import Actions
 from mlflow_ctx_autolog.driver.attempts import Attempt, silent_attempts
 from mlflow_ctx_autolog.driver.books import Book
 from mlflow_ctx_autolog.driver.carriers import Carriers
-from mlflow_ctx_autolog.driver.data_sources import DataSources
 from mlflow_ctx_autolog.driver.earlier import EarlierFunctions
 from mlflow_ctx_autolog.driver.executed_plans import ExecutedPlans
 from mlflow_ctx_autolog.driver.instrumentor import FunctionUse, SparkInstrumentor, name_of
@@ -29,6 +28,7 @@ from mlflow_ctx_autolog.driver.job_facts import job_facts
 from mlflow_ctx_autolog.driver.job_lines import cost_of_task, job_line, show_job
 from mlflow_ctx_autolog.driver.ledger import Ledger
 from mlflow_ctx_autolog.driver.marked import MarkedFunctions
+from mlflow_ctx_autolog.driver.operations import book_of_operation
 from mlflow_ctx_autolog.driver.progress import Progress
 from mlflow_ctx_autolog.driver.propagation import ActionPropagator, BatchFunctions
 from mlflow_ctx_autolog.driver.routes import (
@@ -41,10 +41,7 @@ from mlflow_ctx_autolog.driver.routes import (
 from mlflow_ctx_autolog.driver.stops import SparkStops
 from mlflow_ctx_autolog.driver.submitted import SubmittedFunction
 from mlflow_ctx_autolog.driver.threads import SpanThreads
-from mlflow_ctx_autolog.exceptions import (
-    UnsupportedStoreError,
-    note_budget,
-)
+from mlflow_ctx_autolog.exceptions import UnsupportedStoreError, note_budget
 from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.mlflow_bridge.flavors import autologs_in_force, traces_no_openai
 from mlflow_ctx_autolog.recorder.request import new_key
@@ -75,7 +72,7 @@ class Driver:
         )
         self.instrumentor = SparkInstrumentor(self.submit, lambda rdd: self.earlier.say_of_rdd(rdd))
         self.earlier = EarlierFunctions(self.instrumentor.names, self._traces, warn)
-        self.executed_plans = ExecutedPlans(self._functions_ran, self.earlier.look_at_request)
+        self.executed_plans = ExecutedPlans(self._functions_ran, self._request_ran)
         self.endings = exports.SpanEndings(self._filter)
         self.joined_trace = tracing.JoinedTrace()
         self.propagator = ActionPropagator(
@@ -83,9 +80,15 @@ class Driver:
         )
         self.batches = BatchFunctions(self.propagator.heard, tracing.activate)
         self.actions = Actions(self.earlier.look_at)
-        self.threads = SpanThreads()
-        self.stops = SparkStops(self.await_workers)
-        self.data_sources = DataSources()
+        self._installed = (
+            self.instrumentor,
+            self.earlier,
+            self.propagator,
+            self.batches,
+            self.actions,
+            SpanThreads(),
+            SparkStops(self.await_workers),
+        )
         self._carriers = Carriers()
         self.last_shared: tuple[Any, DriverContext] | None = None
         self._session: Any = None
@@ -94,27 +97,15 @@ class Driver:
 
     def install(self) -> None:
         """Have the functions that Spark gets carry the context from now on. Idempotent."""
-        self.instrumentor.install()
-        self.earlier.install()
         self.executed_plans.watch(spark_api.active_session())
-        self.propagator.install()
-        self.batches.install()
-        self.actions.install()
-        self.threads.install()
-        self.stops.install()
-        self.data_sources.install()
+        for each in self._installed:
+            each.install()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, but for functions that :func:`traced` was called with."""
         if not self._marked:
-            self.instrumentor.uninstall()
-            self.earlier.uninstall()
-            self.propagator.uninstall()
-            self.batches.uninstall()
-            self.actions.uninstall()
-            self.threads.uninstall()
-            self.stops.uninstall()
-            self.data_sources.uninstall()
+            for each in self._installed:
+                each.uninstall()
 
     def await_workers(self) -> None:
         """Wait until the store has what workers have not sent yet, but may any moment."""
@@ -178,6 +169,7 @@ class Driver:
                 repeated=use.repeated,
                 on_driver=use.on_driver,
                 has_broadcasts=not (use.asked_first or use.on_driver),
+                data_source=use.data_source,
             )
         except UnsupportedStoreError as error:
             warn(f"The model calls of {name} will not be traced. {error}")
@@ -201,6 +193,7 @@ class Driver:
         repeated: bool,
         on_driver: bool = False,
         has_broadcasts: bool = True,
+        data_source: bool = False,
     ) -> SubmittedFunction:
         """Return ``function`` as Spark gets it.
 
@@ -212,6 +205,7 @@ class Driver:
             repeated: Whether Spark calls it many times in a task attempt.
             on_driver: Whether Spark calls it on the driver, or beside the server.
             has_broadcasts: Whether Spark has its broadcasts wherever it loads the function.
+            data_source: Whether it is a data source's class.
 
         Raises:
             UnsupportedStoreError: The spans can reach the store neither directly nor by way of
@@ -234,6 +228,7 @@ class Driver:
             "repeated": repeated,
             "on_driver": on_driver,
             "version": __version__,
+            "data_source": data_source,
         }
         if settings().reuse_answers is not None:
             options["function"] = _identity(function) or name
@@ -283,6 +278,11 @@ class Driver:
         # On Spark Connect, where no receipt tells of their tasks.
         if not store.exports_to_collector():
             self.ledger.open(receipts_come_home=False, functions=functions)
+
+    def _request_ran(self, request: Any) -> None:
+        self.earlier.look_at_request(request)
+        if self.last_shared and self.uses_properties and not tracing.active_span_headers():
+            self.ledger.enter(book_of_operation(self.last_shared[1], str(request.operation_id)))
 
     def spark_facts(self, since: int) -> str | None:
         """Return what Spark knows of its jobs since then, in milliseconds, for a report to read."""

@@ -39,6 +39,7 @@ class _PatchPoint:
         once: Whether Spark calls the function once in a task attempt, with the partition, rather
             than many times.
         on_driver: Whether Spark calls it on the driver, or beside the server.
+        data_source: Whether it is a data source's class.
     """
 
     modules: tuple[str, ...]
@@ -48,6 +49,7 @@ class _PatchPoint:
     parameter: str | None = None
     once: bool = False
     on_driver: bool = False
+    data_source: bool = False
 
 
 _RDD = ("pyspark.core.rdd", "pyspark.rdd")
@@ -56,6 +58,7 @@ _STREAM = ("pyspark.sql.streaming.readwriter",)
 _CONNECT_STREAM = ("pyspark.sql.connect.streaming.readwriter",)
 _CONNECT_EXPRESSIONS = ("pyspark.sql.connect.expressions",)
 _CONNECT_PLAN = ("pyspark.sql.connect.plan",)
+_DATA_SOURCE = ("pyspark.sql.datasource",)
 
 # The few through which all others go: mapInPandas(), groupBy().applyInPandas() and the pandas API
 # make UDFs, and RDD.map() is a mapPartitionsWithIndex(). Where the object itself holds the
@@ -74,6 +77,12 @@ _PATCH_POINTS = (
     _PatchPoint(_STREAM, "DataStreamWriter", "_construct_foreach_function", once=True),
     _PatchPoint(
         _CONNECT_STREAM, "DataStreamWriter", "foreachBatch", parameter="func", on_driver=True
+    ),
+    _PatchPoint(
+        _DATA_SOURCE, "DataSourceRegistration", "register", parameter="dataSource", data_source=True
+    ),
+    _PatchPoint(
+        _CONNECT_PLAN, "PythonDataSource", "to_plan", attribute="_data_source", data_source=True
     ),
 )
 
@@ -102,6 +111,7 @@ class FunctionUse:
         repeated: Whether Spark calls it many times in a task attempt.
         on_driver: Whether Spark calls it on the driver, or beside the server.
         asked_first: Whether Spark also loads it before there is a task, without broadcasts.
+        data_source: Whether it is a data source's class, of which Spark makes functions for tasks.
     """
 
     function: Callable[..., Any]
@@ -110,6 +120,7 @@ class FunctionUse:
     repeated: bool
     on_driver: bool
     asked_first: bool
+    data_source: bool
 
 
 class SparkInstrumentor:
@@ -230,8 +241,9 @@ class SparkInstrumentor:
             receiver,
             repeated=not (point.once or kind in _ONCE),
             on_driver=point.on_driver,
-            # A class is one of a table function, which can be asked for its schema.
+            # A table function or a data source can be asked for its schema.
             asked_first=kind in _ASKED_FIRST or isinstance(function, type),
+            data_source=point.data_source,
         )
         return self._submit(use) or function
 

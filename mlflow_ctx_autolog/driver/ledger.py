@@ -19,7 +19,12 @@ from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.delivery.sender import Delivery
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.books import Book, Books, by_task, key_of
-from mlflow_ctx_autolog.driver.explanations import explain, explain_words
+from mlflow_ctx_autolog.driver.explanations import (
+    explain,
+    explain_silence,
+    explain_words,
+    silence_of,
+)
 from mlflow_ctx_autolog.driver.exports import (
     DriverTracing,
     complete_info,
@@ -107,7 +112,7 @@ class Ledger:
         self._last_settled = -math.inf, -math.inf
         self._warned: set[str] = set()
         # For whoever diagnoses to say more.
-        self.likely_causes: Callable[[Any], str] = lambda _: "ctx_autolog.doctor() tells why."
+        self.likely_causes: Callable[[str], str] = lambda _: "ctx_autolog.doctor() tells why."
         self.receive = self._home.receive
         self.meet_workers = self._home.meet_workers
         self.acknowledgements = self._home.acknowledgements
@@ -144,6 +149,12 @@ class Ledger:
             book.handed_over += functions
         if book.delivers:
             self._announce(book, info if is_new else None)
+
+    def enter(self, book: Book | None) -> None:
+        """Enter a trace that tasks have announced, if it is one."""
+        if book is not None:
+            with self.books.lock:
+                self.books.keep(book)
 
     def _open_again(self, receipts_come_home: bool, functions: int) -> bool:
         """Enter further functions, where all of the active span is announced; else return False."""
@@ -190,7 +201,7 @@ class Ledger:
         book = self.books.of(receipt.trace_id)
         if book is None:
             if receipt.silence is not None:
-                self._warn("silence", self._silence("Tasks", receipt.silence))
+                self._warn("silence", silence_of("Tasks", receipt.silence, self.likely_causes))
             self._without_trace[receipt.task_span_id] = receipt
             self._last_without_trace = time.monotonic()
             if len(self._without_trace) > _TASKS:
@@ -385,25 +396,9 @@ class Ledger:
         """
         if book.was_silence_told:
             return
-        tasks = book.tasks()
-        reasons = [task.silence for task in tasks if task.silence is not None]
-        if reasons:
-            subject = f"{len(reasons)} of {len(tasks)} tasks of trace {book.trace_id}"
-            message = self._silence(subject, reasons[0])
-        elif book.handed_over and not tasks and not book.receipts_come_home and book.is_complete:
-            message = (
-                f"{book.handed_over} functions have run in trace {book.trace_id}, and there is "
-                "not a span of their tasks: something has kept all of them from the store. "
-                f"{self.likely_causes('tasks')}"
-            )
-        else:
-            return
-        book.was_silence_told = True
-        _logger.warning("%s", message)
-
-    def _silence(self, subject: str, reason: str) -> str:
-        said = f"{subject} ran on workers, and their model calls left no span: {reason}."
-        return f"{said} {self.likely_causes('calls')}"
+        if (message := explain_silence(book, self.likely_causes)) is not None:
+            book.was_silence_told = True
+            _logger.warning("%s", message)
 
     def _within(self, deadline: float, ask: Callable[..., T], *args: Any) -> T | None:
         """Return the store's answer; None where there is none by the deadline.

@@ -20,6 +20,7 @@ from mlflow_ctx_autolog.spans.trace_update import LINKED_PROMPTS, joined_prompts
 from mlflow_ctx_autolog.spans.usage import usage_of_answer
 
 __all__ = [
+    "USAGE_OF_TRACE",
     "end_info",
     "has_failed",
     "info_of_json",
@@ -47,7 +48,7 @@ TASK_TYPE = "TASK"
 
 # By MLflow's names; not all releases have constants for them.
 _USAGE_OF_SPAN, _COST_OF_SPAN = "mlflow.chat.tokenUsage", "mlflow.llm.cost"
-_USAGE_OF_TRACE, _COST_OF_TRACE = "mlflow.trace.tokenUsage", "mlflow.trace.cost"
+USAGE_OF_TRACE, _COST_OF_TRACE = "mlflow.trace.tokenUsage", "mlflow.trace.cost"
 _TOKENS = ("input_tokens", "output_tokens", "total_tokens")
 
 
@@ -105,7 +106,7 @@ def totals_of(spans: Sequence[Span]) -> tuple[Amounts, Amounts]:
 def record_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> None:
     """Write the token usage and the cost of a whole trace where MLflow keeps them."""
     if usage:
-        info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(usage)
+        info.trace_metadata[USAGE_OF_TRACE] = json.dumps(usage)
     if cost:
         info.trace_metadata[_COST_OF_TRACE] = json.dumps(cost)
 
@@ -125,7 +126,7 @@ def record_unknown_totals(info: TraceInfo, usage: Amounts, cost: Amounts) -> Non
     A store keeps what it was told, unless it is told otherwise.
     """
     if not usage:
-        info.trace_metadata[_USAGE_OF_TRACE] = json.dumps(dict.fromkeys(_TOKENS))
+        info.trace_metadata[USAGE_OF_TRACE] = json.dumps(dict.fromkeys(_TOKENS))
     if not cost:
         info.trace_metadata[_COST_OF_TRACE] = json.dumps({"input_cost": None})
 

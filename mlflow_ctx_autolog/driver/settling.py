@@ -275,6 +275,8 @@ class Settlement:
                 book.found[task_id] = len(below)
                 continue
             task = by_id[task_id]
+            if not book.receipts_come_home:
+                book.note_number(task)
             receipt = TaskReceipt.from_attributes(book.trace_id, task_id, task.attributes)
             if receipt is not None:
                 receipt = _with_sums(receipt, below)

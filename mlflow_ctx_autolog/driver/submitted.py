@@ -41,7 +41,7 @@ class SubmittedFunction:
 
     def __getattr__(self, name: str) -> Any:
         # What PySpark asks of a function: its name, its signature, its code.
-        if name.startswith("__") and name in _ASKED:
+        if name in _ASKED:
             return getattr(self.function, name)
         raise AttributeError(name)
 
@@ -57,7 +57,18 @@ class SubmittedFunction:
 
 
 _ASKED = frozenset(
-    ("__name__", "__qualname__", "__wrapped__", "__code__", "__annotations__", "__signature__")
+    (
+        *(
+            "__name__",
+            "__qualname__",
+            "__wrapped__",
+            "__code__",
+            "__annotations__",
+            "__signature__",
+        ),
+        # Of a data source.
+        "name",
+    )
 )
 
 
@@ -68,8 +79,9 @@ def is_submitted(function: Any) -> bool:
 
 def _loader() -> Callable[..., Any]:
     # Within a function, since it is pickled by value.
-    def load(function: Any, options: Any, carrier: Any, relay: Any, filters: Any) -> Any:
+    def load(function: Any, options: Any, *carried: Any) -> Any:
         try:
+            from mlflow_ctx_autolog.worker.data_sources import load_data_source
             from mlflow_ctx_autolog.worker.runner import load_submitted
         except ImportError as error:
             import socket
@@ -82,7 +94,9 @@ def _loader() -> Callable[..., Any]:
                 "spark-submit --py-files mlflow_ctx_autolog.zip, which is its wheel by another "
                 "name; or call mlflow_ctx_autolog.disable() on the driver."
             ) from error
-        return load_submitted(function, options, carrier, relay, filters)
+        if options.get("data_source"):
+            return load_data_source(function, options, lambda *made: (load, (*made, *carried)))
+        return load_submitted(function, options, *carried)
 
     return load
 

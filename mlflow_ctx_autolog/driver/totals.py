@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.books import Book, by_task
 from mlflow_ctx_autolog.driver.job_sums import job_sums
 from mlflow_ctx_autolog.driver.mlflow_traces import (
+    USAGE_OF_TRACE,
     end_info,
     is_in_progress,
     own_words,
@@ -25,6 +28,8 @@ from mlflow_ctx_autolog.driver.mlflow_traces import (
     with_attributes,
 )
 from mlflow_ctx_autolog.driver.previews import write_previews
+from mlflow_ctx_autolog.exceptions import StoreError
+from mlflow_ctx_autolog.log_ins import safe_logger
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
 from mlflow_ctx_autolog.spans.trace_update import latest
 from mlflow_ctx_autolog.stores.sending import send
@@ -34,14 +39,24 @@ from mlflow_ctx_autolog.stores.stored_trace import (
     RECEIPT,
     SPARK_FACTS,
     TRACE_KEY,
+    StoredTrace,
     split_metadata,
 )
-from mlflow_ctx_autolog.stores.tracking_store import read_trace, span_record, trace_record
+from mlflow_ctx_autolog.stores.tracking_store import (
+    count_spans,
+    read_trace,
+    span_record,
+    trace_record,
+)
 
-__all__ = ["linked_spans", "record_sums", "write_stored_totals"]
+__all__ = ["correct_totals", "linked_spans", "record_sums", "write_stored_totals"]
+
+_logger = safe_logger(__name__)
 
 # Characters that a store takes as one piece of a trace's metadata.
 _LONGEST_METADATA = 8000
+# How often at most what arrives meanwhile has a trace added up once more.
+_LOOKS = 5
 
 SparkFacts = Callable[[int], "str | None"]
 
@@ -69,11 +84,61 @@ def write_stored_totals(destination: Destination, trace_id: str) -> None:
     """Add up what the store has of a trace, and write its totals, for a driver that may be gone.
 
     Task attempts whose process is gone from this host have told all that they will: their spans
-    say so from now on. Where the driver is gone, too, the trace is over.
+    say so from now on. Where the driver is gone, too, the trace is over. What arrives meanwhile is
+    in it, whoever else adds up: who has written looks again.
 
     Raises:
         StoreError: The store does not answer, or has no such trace.
     """
+    counted = _counted(destination, trace_id)
+    for _ in range(_LOOKS):
+        _write_sums(destination, trace_id)
+        before, counted = counted, _counted(destination, trace_id)
+        if before == counted:
+            return
+
+
+def _counted(destination: Destination, trace_id: str) -> int | None:
+    """Return how many spans a trace has; None where the store cannot count."""
+    try:
+        return count_spans(destination, trace_id)
+    except StoreError as error:
+        if not error.unsupported:
+            raise
+        return None
+
+
+def correct_totals(tracking_uri: str, trace: StoredTrace, tokens: float) -> None:
+    """Write anew what a trace comes to, where the store has more of it than was added up.
+
+    What killed workers have left may be brought by any task of their host, of another application
+    too, whose driver does not know the trace. Never raises.
+
+    Args:
+        tracking_uri: Where it is stored.
+        trace: The trace; its spans are not looked at.
+        tokens: Of its calls, as far as the store has them.
+    """
+    host, _, process = trace.metadata.get(DRIVER, "").partition(" ")
+    is_over = trace.state != "IN_PROGRESS"
+    if TRACE_KEY not in trace.metadata or (is_over and tokens <= _told_tokens(trace)):
+        return
+    if not is_over and not is_gone(host, process):
+        return
+    try:
+        write_stored_totals(Destination(tracking_uri, trace.experiment_id), trace.trace_id)
+    except Exception as error:
+        _logger.info("What %s comes to could not be written anew: %r", trace.trace_id, error)
+
+
+def _told_tokens(trace: StoredTrace) -> float:
+    with suppress(TypeError, ValueError, AttributeError):
+        told = json.loads(trace.metadata.get(USAGE_OF_TRACE, "{}"))
+        return float(told.get("total_tokens") or 0)
+    return math.inf
+
+
+def _write_sums(destination: Destination, trace_id: str) -> None:
     usage: Amounts = {}
     cost: Amounts = {}
     info, spans = read_trace(destination, trace_id)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.config import checked_prices
 from mlflow_ctx_autolog.delivery.receipts import Receipt
+from mlflow_ctx_autolog.driver.totals import correct_totals
 from mlflow_ctx_autolog.exceptions import shortened
 from mlflow_ctx_autolog.log_ins import without_credentials
 from mlflow_ctx_autolog.prices import cost_of
@@ -89,7 +90,7 @@ def report(
     for trace_id in ids:
         trace = read_job(uri, trace_id, is_wanted, reader.note)
         if trace.trace_id not in read:
-            reader.read(trace)
+            correct_totals(uri, trace, reader.read(trace))
             read.append(trace.trace_id)
     return reader.finish(_key(request_key), read, uri)
 
@@ -109,8 +110,8 @@ class _Reader:
         """Keep a sentence on what limits what can be said."""
         self._notes.append(limit)
 
-    def read(self, trace: StoredTrace) -> None:
-        """Take a trace."""
+    def read(self, trace: StoredTrace) -> float:
+        """Take a trace; return how many tokens its calls have used, as far as is known."""
         roots: list[StoredSpan] = []
         calls, attempts = read_calls(replace(trace, spans=_watched(trace.spans, roots)))
         for call in calls:
@@ -123,6 +124,7 @@ class _Reader:
         opened = None if root is None else root.started
         for host, seconds in skewed_hosts(attempts, opened).items():
             self._skewed[host] = max(seconds, self._skewed.get(host, 0.0))
+        return sum(call.usage.get("total_tokens", 0) for call in calls)
 
     def _cost(self, call: Call) -> float | None:
         """Return what a call has cost; None where nobody knows."""

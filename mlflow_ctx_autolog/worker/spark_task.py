@@ -23,6 +23,7 @@ __all__ = [
     "is_batch",
     "is_reused",
     "on_task_end",
+    "operation_scope",
     "row_count",
     "sees_properties",
     "skips_rest",
@@ -36,7 +37,6 @@ ACTION_PROPERTY = "mlflow_ctx_autolog.action"
 _JOB_GROUP = "spark.jobGroup.id"
 _SQL_EXECUTION = "spark.sql.execution.id"
 _ROOT_EXECUTION = "spark.sql.execution.root.id"
-_QUERY, _BATCH = "sql.streaming.queryId", "streaming.sql.batchId"
 _CALL_SITE = "callSite.short"
 _JOB_TAGS = "spark.job.tags"
 _APPLICATION = "spark.app.id"
@@ -74,12 +74,21 @@ def action_scope(action: str | None) -> str:
     context = _task_context()
     if context is None:
         return f"process {os.getpid()}"
+    operation = _operation(_job_tags(context))
+    if operation is not None and context.getLocalProperty(_QUERY) is None:
+        # The driver knows it, too. The batches of a stream are all of the one that started it.
+        return operation_scope(operation)
     execution = context.getLocalProperty(_ROOT_EXECUTION) or context.getLocalProperty(
         _SQL_EXECUTION
     )
     if execution is not None:
         return f"execution {execution}"
     return f"stage {context.stageId()}" if action is None else f"action {action}"
+
+
+def operation_scope(operation: str) -> str:
+    """Return what tells the action that an operation of Spark Connect is from all others."""
+    return f"operation {operation}"
 
 
 def stream_query() -> tuple[str, str] | None:

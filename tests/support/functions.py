@@ -393,6 +393,90 @@ def transform_with_state(frame: DataFrame, call: Callable[[int], str]) -> list[A
     return _with_state(frame, "transformWithState", _processor(call, False))
 
 
+def data_source(call: Callable[[int], str]) -> Any:
+    """Return a Python data source: read, it makes a call for each partition; written, for a row."""
+    from pyspark.sql import datasource
+
+    class Reader(datasource.DataSourceReader):
+        def partitions(self) -> Any:
+            return [datasource.InputPartition(number) for number in range(ROWS)]
+
+        def read(self, partition: Any) -> Iterator[tuple[int, str]]:
+            yield partition.value, call(partition.value)
+
+    class StreamReader(datasource.DataSourceStreamReader):
+        def initialOffset(self) -> dict[str, int]:  # noqa: N802
+            return {"next": 0}
+
+        def latestOffset(self) -> dict[str, int]:  # type: ignore[override]  # noqa: N802
+            return {"next": ROWS}
+
+        def partitions(self, start: dict[str, int], end: dict[str, int]) -> Any:
+            return [datasource.InputPartition(n) for n in range(start["next"], end["next"])]
+
+        def read(self, partition: Any) -> Iterator[tuple[int, str]]:
+            yield partition.value, call(partition.value)
+
+    class Writer(datasource.DataSourceWriter, datasource.DataSourceStreamWriter):
+        def write(self, rows: Iterator[Any]) -> Any:
+            for row in rows:
+                call(row.id)
+            return datasource.WriterCommitMessage()
+
+        def commit(self, *of_batch: Any) -> None:
+            pass
+
+        def abort(self, *of_batch: Any) -> None:
+            pass
+
+    class Extract(datasource.DataSource):
+        @classmethod
+        def name(cls) -> str:
+            return "answers"
+
+        def schema(self) -> str:
+            return "id long, answer string"
+
+        def reader(self, schema: Any) -> Any:
+            return Reader()
+
+        def streamReader(self, schema: Any) -> Any:  # noqa: N802
+            return StreamReader()
+
+        def writer(self, schema: Any, overwrite: bool) -> Any:
+            return Writer()
+
+        def streamWriter(self, schema: Any, overwrite: bool) -> Any:  # noqa: N802
+            return Writer()
+
+    Extract.__name__ = "extract"
+    return Extract
+
+
+def data_source_read(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    frame.sparkSession.dataSource.register(data_source(call))
+    return list(frame.sparkSession.read.format("answers").load().collect())
+
+
+def data_source_write(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    frame.sparkSession.dataSource.register(data_source(call))
+    frame.write.format("answers").mode("append").save()
+    return []
+
+
+def data_source_stream_read(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    frame.sparkSession.dataSource.register(data_source(call))
+    return drained(frame.sparkSession.readStream.format("answers").load())
+
+
+def data_source_stream_write(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
+    frame.sparkSession.dataSource.register(data_source(call))
+    with stream_of(frame) as stream, tempfile.TemporaryDirectory() as folder:
+        writer = stream.writeStream.format("answers").option("checkpointLocation", folder)
+        writer.trigger(availableNow=True).start().awaitTermination()
+    return []
+
+
 def rdd_map(frame: DataFrame, call: Callable[[int], str]) -> list[Any]:
     def extract(row: Any) -> tuple[int, str]:
         return row.id, call(row.id)
@@ -494,6 +578,10 @@ ON_FRAMES: dict[str, Job] = {
     "stream, `applyInPandasWithState`": apply_in_pandas_with_state,
     "stream, `transformWithStateInPandas`": transform_with_state_in_pandas,
     "stream, `transformWithState`": transform_with_state,
+    "Python data source, its `read`": data_source_read,
+    "Python data source, its `write`": data_source_write,
+    "stream, a Python data source's `read`": data_source_stream_read,
+    "stream, a Python data source's `write`": data_source_stream_write,
 }
 
 ON_RDDS: dict[str, Job] = {
@@ -516,6 +604,10 @@ SINCE = {
     "`udtf`, a table as its argument": (4, 0),
     "stream, `transformWithStateInPandas`": (4, 0),
     "stream, `transformWithState`": (4, 1),
+    "Python data source, its `read`": (4, 0),
+    "Python data source, its `write`": (4, 0),
+    "stream, a Python data source's `read`": (4, 0),
+    "stream, a Python data source's `write`": (4, 0),
 }
 # The same for Spark Connect, where it was later.
 SINCE_ON_CONNECT = {"stream, `transformWithStateInPandas`": (4, 1)}

@@ -8,8 +8,10 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver import attempts
 from mlflow_ctx_autolog.driver.attempts import Attempt, silent_attempts
+from mlflow_ctx_autolog.driver.books import Book
 
 CRASHED = "Python worker exited unexpectedly (crashed)"
 REPORTED = "org.apache.spark.api.python.PythonException: ValueError: no"
@@ -187,3 +189,23 @@ def test_spark_connect_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a session that has stopped."""
     monkeypatch.setattr(attempts, "spark_context", lambda _: None)
     assert silent(object(), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "unknown"),
+    [([0], {}), ([0, 1], {}), ([1], {"": 1}), ([3], {"": 3}), ([0, 2], {"": 1})],
+)
+def test_an_attempt_that_was_tried_again_is_unknown(
+    numbers: list[int], unknown: dict[str, int]
+) -> None:
+    """Where no task brings a receipt, the numbers of later attempts tell of earlier ones."""
+    book = Book(Destination("http://store", "1"), SimpleNamespace(trace_id="tr-1"), True)
+    for number in numbers:
+        for partition in (0, 1):
+            seen = {
+                "spark.stage.id": 7,
+                "spark.partition.id": partition,
+                "spark.task.attempt_number": number if partition else 0,
+            }
+            book.note_number(SimpleNamespace(get_attribute=seen.get))
+    assert book.unknown == unknown

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlflow
 import pytest
@@ -1353,3 +1354,83 @@ def test_a_trace_whose_driver_has_died_is_over(
         assert told[task.span_id] == 2
     # Whose driver asks the store, and knows all of it now.
     assert ctx_autolog.receipt(root.trace_id).complete
+
+
+# What arrives when the driver is gone.
+
+
+def _left_behind(root: Any, number: int) -> list[Record]:
+    """Return what a killed worker has left: a task that told nothing, and a call."""
+    gone = {"host.name": "elsewhere", "process.pid": 1}
+    running = {"mlflow.spanType": "TASK", "spark.task.outcome": "running", **gone}
+    facts = {"mlflow.spanType": "CHAT_MODEL", USAGE: tokens(4)}
+    task = _away(root, number, "task", attributes=running)
+    call = _away(root, number + 1, "call", parent_id=number, attributes=facts)
+    return [store.span_record(task), store.span_record(call)]
+
+
+def test_a_report_corrects_totals(book: Ledger, database: Destination) -> None:
+    """What a task of another application has brought is in them, though its driver knows no trace.
+
+    And a second report has nothing to write.
+    """
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        task = task_below(root)
+        facts = {"mlflow.spanType": "CHAT_MODEL", USAGE: tokens(10)}
+        above = int(task.receipt.task_span_id, 16)
+        told = store.span_record(_away(root, 0xC4, "call", parent_id=above, attributes=facts))
+        left = _left_behind(root, 0xC0)
+        book.receive([task.arrival([*task.records, told])])
+    assert ctx_autolog.flush(60)
+    book.forget(root.trace_id)
+    send(database, left)
+    assert usage_in_store(root.trace_id) == tokens(10)
+
+    assert ctx_autolog.report(root.trace_id).made.tokens == tokens(14)["total_tokens"]
+    assert usage_in_store(root.trace_id) == tokens(14)
+    with patch.object(totals, "send") as sending:
+        ctx_autolog.report(root.trace_id)
+    sending.assert_not_called()
+
+
+def test_a_report_ends_a_trace_whose_driver_has_died(book: Ledger, database: Destination) -> None:
+    """Where it ran on this host; nobody else can know."""
+    states = {}
+    for driver_id in (f"{socket.gethostname()} {2**22 + 1}", "elsewhere 1", None):
+        with mlflow.start_span("driver") as root:
+            ctx_autolog.capture()
+            assert ctx_autolog.flush(60)
+            info, _ = store.read_trace(database, root.trace_id)
+            if driver_id is not None:
+                info.trace_metadata[DRIVER] = driver_id
+            send(database, [store.trace_record(info), *_left_behind(root, 0xC2)])
+            ctx_autolog.report(root.trace_id)
+            states[driver_id] = str(store.read_trace(database, root.trace_id)[0].state)
+    assert list(states.values()) == ["ERROR", "IN_PROGRESS", "IN_PROGRESS"]
+
+
+def test_two_who_correct_totals_lose_nothing(book: Ledger, database: Destination) -> None:
+    """One who has written what another knows better by now adds up once more."""
+    with mlflow.start_span("driver") as root:
+        ctx_autolog.capture()
+        left, left_later = _left_behind(root, 0xD0), _left_behind(root, 0xD2)
+    assert ctx_autolog.flush(60)
+    send(database, left)
+    read = totals.read_trace
+    has_read = False
+
+    def read_slowly(*of: Any) -> Any:
+        nonlocal has_read
+        found = read(*of)
+        if not has_read:
+            has_read = True
+            send(database, left_later)
+            # The other one.
+            totals.write_stored_totals(database, root.trace_id)
+            assert usage_in_store(root.trace_id) == tokens(8)
+        return found
+
+    with patch.object(totals, "read_trace", read_slowly):
+        totals.write_stored_totals(database, root.trace_id)
+    assert usage_in_store(root.trace_id) == tokens(8)

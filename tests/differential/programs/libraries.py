@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -96,39 +97,111 @@ def a_python_transformer(job: Job) -> None:
     job.rows("transformed", model.transform(job.documents()))
 
 
-# Their functions are not covered: they run as before.
-@program(is_traced=False)
+# From Spark 4.0 on.
+@program()
 def data_sources(job: Job) -> None:
     try:
-        from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
+        from pyspark.sql import datasource
     except ImportError:
         return
-    ask = job.ask()
-
-    class Reader(DataSourceReader):
-        def partitions(self) -> Any:
-            return [InputPartition(number) for number in range(2)]
-
-        def read(self, partition: Any) -> Iterator[tuple[Any, ...]]:
-            yield partition.value, ask(partition.value)
-
-    class Source(DataSource):
-        @classmethod
-        def name(cls) -> str:
-            return "answers"
-
-        def schema(self) -> str:
-            return "number int, answer string"
-
-        def reader(self, schema: Any) -> Any:
-            return Reader()
-
-    job.spark.dataSource.register(Source)
-    job.rows("read", job.spark.read.format("answers").load())
+    from functions import data_source
     from pyspark.sql.functions import udf
 
+    plain = data_source(job.ask())
+
+    class Source(plain):
+        def schema(self) -> str:
+            # What it is to itself, in a program of Spark's that makes an instance of it.
+            return f"id long, answer string, itself_{type(self) is Source} string"
+
+        def reader(self, schema: Any) -> Any:
+            return Reader(type(self) is Source, type(self).__qualname__)
+
+        def writer(self, schema: Any, overwrite: bool) -> Any:
+            return Writer()
+
+    class Reader(datasource.DataSourceReader):
+        def __init__(self, *seen: Any) -> None:
+            self.seen = *seen, type(self) is Reader, sorted(vars(type(self)))[-3:]
+
+        def partitions(self) -> Any:
+            return [datasource.InputPartition(number) for number in range(2)]
+
+        def read(self, partition: Any) -> Iterator[tuple[Any, ...]]:
+            now = type(self) is Reader, sorted(vars(self))
+            yield partition.value, ask(partition.value), repr((self.seen, now))
+
+    class Writer(datasource.DataSourceWriter):
+        def write(self, rows: Iterator[Any]) -> Any:
+            for row in rows:
+                if ask(row.id) and row.id > 2:
+                    raise ValueError(f"row {row.id}")
+            return datasource.WriterCommitMessage()
+
+    ask = job.ask()
+    job.spark.dataSource.register(Source)
+    job.rows("read", job.spark.read.format("answers").load())
     column = udf(lambda text: text.upper(), "string")
     job.rows("and a UDF", job.spark.read.format("answers").load().select(column("answer")))
+    frame = job.spark.read.format("answers").load()
+    job.calls("twice", frame.union(frame).count)
+    job.same("read", lambda: job.spark.read.format("answers").load())
+
+    def write(rows: int) -> None:
+        job.documents(rows, 1).write.format("answers").mode("append").save()
+
+    job.calls("write", lambda: write(2))
+    job.error("write", lambda: write(4))
+
+
+# From Spark 4.0 on. Each ends in an error, before there is a task or in one.
+@program(is_traced=False)
+def errors_of_data_sources(job: Job) -> None:
+    try:
+        from pyspark.sql import datasource
+    except ImportError:
+        return
+
+    def fail(*of: Any) -> Any:
+        raise ValueError("as said")
+
+    class Reader(datasource.DataSourceReader):
+        def read(self, partition: Any) -> Any:
+            yield 1 // 0, ""
+
+    class Lazy(datasource.DataSourceReader):
+        def read(self, partition: Any) -> Any:
+            return [(1, "")]
+
+    class Locked(datasource.DataSourceReader):
+        def __init__(self) -> None:
+            import threading
+
+            self.lock = threading.Lock()
+
+        def read(self, partition: Any) -> Any:
+            yield 1, ""
+
+    def source(name: str, **methods: Any) -> Any:
+        own = {"name": classmethod(lambda cls: name), "schema": lambda self: "id long, a string"}
+        return type(name, (datasource.DataSource,), {**own, **methods})
+
+    sources = {
+        "schema": source("of_schema", schema=fail),
+        "reader": source("of_reader", reader=fail),
+        "read": source("of_read", reader=lambda self, schema: Reader()),
+        "no iterator": source("of_list", reader=lambda self, schema: Lazy()),
+        "no reader": source("of_none", reader=lambda self, schema: None),
+        "a lock": source("of_lock", reader=lambda self, schema: Locked()),
+        "an option": source("of_options", __init__=fail),
+    }
+    for name, each in sources.items():
+        job.spark.dataSource.register(each)
+        load = job.spark.read.format(each.name()).load
+        job.error(name, lambda load=load: load().collect())
+    job.error("no class", lambda: job.spark.dataSource.register(3), "mlflow_ctx_autolog")
+    signature = str(inspect.signature(job.spark.dataSource.register))
+    job.note("signature", signature)
 
 
 @program()
