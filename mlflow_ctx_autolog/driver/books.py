@@ -20,6 +20,7 @@ from mlflow_ctx_autolog.delivery.records import Destination
 from mlflow_ctx_autolog.driver.attempts import Attempt
 from mlflow_ctx_autolog.driver.mlflow_traces import is_task, said_fields, totals_of
 from mlflow_ctx_autolog.spans.amounts import Amounts, add
+from mlflow_ctx_autolog.spans.attributes import PARTITION
 from mlflow_ctx_autolog.spans.call_sums import CallSums
 from mlflow_ctx_autolog.spans.record import SpanRecord
 from mlflow_ctx_autolog.spans.trace_update import latest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mlflow_ctx_autolog.delivery.directory import default_directory
 from mlflow_ctx_autolog.delivery.receipts import Loss, Receipt
@@ -54,7 +55,7 @@ def _quoted(name: str, value: str) -> str:
     return "one text" if name in CONTENT else repr(value[:80])
 
 
-def explain_silence(book: Book, likely_causes: Callable[[str], str]) -> str | None:
+def explain_silence(book: Book, likely_causes: Callable[[Any], str]) -> str | None:
     """Return a text on functions that have left no spans of their calls; None where none has.
 
     Args:
@@ -75,7 +76,7 @@ def explain_silence(book: Book, likely_causes: Callable[[str], str]) -> str | No
     return None
 
 
-def silence_of(subject: str, reason: str, likely_causes: Callable[[str], str]) -> str:
+def silence_of(subject: str, reason: str, likely_causes: Callable[[Any], str]) -> str:
     """Return a text on tasks that told of calls which have left no spans, and why."""
     said = f"{subject} ran on workers, and their model calls left no span: {reason}."
     return f"{said} {likely_causes('calls')}"

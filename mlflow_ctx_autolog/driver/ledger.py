@@ -112,7 +112,7 @@ class Ledger:
         self._last_settled = -math.inf, -math.inf
         self._warned: set[str] = set()
         # For whoever diagnoses to say more.
-        self.likely_causes: Callable[[str], str] = lambda _: "ctx_autolog.doctor() tells why."
+        self.likely_causes: Callable[[Any], str] = lambda _: "ctx_autolog.doctor() tells why."
         self.receive = self._home.receive
         self.meet_workers = self._home.meet_workers
         self.acknowledgements = self._home.acknowledgements
