@@ -144,7 +144,7 @@ def test_where_tracing_is_off_functions_stay_as_they_are(
 
     if is_by_context:
         with mlflow.tracing.context(enabled=False):
-            use = FunctionUse(extract, extract, None, False, False, False)
+            use = FunctionUse(extract, extract, None, False, False, False, False)
             assert driver.driver.submit(use) is None
             assert ctx_autolog.traced(extract) is extract
         return

@@ -104,7 +104,7 @@ def test_what_is_not_known_is_left_out_and_said_once(database: Destination) -> N
 
     assert [(job.calls, job.p95, job.errors) for job in found.jobs][-1] == (7, None, None)
     assert [note.partition(" ")[0] for note in found.notes] == ["1", "Of"]
-    assert str(found).count("brought no sums home") == 1
+    assert str(found).count("that brought no receipt home") == 1
 
 
 def test_numbers_are_metrics_of_a_run(jobs: Destination) -> None:
