@@ -556,7 +556,8 @@ def machine(size: Size) -> str:
     return (
         f"{os.cpu_count()} cores ({models[0] if models else platform.machine()}), "
         f"{memory:.0f} GiB, load {os.getloadavg()[0]:.1f} before it began; "
-        f"Python {platform.python_version()}, {versions}. {size.rounds} {'round' if size.rounds == 1 else 'rounds'} of jobs of "
+        f"Python {platform.python_version()}, {versions}. {size.rounds} "
+        f"round{'s' * (size.rounds != 1)} of jobs of "
         f"{jobs}; local[1], an MLflow server on SQLite, all on this machine."
     )
 
