@@ -15,7 +15,7 @@ from mlflow_ctx_autolog.stores.stored_trace import (
     StoredTrace,
 )
 
-__all__ = ["Job", "before_reading", "last_jobs", "read_job"]
+__all__ = ["Job", "await_own_jobs", "before_reading", "last_jobs", "read_job"]
 
 # What is done before jobs are read, since some of this process' own may be on their way.
 before_reading: list[Callable[[], object]] = []
@@ -45,6 +45,12 @@ class Job:
         if self.started is None or self.ended is None:
             return None
         return (self.ended - self.started) / 1e9
+
+
+def await_own_jobs() -> None:
+    """Wait for what is on its way of jobs of this process, before any are read."""
+    for do in before_reading:
+        do()
 
 
 def last_jobs(uri: str, count: int) -> list[str]:

@@ -17,7 +17,7 @@ from mlflow_ctx_autolog.prices import cost_of
 from mlflow_ctx_autolog.reporting.call_report import CallReport
 from mlflow_ctx_autolog.reporting.calls import Attempt, Call, is_wanted, read_calls
 from mlflow_ctx_autolog.reporting.causes import judge, skewed_hosts
-from mlflow_ctx_autolog.reporting.jobs import Job, before_reading, last_jobs, read_job
+from mlflow_ctx_autolog.reporting.jobs import Job, await_own_jobs, last_jobs, read_job
 from mlflow_ctx_autolog.reporting.signals import add_signals_of_all
 from mlflow_ctx_autolog.reporting.sums import dollars
 from mlflow_ctx_autolog.stores import tracking_store as store
@@ -76,8 +76,7 @@ def report(
         raise ValueError("start and end go with experiment_id, which is not named")
     priced = checked_prices(prices or {})
     uri = tracking_uri or store.current_tracking_uri()
-    for do in before_reading:
-        do()
+    await_own_jobs()
     if not named:
         ids = last_jobs(uri, 1)
     elif traces is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlflow_ctx_autolog.exceptions import shortened
 from mlflow_ctx_autolog.reporting.call_report import CallReport
-from mlflow_ctx_autolog.reporting.jobs import before_reading, last_jobs
+from mlflow_ctx_autolog.reporting.jobs import await_own_jobs, last_jobs
 from mlflow_ctx_autolog.reporting.reading import Prices, report
 from mlflow_ctx_autolog.stores import tracking_store as store
 from mlflow_ctx_autolog.stores.job_search import experiment_id_of
@@ -26,8 +26,7 @@ def last_two_reports(uri: str | None, prices: Prices | None) -> tuple[CallReport
     Raises:
         StoreError: There are no two.
     """
-    for do in before_reading:
-        do()
+    await_own_jobs()
     latest, earlier = last_jobs(uri or store.current_tracking_uri(), 2)
     return (
         report(earlier, tracking_uri=uri, prices=prices),

@@ -113,11 +113,8 @@ def info_of_job(experiment_id: str, span: Any = None) -> StoredTrace:
     return trace
 
 
-@pytest.mark.parametrize("has_span", [True, False])
-def test_what_is_said_outright(
-    spoken: Callable[..., None], experiment_id: str, has_span: bool
-) -> None:
-    """In the driver's trace where a span was active there, else in that of the action."""
+def assert_said_outright(spoken: Callable[..., None], experiment_id: str, has_span: bool) -> None:
+    """Run a job whose tasks say it, and find it in the job's trace."""
     with ctx_autolog.enable():
         if has_span:
             with mlflow.start_span("job") as span:
@@ -127,6 +124,14 @@ def test_what_is_said_outright(
             spoken(outright)
         info = info_of_job(experiment_id, span).trace.info
     assert_said(info)
+
+
+@pytest.mark.parametrize("has_span", [True, False])
+def test_what_is_said_outright(
+    spoken: Callable[..., None], experiment_id: str, has_span: bool
+) -> None:
+    """In the driver's trace where a span was active there, else in that of the action."""
+    assert_said_outright(spoken, experiment_id, has_span)
 
 
 @pytest.mark.parametrize("has_span", [True, False])
@@ -143,15 +148,7 @@ def test_where_the_driver_stores_what_workers_have_made(
     where = f"sqlite:///{tmp_path}/mlflow.db" if kind == "database" else tmp_path.as_uri()
     mlflow.set_tracking_uri(where)
     experiment_id = mlflow.set_experiment("words").experiment_id
-    with ctx_autolog.enable():
-        if has_span:
-            with mlflow.start_span("job") as span:
-                spoken(outright)
-        else:
-            span = None
-            spoken(outright)
-        info = info_of_job(experiment_id, span).trace.info
-    assert_said(info)
+    assert_said_outright(spoken, experiment_id, has_span)
 
 
 def test_what_is_said_in_a_child_process(
